@@ -1,0 +1,160 @@
+"""Strict configs: a Python file returns an ml_collections tree, the run gets frozen dataclasses.
+
+Dataclasses hold the keys, their types and defaults; `get_config()` in a file under `experiments/`
+starts from `defaults(Config)` and changes values; `--config.section.key=value` changes them again.
+A key nobody declared is an error that names its nearest neighbour.
+"""
+
+import dataclasses
+import hashlib
+import json
+import runpy
+import traceback
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from llmjax.core.errors import UserError, nearest
+
+
+def defaults(schema: type) -> ConfigDict:
+  """Makes a locked, editable config tree holding a dataclass's defaults."""
+  return ConfigDict(dataclasses.asdict(schema()))
+
+
+def load(path: str, overrides: Sequence[str], schema: type):
+  """Reads a config file, applies overrides, and freezes the result.
+
+  Args:
+    path: Python file with a `get_config()` that returns a `ConfigDict`.
+    overrides: `--config.section.key=value` arguments.
+    schema: dataclass of the whole config.
+  Returns:
+    A frozen instance of `schema`.
+  Raises:
+    UserError: no such file, an error inside it, an unknown key, a value of the wrong type.
+  """
+  if not Path(path).is_file():
+    raise UserError(f"config file {path!r} does not exist")
+  _run_file(path)
+  return override(None, overrides, schema, path)
+
+
+def override(config, overrides: Sequence[str], schema: type, path: str | None = None):
+  """Applies `--config.a.b=v` arguments to a frozen config, or to the one a file returns."""
+  values = flags.FlagValues()
+  argv = ["llmjax", *overrides]
+  if path is None:
+    config_flags.DEFINE_config_dict(
+      "config", ConfigDict(to_dict(config)), flag_values=values, sys_argv=argv
+    )
+  else:
+    argv.insert(1, f"--config={path}")
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  _check_keys(overrides, schema)
+  try:
+    values(argv)
+  except flags.Error as error:
+    raise UserError(str(error).splitlines()[0]) from error
+  return freeze(values.config.to_dict(), schema)
+
+
+def _run_file(path: str):
+  """Runs a config file once by itself, so that a mistake in it is told apart from a typed one."""
+  try:
+    made = runpy.run_path(path)
+    if "get_config" not in made:
+      raise UserError(f"{path}: no get_config() in it")
+    if not isinstance(made["get_config"](), ConfigDict):
+      raise UserError(f"{path}: get_config() must return an ml_collections.ConfigDict")
+  except UserError:
+    raise
+  except SyntaxError as error:
+    raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
+  except Exception as error:
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    place = f"{path}:{lines[-1]}" if lines else path
+    text = " ".join(str(error).split()).strip("'\"")
+    raise UserError(f"{place}: {type(error).__name__}: {text}") from error
+
+
+def _check_keys(overrides: Sequence[str], schema: type):
+  known = set(_leaf_keys(schema))
+  for argument in overrides:
+    key, found, _ = argument.removeprefix("--config.").partition("=")
+    if key not in known:
+      raise UserError(f"unknown config key {key!r}; {nearest(key, known)}")
+    if not found:
+      raise UserError(f"config key {key!r} has no value; write --config.{key}=VALUE")
+
+
+def _leaf_keys(schema: type, prefix: str = ""):
+  hints = typing.get_type_hints(schema)
+  for field in dataclasses.fields(schema):
+    if dataclasses.is_dataclass(hints[field.name]):
+      yield from _leaf_keys(hints[field.name], f"{prefix}{field.name}.")
+    else:
+      yield prefix + field.name
+
+
+def freeze(values: dict, schema: type, prefix: str = ""):
+  """Turns nested dicts into a frozen dataclass, strictly.
+
+  Args:
+    values: one entry for every field of `schema`, or fewer: the rest take their defaults.
+    schema: frozen dataclass, fields of type int, float, bool, str, tuple or another dataclass.
+    prefix: where in the whole config this section stands, for messages.
+  Returns:
+    An instance of `schema`; its own `__post_init__` checks what one section can check.
+  Raises:
+    UserError: an unknown key or a value of the wrong type.
+  """
+  hints = typing.get_type_hints(schema)
+  made = {}
+  for name, value in values.items():
+    if name not in hints:
+      raise UserError(f"unknown config key {prefix + name!r}; {nearest(name, hints)}")
+    made[name] = _coerce(value, hints[name], prefix + name)
+  return schema(**made)
+
+
+def _coerce(value, kind, key):
+  if dataclasses.is_dataclass(kind):
+    if not isinstance(value, dict):
+      raise UserError(f"config key {key!r} is a section, not {value!r}")
+    return freeze(value, kind, f"{key}.")
+  kind = typing.get_origin(kind) or kind
+  if kind is float and type(value) is int:
+    value = float(value)
+  if kind is tuple and isinstance(value, list):
+    value = tuple(value)
+  if type(value) is not kind:
+    raise UserError(
+      f"config key {key!r} wants {kind.__name__}, got {value!r} ({type(value).__name__})"
+    )
+  return value
+
+
+def to_dict(config) -> dict:
+  """Turns a frozen config back into nested dicts of plain values."""
+  return dataclasses.asdict(config)
+
+
+def flat(config) -> dict:
+  """Lists a config's values by dotted key."""
+  out = {}
+  for name, value in to_dict(config).items():
+    if isinstance(value, dict):
+      out.update({f"{name}.{key}": leaf for key, leaf in value.items()})
+    else:
+      out[name] = value
+  return out
+
+
+def config_hash(config) -> str:
+  """Hashes every value of a config: 16 hex digits, the same on every machine."""
+  text = json.dumps(to_dict(config), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]

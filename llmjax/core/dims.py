@@ -1,0 +1,49 @@
+"""The alphabet: one letter a dimension, in array names, weight names, einsums and rules alike.
+
+`up_df` is a weight of residual width by feed-forward width; `q_btnh` an activation. Because the
+name is the declaration, everything else (partition specs, LoRA factors, optimizer moments) reads
+its letters from the last part of a tree path and nothing is written twice.
+"""
+
+from llmjax.core.errors import UserError
+
+LETTERS = {
+  "b": "batch",
+  "t": "query positions",
+  "s": "key positions",
+  "d": "residual width",
+  "n": "query heads",
+  "k": "key/value heads",
+  "g": "query heads per key/value head",
+  "h": "head width",
+  "f": "feed-forward width",
+  "v": "vocabulary",
+  "e": "experts",
+  "c": "expert capacity",
+  "l": "layers",
+  "r": "low rank",
+  "p": "cache page",
+}
+
+
+def letters_of(path: str, ndim: int) -> str:
+  """Reads the letters of the array at a tree path: `blocks/mlp/up_df` of rank 3 is `ldf`.
+
+  Args:
+    path: tree path, parts joined by `/`; the last part ends in `_letters`.
+    ndim: rank of the array; a stacked one has a leading `l` that its name leaves out.
+  Returns:
+    One letter a dimension; the empty string for a scalar.
+  Raises:
+    UserError: the name carries no letters, or not as many as the array has dimensions.
+  """
+  if ndim == 0:
+    return ""
+  suffix = path.rsplit("/", 1)[-1].rsplit("_", 1)[-1]
+  unknown = set(suffix) - LETTERS.keys()
+  if unknown or len(suffix) not in (ndim, ndim - 1):
+    raise UserError(
+      f"array {path!r} of rank {ndim} is not named by its letters: {suffix!r} should be {ndim} "
+      f"(or, stacked over layers, {ndim - 1}) of {''.join(LETTERS)}"
+    )
+  return suffix if len(suffix) == ndim else "l" + suffix

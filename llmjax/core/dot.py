@@ -1,0 +1,66 @@
+"""`dot`: the only matrix multiplication against a weight, and `contract`, its twin for activations.
+
+Operands are in the compute dtype, every sum (forward and both backward ones) is in fp32. Without
+the hand-written backward pass XLA's CPU backend converts bf16 operands to fp32 before each dot.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def dot(eq: str, x, w, out_dtype=None):
+  """Contracts an activation with a weight leaf: `dot("btd,df->btf", x_btd, up_df)`.
+
+  Args:
+    eq: einsum equation of two operands; every letter stands in at least two of its three terms.
+    x: activation, compute dtype.
+    w: weight leaf, an array of any float dtype; it is cast to the dtype of `x` and its gradient
+      comes back in its own dtype, unrounded.
+    out_dtype: dtype of the result; that of `x` by default.
+  Returns:
+    The contraction, summed in fp32.
+  """
+  return contract(eq, x, w, out_dtype)
+
+
+def contract(eq: str, a, b, out_dtype=None):
+  """Contracts two arrays in the dtype of the first, summing in fp32 in both directions.
+
+  Args:
+    eq: einsum equation of two operands; every letter stands in at least two of its three terms.
+    a: array in the compute dtype.
+    b: array of any float dtype, cast to that of `a`.
+    out_dtype: dtype of the result; that of `a` by default.
+  Returns:
+    The contraction, summed in fp32; gradients in the dtypes of `a` and of `b`.
+  """
+  return _contract(eq, jnp.dtype(out_dtype or a.dtype).name, a, b)
+
+
+def _einsum(eq, a, b):
+  return jnp.einsum(eq, a, b, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _contract(eq, out_dtype, a, b):
+  return _einsum(eq, a, b.astype(a.dtype)).astype(out_dtype)
+
+
+def _contract_forward(eq, out_dtype, a, b):
+  low = b.astype(a.dtype)
+  return _einsum(eq, a, low).astype(out_dtype), (a, low, jnp.zeros((), b.dtype))
+
+
+def _contract_backward(eq, out_dtype, residuals, grad):
+  a, b, like_b = residuals
+  operands, out = eq.split("->")
+  a_letters, b_letters = operands.split(",")
+  grad = grad.astype(a.dtype)
+  grad_a = _einsum(f"{out},{b_letters}->{a_letters}", grad, b).astype(a.dtype)
+  grad_b = _einsum(f"{out},{a_letters}->{b_letters}", grad, a).astype(like_b.dtype)
+  return grad_a, grad_b
+
+
+_contract.defvjp(_contract_forward, _contract_backward)

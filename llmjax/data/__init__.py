@@ -1,0 +1,1 @@
+"""From raw text to batches: sources → prepare (tokenize, store) → pack → tasks → loader."""

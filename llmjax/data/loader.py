@@ -1,0 +1,122 @@
+"""The loader: step number → this process's part of the global batch, placed on the mesh.
+
+Batch content is a function of (seed, step): each process makes only the rows its devices hold, and
+any number of processes sees the same global batch. Grain reads ahead on threads.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from llmjax.core.errors import UserError
+from llmjax.data import sources, tasks
+from llmjax.data.batch import Batch
+from llmjax.data.pack import PackedRows
+from llmjax.data.prepare import TokenStore, prepare
+from llmjax.text.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What is trained on.
+
+  Attributes:
+    sources: comma-separated `stdlib`, folders and files.
+    held_out: share of the text that is kept for evaluation, in (0, 1).
+    batch_size: rows of the global batch, over all hosts.
+    cache: folder for tokenized text; empty means `data/` in the workdir.
+    read_ahead: batches made in advance.
+  """
+
+  sources: str = "stdlib"
+  held_out: float = 0.05
+  batch_size: int = 16
+  cache: str = ""
+  read_ahead: int = 8
+
+  def __post_init__(self):
+    if not 0 < self.held_out < 1:
+      raise UserError(f"data.held_out {self.held_out} is not between 0 and 1")
+    if self.batch_size < 1:
+      raise UserError(f"data.batch_size {self.batch_size} is less than 1")
+
+
+def read_split(config: DataConfig) -> tuple[list[sources.Document], list[sources.Document]]:
+  """Reads the config's text and divides it into training and held-out documents."""
+  return sources.split(sources.read_sources(config.sources), config.held_out)
+
+
+def make_tokenizer(config: TokenizerConfig, documents: list[sources.Document]) -> Tokenizer:
+  """Trains (or reads) the tokenizer, on at most `train_bytes` spread evenly over the documents."""
+  total = sum(document.size_bytes for document in documents)
+  keep = min(1.0, config.train_bytes / total)
+  texts = (document.text[: int(len(document.text) * keep)] for document in documents)
+  return train_tokenizer(config, texts)
+
+
+def make_store(config: DataConfig, documents, tokenizer: Tokenizer, workdir: Path) -> TokenStore:
+  """Tokenizes documents into the config's cache, or finds them there."""
+  return prepare(documents, tokenizer, Path(config.cache or Path(workdir, "data")))
+
+
+def batches(
+  rows: PackedRows, sharding: NamedSharding, batch_size: int, start: int, stop: int, read_ahead=8
+) -> Iterator[Batch]:
+  """Yields the global batches of steps `start` to `stop - 1`.
+
+  Args:
+    rows: packed rows by number.
+    sharding: where [b, t] arrays live.
+    batch_size: rows of the global batch.
+    start: first step.
+    stop: step to end before.
+    read_ahead: batches made in advance.
+  Returns:
+    An iterator over device-placed batches.
+  """
+
+  local = local_rows(sharding, batch_size)
+
+  def host_part(step) -> Batch:
+    made = [rows[int(step) * batch_size + row] for row in local]
+    return tasks.language_model(*(np.stack(column) for column in zip(*made, strict=True)))
+
+  # Indices are steps, so Grain's own state is one number that we already know.
+  steps = grain.MapDataset.range(start, stop).map(host_part)
+  options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=read_ahead)
+  for part in steps.to_iter_dataset(options):
+    yield place(part, sharding, local, batch_size)
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
+  """Lists the rows of a global batch that this process's devices hold."""
+  indices = sharding.addressable_devices_indices_map((batch_size, 1)).values()
+  return sorted({row for index in indices for row in range(*index[0].indices(batch_size))})
+
+
+def place(part: Batch, sharding: NamedSharding, rows=None, batch_size: int | None = None) -> Batch:
+  """Puts numpy rows on the devices as a global batch.
+
+  Args:
+    part: the rows that this process makes.
+    sharding: where [b, t] arrays live.
+    rows: their numbers in the global batch; by default the part is the whole batch.
+    batch_size: rows of the global batch.
+  Returns:
+    The batch as global arrays.
+  """
+  batch_size = batch_size or len(part.tokens_bt)
+  at = {row: i for i, row in enumerate(range(batch_size) if rows is None else rows)}
+
+  def put(array):
+    def piece(index):
+      return array[[at[row] for row in range(*index[0].indices(batch_size))]][:, index[1]]
+
+    return jax.make_array_from_callback((batch_size, array.shape[1]), sharding, piece)
+
+  return jax.tree.map(put, part)

@@ -1,0 +1,109 @@
+"""Tokenized text on disk: one ArrayRecord a corpus, one record a document.
+
+A store's folder is named by its content (texts, tokenizer, format), written beside its final place
+and renamed, so a folder that exists is whole, and the same text is never tokenized twice.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from llmjax.data.sources import Document
+from llmjax.text.tokenizer import Tokenizer, fingerprint
+
+_FORMAT = 1
+_DTYPE = np.dtype("<u4")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStore:
+  """Tokenized documents, each `BOS … EOS`, readable in any order.
+
+  Attributes:
+    key: hash of the texts and the tokenizer.
+    lengths: int64, tokens of each document, BOS and EOS counted.
+    size_bytes: UTF-8 bytes of all documents together.
+    records: random access to the documents' raw records.
+  """
+
+  key: str
+  lengths: np.ndarray
+  size_bytes: int
+  records: Sequence[bytes]
+
+  def __len__(self) -> int:
+    return len(self.lengths)
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    """Reads document `index` as int32 ids."""
+    return np.frombuffer(self.records[int(index)], _DTYPE).astype(np.int32)
+
+
+def store_key(documents: Sequence[Document], tokenizer: Tokenizer) -> str:
+  """Hashes what a store holds: 16 hex digits."""
+  digest = hashlib.sha256(f"{_FORMAT} {fingerprint(tokenizer)}".encode())
+  for document in documents:
+    digest.update(f"\0{document.source}\0{document.path}\0".encode())
+    digest.update(hashlib.sha256(document.text.encode()).digest())
+  return digest.hexdigest()[:16]
+
+
+def prepare(documents: Sequence[Document], tokenizer: Tokenizer, cache: Path) -> TokenStore:
+  """Tokenizes documents into `cache/<key>/`, or finds them there.
+
+  Args:
+    documents: texts, in the order they are to be numbered.
+    tokenizer: turns text into ids.
+    cache: folder of stores, made if it is missing.
+  Returns:
+    The opened store.
+  """
+  key = store_key(documents, tokenizer)
+  folder = Path(cache, key)
+  if not folder.is_dir():
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder.parent))
+    try:
+      _write(documents, tokenizer, partial)
+      os.rename(partial, folder)
+    except OSError:
+      if not folder.is_dir():  # else: another process finished the same store first
+        raise
+    finally:
+      shutil.rmtree(partial, ignore_errors=True)
+  return _open(folder)
+
+
+def _write(documents: Sequence[Document], tokenizer: Tokenizer, folder: Path, chunk: int = 256):
+  writer = ArrayRecordWriter(str(folder / "tokens.array_record"), "group_size:1")
+  lengths = []
+  for start in range(0, len(documents), chunk):
+    texts = [document.text for document in documents[start : start + chunk]]
+    for ids in tokenizer.encode_batch(texts):
+      row = np.asarray([tokenizer.bos_id, *ids, tokenizer.eos_id], _DTYPE)
+      lengths.append(len(row))
+      writer.write(row.tobytes())
+  writer.close()
+  np.save(folder / "lengths.npy", np.asarray(lengths, np.int64))
+  size_bytes = sum(document.size_bytes for document in documents)
+  meta = {"documents": len(lengths), "size_bytes": size_bytes, "tokens": int(sum(lengths))}
+  (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _open(folder: Path) -> TokenStore:
+  meta = json.loads((folder / "meta.json").read_text())
+  return TokenStore(
+    key=folder.name,
+    lengths=np.load(folder / "lengths.npy"),
+    size_bytes=meta["size_bytes"],
+    records=grain.sources.ArrayRecordDataSource(str(folder / "tokens.array_record")),
+  )

@@ -1,0 +1,55 @@
+"""`Model`: a config, its parameters and a tokenizer, as `llmjax.load` returns them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from llmjax.core.errors import UserError
+from llmjax.models.config import ModelConfig
+from llmjax.models.decoder import Decoder
+from llmjax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model ready for use.
+
+  Attributes:
+    config: the architecture.
+    parameters: the module, itself a tree of fp32 arrays.
+    tokenizer: text to ids and back; None where the checkpoint has none.
+  """
+
+  config: ModelConfig
+  parameters: Decoder
+  tokenizer: Tokenizer | None = None
+
+  def logits(self, tokens_bt):
+    """Scores the next token at every position.
+
+    Args:
+      tokens_bt: int ids, each row one document from position 0.
+    Returns:
+      logits_btv, fp32.
+    Raises:
+      UserError: rows longer than the context, or an id outside the vocabulary.
+    """
+    tokens_bt = np.asarray(tokens_bt, np.int32)
+    if tokens_bt.ndim != 2:
+      raise UserError(f"tokens_bt has rank {tokens_bt.ndim}; logits wants [batch, positions]")
+    if tokens_bt.shape[1] > self.config.context:
+      raise UserError(
+        f"{tokens_bt.shape[1]} tokens are more than the context of {self.config.context}"
+      )
+    if tokens_bt.size and not 0 <= tokens_bt.min() <= tokens_bt.max() < self.config.vocab_size:
+      raise UserError(
+        f"token ids run from {tokens_bt.min()} to {tokens_bt.max()}, "
+        f"the vocabulary from 0 to {self.config.vocab_size - 1}"
+      )
+    return _logits(self.parameters, tokens_bt)
+
+
+@jax.jit
+def _logits(decoder: Decoder, tokens_bt):
+  return decoder(tokens_bt)[0]

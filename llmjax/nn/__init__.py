@@ -1,0 +1,1 @@
+"""Single layers: arrays in, arrays out. Modules are values, built once and never changed."""

@@ -1,0 +1,202 @@
+"""The public functions, one a verb; each composes the floors below and returns plain values."""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmjax.core import config as configs
+from llmjax.core.errors import UserError
+from llmjax.data.loader import make_store, make_tokenizer, read_split
+from llmjax.data.prepare import prepare
+from llmjax.data.sources import read_sources
+from llmjax.eval.loss import compressor_bits_per_byte, evaluate_loss
+from llmjax.models import hf
+from llmjax.models.decoder import count_parameters
+from llmjax.models.model import Model
+from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.serve.generate import generate
+from llmjax.serve.sample import Sampling
+from llmjax.text.tokenizer import from_state, to_state
+from llmjax.train.checkpoint import load_model
+from llmjax.train.config import Config, binding
+from llmjax.train.loop import fit
+from llmjax.train.plot import plot_loss
+
+
+def train(config: Config, workdir: str | Path) -> dict:
+  """Runs an experiment: tokenizer, data, training, held-out evaluation, samples.
+
+  Goes on from whatever the workdir holds. Writes into it `config.json`, `tokenizer.json`, `data/`,
+  `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `loss.png`, `samples.txt` and `result.json`.
+
+  Args:
+    config: the experiment.
+    workdir: folder of the run, made if it is missing.
+  Returns:
+    What `result.json` holds: `bits_per_byte`, `gzip_bits_per_byte`, `xz_bits_per_byte`,
+    `train_seconds`, `tokens_per_s`, `steps`, `parameters` and more.
+  Raises:
+    UserError: an ordinary mistake; nothing in the workdir is lost.
+    Interrupted: stopped by the user; a checkpoint was saved.
+  """
+  began_s = time.perf_counter()
+  workdir = Path(workdir)
+  _check_workdir(config, workdir)
+  mesh = make_mesh(config.mesh)
+  _say(f"reading text: {config.data.sources}")
+  documents, held_out = read_split(config.data)
+  tokenizer = _tokenizer(config, workdir, documents)
+  store = make_store(config.data, documents, tokenizer, workdir)
+  held_store = make_store(config.data, held_out, tokenizer, workdir)
+  config = _with_vocab(config, tokenizer.vocab_size)
+  _claim(config, workdir, tokenizer)
+  parameters = count_parameters(config.model)
+  _say(
+    f"{parameters:,} parameters, {len(store):,} documents, {int(store.lengths.sum()):,} tokens "
+    f"of {store.size_bytes / store.lengths.sum():.2f} bytes; held out: {held_store.size_bytes:,} "
+    f"bytes in {len(held_store):,} documents"
+  )
+
+  def evaluate(decoder):
+    return evaluate_loss(decoder, held_store, mesh, config.eval.batch_size, config.eval.stride)
+
+  fitted = fit(config, workdir, tokenizer, store, mesh, evaluate)
+  _say("evaluating on held-out text")
+  result = {
+    **evaluate(fitted.decoder),
+    **compressor_bits_per_byte(held_out),
+    "train_seconds": round(fitted.train_seconds, 2),
+    "tokens_per_s": round(fitted.tokens_per_s, 1),
+    "steps": config.train.steps,
+    "parameters": parameters,
+    "config_hash": configs.config_hash(config),
+  }
+  plot_loss(workdir, workdir / "loss.png")
+  _write_samples(config, Model(config.model, fitted.decoder, tokenizer), workdir)
+  result["total_seconds"] = round(time.perf_counter() - began_s, 2)
+  _write(workdir / "result.json", json.dumps(result, indent=1) + "\n")
+  return result
+
+
+def load(path: str | Path) -> Model:
+  """Loads a model: a workdir, a checkpoint folder, or a Hugging Face Llama folder.
+
+  Raises:
+    UserError: nothing there, or nothing that can be read.
+  """
+  if hf.is_folder(path):
+    return hf.load_folder(path)
+  return load_model(path)[0]
+
+
+def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
+  """Measures a checkpoint's loss on text.
+
+  Args:
+    checkpoint: workdir or checkpoint folder.
+    overrides: `--config.a.b=v` arguments on the config kept in the checkpoint. With `data.sources`
+      among them all of that text is scored; without, the run's own held-out part.
+  Returns:
+    `nats_per_token`, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and the bits per byte of
+    gzip and xz on the same bytes.
+  """
+  model, meta = load_model(checkpoint)
+  config = configs.freeze(meta["config"], Config)
+  config = configs.override(config, [*overrides], Config)
+  if any(argument.startswith("--config.data.sources") for argument in overrides):
+    documents = read_sources(config.data.sources)
+  else:
+    documents = read_split(config.data)[1]
+  mesh = make_mesh(MeshConfig())
+  store = prepare(documents, model.tokenizer, _cache(config, checkpoint))
+  scores = evaluate_loss(
+    model.parameters, store, mesh, config.eval.batch_size, config.eval.stride
+  )
+  return {**scores, **compressor_bits_per_byte(documents)}
+
+
+def _cache(config: Config, checkpoint) -> Path:
+  if config.data.cache:
+    return Path(config.data.cache)
+  path = Path(checkpoint).absolute()
+  while path.name.isdigit() or path.name == "checkpoints":
+    path = path.parent
+  return path / "data"
+
+
+def _check_workdir(config: Config, workdir: Path):
+  """Refuses a workdir that holds a run of another config, naming what differs."""
+  path = workdir / "config.json"
+  if not path.exists():
+    return
+  try:
+    there = configs.flat(configs.freeze(json.loads(path.read_text()), Config))
+  except json.JSONDecodeError as error:
+    raise UserError(f"{path} is damaged ({error}); use another --workdir") from error
+  here = configs.flat(config)
+  here["model.vocab_size"] = here["model.vocab_size"] or there["model.vocab_size"]
+  differing = [key for key, value in binding(here).items() if value != there[key]]
+  if differing == ["train.steps"]:
+    _say(f"train.steps was {there['train.steps']} and is now {here['train.steps']}")
+    return
+  if differing:
+    shown = ", ".join(f"{key} ({there[key]!r} there, {here[key]!r} here)" for key in differing[:4])
+    more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+    raise UserError(
+      f"{workdir} holds a run of another config: {shown}{more}; use another --workdir"
+    )
+
+
+def _tokenizer(config: Config, workdir: Path, documents):
+  path = workdir / "tokenizer.json"
+  if (workdir / "config.json").exists() and path.exists():
+    return from_state(json.loads(path.read_text()))
+  _say(f"training a tokenizer of {config.tokenizer.vocab_size} tokens")
+  return make_tokenizer(config.tokenizer, documents)
+
+
+def _with_vocab(config: Config, vocab_size: int) -> Config:
+  if config.model.vocab_size not in (0, vocab_size):
+    raise UserError(
+      f"model.vocab_size {config.model.vocab_size} is not the tokenizer's {vocab_size}; "
+      "leave it at 0"
+    )
+  return dataclasses.replace(
+    config, model=dataclasses.replace(config.model, vocab_size=vocab_size)
+  )
+
+
+def _claim(config: Config, workdir: Path, tokenizer):
+  """Marks the workdir as this config's, once there is something worth keeping in it."""
+  _write(workdir / "tokenizer.json", json.dumps(to_state(tokenizer)))
+  _write(workdir / "config.json", json.dumps(configs.to_dict(config), indent=1) + "\n")
+
+
+def _write_samples(config: Config, model: Model, workdir: Path):
+  sampling = Sampling(
+    temperature=config.sample.temperature,
+    top_p=config.sample.top_p,
+    max_tokens=config.sample.max_tokens,
+    seed=config.seed,
+  )
+  prompts = config.sample.prompts
+  texts = [
+    f"--- prompt: {prompt!r}\n{prompt}{made.text}\n"
+    for prompt, made in zip(prompts, generate(model, prompts, sampling), strict=True)
+  ]
+  _write(workdir / "samples.txt", "\n".join(texts))
+
+
+def _write(path: Path, text: str):
+  """Replaces a file as a whole: a reader sees the old one or the new one."""
+  partial = path.with_name(f".{path.name}.partial")
+  partial.write_text(text)
+  os.replace(partial, path)
+
+
+def _say(text: str):
+  print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Training: state, loss, optimizer, step, checkpoints, metrics, and the loop that calls them."""

@@ -1,0 +1,167 @@
+"""Checkpoints: Orbax writes path → array in the background, beside all that made the run.
+
+A checkpoint folder holds three items: `model` and `optimizer` (arrays by path) and `meta` (config
+and its hash, tokenizer, data key, seed, step), so it can be moved and loaded alone. A folder that
+cannot be read is said out loud and the one before is used.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from llmjax.core import tree
+from llmjax.core.config import config_hash, freeze, to_dict
+from llmjax.core.errors import UserError
+from llmjax.models.config import ModelConfig
+from llmjax.models.decoder import abstract
+from llmjax.models.model import Model
+from llmjax.text.tokenizer import Tokenizer, from_state, to_state
+from llmjax.train.config import Config
+from llmjax.train.state import TrainState
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at WARNING
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+  """The checkpoints of one run.
+
+  Args:
+    workdir: folder of the run.
+    keep: newest checkpoints that stay.
+  """
+
+  def __init__(self, workdir: Path, keep: int):
+    self._root = Path(workdir, FOLDER).absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    self._manager = ocp.CheckpointManager(
+      self._root, options=options, item_names=("model", "optimizer", "meta")
+    )
+
+  def save(self, state: TrainState, meta: dict):
+    """Starts writing a checkpoint of the state's step; returns before it is on disk."""
+    step = int(state.step)
+    if step in self._manager.all_steps():
+      return
+    args = ocp.args.Composite(
+      model=ocp.args.StandardSave(tree.flatten(state.model)),
+      optimizer=ocp.args.StandardSave(tree.flatten(state.optimizer)),
+      meta=ocp.args.JsonSave({**meta, "step": step}),
+    )
+    self._manager.save(step, args=args)
+
+  def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
+    """Reads the newest whole checkpoint onto the shardings of `like`.
+
+    Args:
+      like: description of the state, with shardings; any mesh.
+    Returns:
+      (state, meta), or None where there is no checkpoint.
+    Raises:
+      UserError: there are checkpoints and none can be read.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for step in steps:
+      folder = self._root / str(step)
+      try:
+        meta = read_meta(folder)
+        made = TrainState(
+          step=jax.device_put(jax.numpy.int32(step), like.step.sharding),
+          model=_read(folder / "model", like.model),
+          optimizer=_read(folder / "optimizer", like.optimizer),
+        )
+      except Exception as error:
+        _warn(folder, error)
+        continue
+      for newer in steps[: steps.index(step)]:
+        self._manager.delete(newer)
+      return made, meta
+    if steps:
+      raise UserError(f"none of the {len(steps)} checkpoints in {self._root} can be read")
+    return None
+
+  def close(self):
+    """Waits until everything is on disk."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def make_meta(config: Config, tokenizer: Tokenizer, data_key: str) -> dict:
+  """Gathers what a checkpoint says of its run; the step is added when it is saved.
+
+  Data state and random state are functions of (seed, step), so these two numbers are all of both.
+  """
+  return {
+    "config": to_dict(config),
+    "config_hash": config_hash(config),
+    "seed": config.seed,
+    "data_key": data_key,
+    "tokenizer": to_state(tokenizer),
+  }
+
+
+def read_meta(folder: Path) -> dict:
+  """Reads a checkpoint's `meta`."""
+  return json.loads((folder / "meta" / "metadata").read_text())
+
+
+def load_model(path: str | Path) -> tuple[Model, dict]:
+  """Loads a trained model from a workdir (its newest whole checkpoint) or a checkpoint folder.
+
+  Args:
+    path: workdir, its `checkpoints` folder, or one checkpoint.
+  Returns:
+    (model on the first local device, meta).
+  Raises:
+    UserError: no such folder, no checkpoint in it, or none that can be read.
+  """
+  folders = _candidates(Path(path))
+  for folder in folders:
+    try:
+      meta = read_meta(folder)
+      return _build(folder, meta), meta
+    except UserError:
+      raise
+    except Exception as error:
+      _warn(folder, error)
+  raise UserError(f"none of the {len(folders)} checkpoints in {str(path)!r} can be read")
+
+
+def _build(folder: Path, meta: dict) -> Model:
+  config = freeze(meta["config"]["model"], ModelConfig, "model.")
+  like = abstract(config)
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), like)
+  return Model(config, _read(folder / "model", like), from_state(meta["tokenizer"]))
+
+
+def _candidates(path: Path) -> list[Path]:
+  path = path.expanduser().absolute()
+  if not path.is_dir():
+    raise UserError(f"checkpoint {str(path)!r} does not exist")
+  if (path / "meta").is_dir():
+    return [path]
+  root = path / FOLDER if (path / FOLDER).is_dir() else path
+  steps = sorted((int(p.name) for p in root.iterdir() if p.name.isdigit()), reverse=True)
+  if not steps:
+    raise UserError(f"there is no checkpoint in {str(path)!r}")
+  return [root / str(step) for step in steps]
+
+
+def _read(folder: Path, like):
+  with ocp.StandardCheckpointer() as reader:
+    return tree.unflatten(like, reader.restore(folder, tree.flatten(like)))
+
+
+def _warn(folder: Path, error: Exception):
+  reason = " ".join(str(error).split())[:160]
+  print(
+    f"llmjax: warning: checkpoint {folder} cannot be read ({type(error).__name__}: {reason}); "
+    "trying the one before",
+    file=sys.stderr,
+  )

@@ -1,0 +1,104 @@
+"""`Config`: one experiment, all of it. Sections live beside what they configure."""
+
+import dataclasses
+
+from llmjax.core.errors import UserError
+from llmjax.data.loader import DataConfig
+from llmjax.models.config import ModelConfig
+from llmjax.parallel.mesh import MeshConfig
+from llmjax.text.tokenizer import TokenizerConfig
+from llmjax.train.optim import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The loop.
+
+  Attributes:
+    steps: optimizer steps of the whole run.
+    accumulation: micro-batches a step.
+    log_every: steps between lines of metrics.
+  """
+
+  steps: int = 1000
+  accumulation: int = 1
+  log_every: int = 1
+
+  def __post_init__(self):
+    for key, value in dataclasses.asdict(self).items():
+      if value < 1:
+        raise UserError(f"train.{key} {value} is less than 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """Checkpoints.
+
+  Attributes:
+    every: steps between checkpoints; the last step is always kept.
+    keep: newest checkpoints that stay on disk; at least 2, so that a damaged one has a forebear.
+  """
+
+  every: int = 500
+  keep: int = 2
+
+  def __post_init__(self):
+    if self.every < 1 or self.keep < 2:
+      raise UserError(f"checkpoint: every {self.every} must be ≥ 1 and keep {self.keep} ≥ 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Held-out evaluation.
+
+  Attributes:
+    every: steps between evaluations during training; 0 evaluates at the end alone.
+    batch_size: rows at a time.
+    stride: new predictions a row of a document's later rows; 0 means half the context.
+  """
+
+  every: int = 0
+  batch_size: int = 16
+  stride: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+  """Samples written at the end of training.
+
+  Attributes:
+    prompts: one sample each.
+    max_tokens: most new tokens.
+    temperature: 0 is greedy.
+    top_p: nucleus.
+  """
+
+  prompts: tuple = ("",)
+  max_tokens: int = 128
+  temperature: float = 0.7
+  top_p: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole experiment; a run is a function of (config, seed, step)."""
+
+  seed: int = 0
+  model: ModelConfig = ModelConfig()
+  tokenizer: TokenizerConfig = TokenizerConfig()
+  data: DataConfig = DataConfig()
+  optim: OptimConfig = OptimConfig()
+  train: TrainConfig = TrainConfig()
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  eval: EvalConfig = EvalConfig()
+  sample: SampleConfig = SampleConfig()
+
+
+# What may differ when a run goes on: it changes where and how often, not what is learned.
+_FREE = ("mesh.", "checkpoint.", "eval.", "sample.", "data.cache", "data.read_ahead", "train.log_")
+
+
+def binding(values: dict) -> dict:
+  """Keeps the values of a flat config that decide what is learned."""
+  return {key: value for key, value in values.items() if not key.startswith(_FREE)}

@@ -1,0 +1,149 @@
+"""The training loop, top to bottom: restore or make the state, step, report, checkpoint."""
+
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from llmjax.core.errors import UserError
+from llmjax.data.loader import batches
+from llmjax.data.pack import PackedRows
+from llmjax.data.prepare import TokenStore
+from llmjax.models.config import forward_flops_per_token
+from llmjax.models.decoder import Decoder, abstract
+from llmjax.parallel.rules import batch_sharding
+from llmjax.text.tokenizer import Tokenizer
+from llmjax.train.checkpoint import Checkpoints, make_meta
+from llmjax.train.config import Config
+from llmjax.train.metrics import Reporter, matmul_peak_flops
+from llmjax.train.optim import make_optimizer
+from llmjax.train.state import abstract_state, init_sharded
+from llmjax.train.step import compile_step
+
+
+class Interrupted(KeyboardInterrupt):  # noqa: N818  (it is what Python calls Ctrl-C)
+  """The user stopped the run; its state is on disk."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+  """A finished training run.
+
+  Attributes:
+    decoder: the trained model.
+    train_seconds: seconds in the loop, all sessions of the run added up.
+    tokens_per_s: predicted tokens a second in this session, 0 where nothing was left to do.
+  """
+
+  decoder: Decoder
+  train_seconds: float
+  tokens_per_s: float
+
+
+def fit(
+  config: Config,
+  workdir: Path,
+  tokenizer: Tokenizer,
+  store: TokenStore,
+  mesh: Mesh,
+  evaluate: Callable[[Decoder], dict] = lambda decoder: {},
+) -> Fitted:
+  """Trains a model, going on from whatever checkpoint the workdir holds.
+
+  Args:
+    config: the experiment, `model.vocab_size` filled in.
+    workdir: folder of the run.
+    tokenizer: kept in every checkpoint.
+    store: training documents.
+    mesh: devices.
+    evaluate: called on the model every `eval.every` steps; its values are logged.
+  Returns:
+    The trained model and how long it took.
+  Raises:
+    UserError: the checkpoint is of other text, or the mesh does not divide the model.
+    Interrupted: SIGINT or SIGTERM came; the step under way was finished and saved.
+  """
+  steps, batch_size = config.train.steps, config.data.batch_size
+  optimizer = make_optimizer(config.optim, steps, abstract(config.model))
+  like = abstract_state(config.model, optimizer, mesh)
+  train_step = compile_step(
+    like, mesh, optimizer, accumulation=config.train.accumulation, batch_size=batch_size
+  )
+  rows = PackedRows(store, config.model.context, config.seed)
+  meta = make_meta(config, tokenizer, store.key)
+  checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+  state, start, spent_s = _start(checkpoints, like, config, optimizer, mesh, meta)
+
+  flops_per_token = 3 * forward_flops_per_token(config.model, config.model.context)
+  peak_flops = matmul_peak_flops(config.model.dtype)
+  began_s = time.perf_counter()
+  report = Reporter(
+    workdir, steps, start, config.train.log_every, flops_per_token, peak_flops
+  )
+  feed = batches(rows, batch_sharding(mesh), batch_size, start, steps, config.data.read_ahead)
+
+  with jax.set_mesh(mesh), _Signals() as stop:
+    for step, batch in enumerate(feed, start + 1):
+      state, metrics = train_step(state, batch)
+      report.add(step, metrics)
+      if config.eval.every and step % config.eval.every == 0 and step < steps:
+        report.write(step, evaluate(state.model))
+      if step % config.checkpoint.every == 0 or step == steps or stop.asked:
+        train_s = spent_s + time.perf_counter() - began_s
+        checkpoints.save(state, {**meta, "train_seconds": train_s})
+      if stop.asked and step < steps:
+        break
+  jax.block_until_ready(state)
+  train_s = spent_s + time.perf_counter() - began_s
+  report.close()
+  checkpoints.close()
+  if stop.asked:
+    raise Interrupted(f"stopped after step {int(state.step)} of {steps}")
+  return Fitted(state.model, train_s, report.tokens_per_s)
+
+
+def _start(checkpoints, like, config, optimizer, mesh, meta):
+  """Returns (state, steps done, seconds spent) from a checkpoint, or of step 0."""
+  restored = checkpoints.restore(like)
+  if restored is None:
+    return init_sharded(config.model, config.seed, optimizer, mesh), 0, 0.0
+  state, found = restored
+  if found["data_key"] != meta["data_key"]:
+    raise UserError(
+      f"the training text or tokenizer changed since this run began (data {found['data_key']} "
+      f"then, {meta['data_key']} now); use another --workdir, or bring the text back"
+    )
+  step = int(state.step)
+  if step > config.train.steps:
+    raise UserError(f"the run is at step {step}, beyond train.steps {config.train.steps}")
+  print(f"going on from step {step}", file=sys.stderr)
+  return state, step, found["train_seconds"]
+
+
+class _Signals:
+  """Turns the first SIGINT or SIGTERM into a request to stop; a second one stops at once."""
+
+  def __enter__(self):
+    self.asked = False
+    self._before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+      try:
+        self._before[number] = signal.signal(number, self._ask)
+      except ValueError:  # not the main thread, as in a notebook server: leave signals alone
+        break
+    return self
+
+  def _ask(self, number, frame):
+    if self.asked:
+      raise KeyboardInterrupt
+    self.asked = True
+    print("\nstopping: saving a checkpoint (again to stop at once)", file=sys.stderr, flush=True)
+
+  def __exit__(self, *error):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)

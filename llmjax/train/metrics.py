@@ -1,0 +1,206 @@
+"""Metrics: metrics.jsonl, TensorBoard and the progress line, fed one step late so nothing waits."""
+
+import json
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+
+def matmul_peak_flops(dtype: str, size: int = 1024, repeats: int = 5) -> float:
+  """Measures this machine's dense matrix multiplication: FLOP/s of its best of a few.
+
+  Args:
+    dtype: operands' dtype; sums are in fp32.
+    size: side of the square matrices.
+    repeats: timed runs.
+  Returns:
+    FLOP/s over all local devices.
+  """
+  a = jnp.ones((size, size), dtype)
+  multiply = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
+  multiply(a).block_until_ready()
+  best_s = float("inf")
+  for _ in range(repeats):
+    start_s = time.perf_counter()
+    multiply(a).block_until_ready()
+    best_s = min(best_s, time.perf_counter() - start_s)
+  devices = 1 if jax.default_backend() == "cpu" else jax.local_device_count()
+  return 2 * size**3 / best_s * devices
+
+
+class MetricsWriter:
+  """Appends metrics to `metrics.jsonl` and TensorBoard, one object a line, in step order.
+
+  Args:
+    workdir: folder of the run.
+    step: steps already done; lines of later steps, left by a run that was cut off, are dropped.
+  """
+
+  def __init__(self, workdir: Path, step: int):
+    path = Path(workdir, "metrics.jsonl")
+    kept = [line for line in read_metrics(workdir) if line["step"] <= step]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    self._file = path.open("a", buffering=1)
+    self._board = SummaryWriter(str(Path(workdir, "tensorboard")), purge_step=step + 1)
+
+  def write(self, step: int, values: dict):
+    """Writes one step's values; `step` comes first in the line."""
+    self._file.write(json.dumps({"step": step, **values}) + "\n")
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+
+  def close(self):
+    """Flushes and closes both files."""
+    self._file.close()
+    self._board.close()
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+  """Reads the whole lines of a run's `metrics.jsonl`; a last line cut short is left out."""
+  path = Path(workdir, "metrics.jsonl")
+  lines = path.read_text().splitlines() if path.exists() else []
+  out = []
+  for line in lines:
+    try:
+      out.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return out
+
+
+class Pending:
+  """Metrics still on the device, taken off only when `depth` later steps are under way."""
+
+  def __init__(self, depth: int = 2):
+    self._depth = depth
+    self._queue = deque()
+
+  def add(self, step: int, values):
+    """Queues a step's device values; returns the (step, host values) that are due."""
+    self._queue.append((step, values))
+    return self._take(len(self._queue) - self._depth)
+
+  def flush(self):
+    """Returns everything queued, waiting for it."""
+    return self._take(len(self._queue))
+
+  def _take(self, count):
+    taken = [self._queue.popleft() for _ in range(max(0, count))]
+    return [(step, {k: float(v) for k, v in values.items()}) for step, values in taken]
+
+
+class ProgressLine:
+  """A bar on a terminal, a plain line every few seconds elsewhere; always on standard error.
+
+  Args:
+    total: steps of the whole run.
+    done: steps already done.
+    every_s: seconds between plain lines.
+  """
+
+  def __init__(self, total: int, done: int = 0, every_s: float = 10.0):
+    console = Console(stderr=True)
+    self._total, self._first, self._every_s = total, done, every_s
+    self._start_s = self._last_s = time.perf_counter()
+    self._bar = None
+    if console.is_terminal:
+      self._bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+      )
+      self._task = self._bar.add_task("starting", total=total, completed=done)
+      self._bar.start()
+
+  def update(self, step: int, text: str):
+    """Shows that `step` steps are done, with a line of metrics."""
+    if self._bar:
+      self._bar.update(self._task, completed=step, description=text)
+      return
+    now_s = time.perf_counter()
+    if now_s - self._last_s >= self._every_s or step == self._total:
+      self._last_s = now_s
+      left_s = (now_s - self._start_s) / max(1, step - self._first) * (self._total - step)
+      print(f"step {step}/{self._total}  {text}  {left_s:.0f} s left", file=sys.stderr, flush=True)
+
+  def close(self):
+    """Leaves the last state on the screen."""
+    if self._bar:
+      self._bar.stop()
+
+
+class Reporter:
+  """Takes each step's device metrics and, a little later, writes and shows them.
+
+  Args:
+    workdir: folder of the run.
+    steps: steps of the whole run.
+    done: steps already done.
+    every: steps between lines of metrics.
+    flops_per_token: model FLOPs of one trained token, forward and backward.
+    peak_flops: FLOP/s that `utilization` is a share of.
+  """
+
+  def __init__(self, workdir, steps, done, every, flops_per_token, peak_flops):
+    self._writer = MetricsWriter(workdir, done)
+    self._line = ProgressLine(steps, done)
+    self._pending = Pending()
+    self._every, self._steps = every, steps
+    self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+    self._seen_s, self._seen_tokens = time.perf_counter(), 0.0
+    self._timed_s, self._timed_tokens = 0.0, 0.0
+    self._first = done + 1
+
+  def add(self, step: int, values: dict):
+    """Queues one step's metrics and deals with those that are due."""
+    self._show(self._pending.add(step, values))
+
+  def _show(self, due):
+    for step, values in due:
+      self._seen_tokens += values.pop("tokens")
+      if step % self._every and step != self._steps and step != self._first:
+        continue
+      now_s = time.perf_counter()
+      took_s, tokens = now_s - self._seen_s, self._seen_tokens
+      self._seen_s, self._seen_tokens = now_s, 0.0
+      if step != self._first:  # the first step is mostly compilation
+        self._timed_s, self._timed_tokens = self._timed_s + took_s, self._timed_tokens + tokens
+      values["tokens_per_s"] = tokens / took_s
+      values["utilization"] = self.utilization(tokens / took_s)
+      self._writer.write(step, values)
+      rate = self.tokens_per_s or values["tokens_per_s"]
+      self._line.update(
+        step,
+        f"loss {values['loss']:.3f}  {rate:,.0f} tokens/s  "
+        f"{self.utilization(rate):.0%} of matmul peak",
+      )
+
+  def utilization(self, tokens_per_s: float) -> float:
+    """Share of the machine's measured matrix-multiply peak that a rate amounts to."""
+    return tokens_per_s * self._flops_per_token / self._peak_flops
+
+  @property
+  def tokens_per_s(self) -> float:
+    """Predicted tokens a second so far, the first step of this session left out."""
+    return self._timed_tokens / self._timed_s if self._timed_s else 0.0
+
+  def write(self, step: int, values: dict):
+    """Writes values that are no step's own, such as an evaluation, after all that is pending."""
+    self._show(self._pending.flush())
+    self._writer.write(step, values)
+    self._seen_s = time.perf_counter()
+
+  def close(self):
+    """Deals with all that is pending and closes the files."""
+    self._show(self._pending.flush())
+    self._line.close()
+    self._writer.close()

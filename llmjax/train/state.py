@@ -1,0 +1,51 @@
+"""`TrainState`: all that a step changes, made already sharded."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from llmjax.models.config import ModelConfig
+from llmjax.models.decoder import Decoder
+from llmjax.parallel.rules import state_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """What one step takes and the next one gets.
+
+  Attributes:
+    step: int32 scalar, steps done.
+    model: fp32 master weights.
+    optimizer: optax state, its moments laid out as the weights are.
+  """
+
+  step: jax.Array
+  model: Decoder
+  optimizer: optax.OptState
+
+
+def init_state(config: ModelConfig, seed: int, optimizer) -> TrainState:
+  """Makes the state of step 0, a function of (config, seed)."""
+  model = Decoder(jax.random.key(seed), config)
+  return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+
+
+def init_sharded(config: ModelConfig, seed: int, optimizer, mesh: Mesh) -> TrainState:
+  """Makes the state of step 0 where it will live; no device ever holds the whole."""
+  make = lambda: init_state(config, seed, optimizer)  # noqa: E731
+  shardings = state_shardings(mesh, jax.eval_shape(make))
+  return jax.jit(make, out_shardings=shardings)()
+
+
+def abstract_state(config: ModelConfig, optimizer, mesh: Mesh) -> TrainState:
+  """Describes the state (shapes, dtypes, shardings) without making it."""
+  shapes = jax.eval_shape(lambda: init_state(config, 0, optimizer))
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    state_shardings(mesh, shapes),
+  )

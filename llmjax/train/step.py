@@ -1,0 +1,96 @@
+"""One training step: micro-batches, gradients, clipping, AdamW; jitted with explicit shardings."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llmjax.core.errors import UserError
+from llmjax.data.batch import Batch
+from llmjax.parallel.rules import ACTIVATIONS, batch_sharding, check_divides, state_shardings
+from llmjax.train.losses import cross_entropy
+from llmjax.train.state import TrainState
+
+
+def loss_and_grad(model, batch: Batch, accumulation: int = 1):
+  """Computes the mean loss over a batch and its gradient, a micro-batch at a time.
+
+  Sums are taken over micro-batches and divided once by the batch's whole count, so any
+  `accumulation` gives the gradient of the full batch.
+
+  Args:
+    model: the model, whose every leaf is differentiated.
+    batch: [b, t], b a multiple of `accumulation`.
+    accumulation: number of micro-batches.
+  Returns:
+    (loss in nats a prediction, gradient tree shaped as the model, number of predictions).
+  """
+
+  def loss_sum(model, part: Batch):
+    logits_btv, _ = model(part.tokens_bt, part.segments_bt, part.positions_bt)
+    return cross_entropy(logits_btv, part)
+
+  value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
+  if accumulation == 1:
+    (total, count), grads = value_and_grad(model, batch)
+  else:
+
+    def add(carry, part):
+      return jax.tree.map(jnp.add, carry, value_and_grad(model, part)), None
+
+    zero = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), model))
+    ((total, count), grads), _ = jax.lax.scan(add, zero, micro_batches(batch, accumulation))
+  scale = 1 / jnp.maximum(count, 1)
+  return total * scale, jax.tree.map(lambda grad: grad * scale, grads), count
+
+
+def micro_batches(batch: Batch, parts: int) -> Batch:
+  """Divides rows into `parts` groups [parts, b / parts, t], each spread over all devices."""
+  return jax.tree.map(
+    lambda a: a.reshape(a.shape[0] // parts, parts, *a.shape[1:]).swapaxes(0, 1), batch
+  )
+
+
+def train_step(state: TrainState, batch: Batch, *, optimizer, accumulation: int = 1):
+  """Advances the state by one batch.
+
+  Returns:
+    (state, metrics): `loss` in nats a token, `grad_norm` before clipping, `tokens` predicted.
+  """
+  loss, grads, count = loss_and_grad(state.model, batch, accumulation)
+  updates, opt_state = optimizer.update(grads, state.optimizer, state.model)
+  model = optax.apply_updates(state.model, updates)
+  metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tokens": count}
+  return TrainState(state.step + 1, model, opt_state), metrics
+
+
+def compile_step(state: TrainState, mesh: Mesh, optimizer, *, accumulation: int, batch_size: int):
+  """Jits the step for a mesh: state donated, every input and output sharding given.
+
+  Args:
+    state: the state, or its description.
+    mesh: the run's mesh.
+    optimizer: optax transformation.
+    accumulation: micro-batches a step.
+    batch_size: rows of the global batch.
+  Returns:
+    `(state, batch) -> (state, metrics)`.
+  Raises:
+    UserError: the batch does not divide into the micro-batches, or those over the mesh.
+  """
+  if accumulation < 1 or batch_size % accumulation:
+    raise UserError(
+      f"data.batch_size {batch_size} is not a multiple of train.accumulation {accumulation}"
+    )
+  check_divides(mesh, "micro-batch", "b", (batch_size // accumulation,), ACTIVATIONS)
+  shardings = state_shardings(mesh, state)
+
+  def step(state, batch):
+    return train_step(state, batch, optimizer=optimizer, accumulation=accumulation)
+
+  return jax.jit(
+    step,
+    in_shardings=(shardings, batch_sharding(mesh)),
+    out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+    donate_argnums=0,
+  )
