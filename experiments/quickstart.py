@@ -1,6 +1,10 @@
-"""Quickstart: a small Llama on the standard library's own text, on two CPU cores.
+"""Quickstart: a small Llama on the text of Python's own standard library, on two CPU cores.
 
   llmjax train --config=experiments/quickstart.py --workdir=runs/quickstart
+
+or `make train`. Expected on two cores: about five minutes, and held-out bits per byte near 1.56,
+below both gzip -9 (2.06) and xz -9 (1.68) on the same bytes. The corpus is that of the interpreter
+that runs it, so another Python gives slightly other figures.
 """
 
 from llmjax.core.config import defaults
@@ -8,18 +12,30 @@ from llmjax.train.config import Config
 
 
 def get_config():
-  """The config that `make train` runs."""
+  """Returns the config that `make train` runs."""
   config = defaults(Config)
-  config.model.layers = 4
-  config.model.width = 256
-  config.model.heads = 4
-  config.model.kv_heads = 2
-  config.model.mlp_width = 768
-  config.model.context = 256
-  config.model.scan = False
   config.tokenizer.vocab_size = 4096
+  config.data.sources = "stdlib"
   config.data.batch_size = 8
-  config.optim.learning_rate = 3e-3
-  config.train.steps = 60
-  config.sample.prompts = ("def main(", "class ", "The ")
+
+  config.model.layers = 4
+  config.model.width = 192
+  config.model.heads = 3
+  config.model.kv_heads = 1
+  config.model.mlp_width = 512
+  config.model.context = 256
+  config.model.dtype = "float32"  # on CPU as fast as bfloat16
+  config.model.scan = False  # on CPU unrolled layers run faster
+
+  # Muon needs about half the tokens that AdamW does here: see docs/LOG.md.
+  config.optim.kind = "muon"
+  config.optim.matrix_learning_rate = 0.02
+  config.optim.learning_rate = 4e-3
+  config.optim.warmup = 50
+  config.optim.final = 0.02
+  config.train.steps = 480
+  config.checkpoint.every = 100
+
+  config.eval.stride = 192
+  config.sample.prompts = ("def read_config(path):\n", "class Queue:\n", "This module provides ")
   return config

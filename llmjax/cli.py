@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     return sub
 
-  train = verb("train", "Run an experiment, or go on with it: --config.section.key=value overrides.")
+  train = verb("train", "Run or resume an experiment: --config.section.key=value overrides.")
   train.add_argument("--config", required=True, metavar="FILE", help="Python file, get_config()")
   train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
 

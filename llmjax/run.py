@@ -8,6 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+from ml_collections import ConfigDict
+
 from llmjax.core import config as configs
 from llmjax.core.errors import UserError
 from llmjax.data.loader import make_store, make_tokenizer, read_split
@@ -18,23 +21,24 @@ from llmjax.models import hf
 from llmjax.models.decoder import count_parameters
 from llmjax.models.model import Model
 from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.serve.generate import generate
+from llmjax.parallel.rules import state_shardings
+from llmjax.serve.generate import encode_prompts, generate
 from llmjax.serve.sample import Sampling
-from llmjax.text.tokenizer import from_state, to_state
-from llmjax.train.checkpoint import load_model
+from llmjax.text.tokenizer import from_state
+from llmjax.train.checkpoint import load_model, newest_meta
 from llmjax.train.config import Config, binding
 from llmjax.train.loop import fit
 from llmjax.train.plot import plot_loss
 
 
-def train(config: Config, workdir: str | Path) -> dict:
+def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
   """Runs an experiment: tokenizer, data, training, held-out evaluation, samples.
 
-  Goes on from whatever the workdir holds. Writes into it `config.json`, `tokenizer.json`, `data/`,
-  `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `loss.png`, `samples.txt` and `result.json`.
+  Goes on from whatever the workdir holds. Writes into it `data/`, `checkpoints/` (each with config
+  and tokenizer), `metrics.jsonl`, `tensorboard/`, `loss.png`, `samples.txt` and `result.json`.
 
   Args:
-    config: the experiment.
+    config: the experiment, frozen or as `get_config()` returns it.
     workdir: folder of the run, made if it is missing.
   Returns:
     What `result.json` holds: `bits_per_byte`, `gzip_bits_per_byte`, `xz_bits_per_byte`,
@@ -45,15 +49,20 @@ def train(config: Config, workdir: str | Path) -> dict:
   """
   began_s = time.perf_counter()
   workdir = Path(workdir)
-  _check_workdir(config, workdir)
+  if isinstance(config, ConfigDict):
+    config = configs.freeze(config.to_dict(), Config)
+  meta = newest_meta(workdir)
+  if meta:
+    _check_workdir(config, meta)
   mesh = make_mesh(config.mesh)
   _say(f"reading text: {config.data.sources}")
   documents, held_out = read_split(config.data)
-  tokenizer = _tokenizer(config, workdir, documents)
+  tokenizer = from_state(meta["tokenizer"]) if meta else _tokenizer(config, documents)
   store = make_store(config.data, documents, tokenizer, workdir)
   held_store = make_store(config.data, held_out, tokenizer, workdir)
   config = _with_vocab(config, tokenizer.vocab_size)
-  _claim(config, workdir, tokenizer)
+  encode_prompts(tokenizer, config.sample.prompts, config.model.context)  # fail now, not at the end
+  sampling = _sampling(config)
   parameters = count_parameters(config.model)
   _say(
     f"{parameters:,} parameters, {len(store):,} documents, {int(store.lengths.sum()):,} tokens "
@@ -76,7 +85,8 @@ def train(config: Config, workdir: str | Path) -> dict:
     "config_hash": configs.config_hash(config),
   }
   plot_loss(workdir, workdir / "loss.png")
-  _write_samples(config, Model(config.model, fitted.decoder, tokenizer), workdir)
+  model = Model(config.model, fitted.decoder, tokenizer)
+  _write_samples(model, config.sample.prompts, sampling, workdir)
   result["total_seconds"] = round(time.perf_counter() - began_s, 2)
   _write(workdir / "result.json", json.dumps(result, indent=1) + "\n")
   return result
@@ -106,16 +116,15 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
   """
   model, meta = load_model(checkpoint)
   config = configs.freeze(meta["config"], Config)
-  config = configs.override(config, [*overrides], Config)
+  config = configs.override(config, overrides)
   if any(argument.startswith("--config.data.sources") for argument in overrides):
     documents = read_sources(config.data.sources)
   else:
     documents = read_split(config.data)[1]
   mesh = make_mesh(MeshConfig())
+  decoder = jax.device_put(model.parameters, state_shardings(mesh, model.parameters))
   store = prepare(documents, model.tokenizer, _cache(config, checkpoint))
-  scores = evaluate_loss(
-    model.parameters, store, mesh, config.eval.batch_size, config.eval.stride
-  )
+  scores = evaluate_loss(decoder, store, mesh, config.eval.batch_size, config.eval.stride)
   return {**scores, **compressor_bits_per_byte(documents)}
 
 
@@ -128,33 +137,23 @@ def _cache(config: Config, checkpoint) -> Path:
   return path / "data"
 
 
-def _check_workdir(config: Config, workdir: Path):
-  """Refuses a workdir that holds a run of another config, naming what differs."""
-  path = workdir / "config.json"
-  if not path.exists():
-    return
-  try:
-    there = configs.flat(configs.freeze(json.loads(path.read_text()), Config))
-  except json.JSONDecodeError as error:
-    raise UserError(f"{path} is damaged ({error}); use another --workdir") from error
+def _check_workdir(config: Config, meta: dict):
+  """Refuses a workdir whose checkpoints are of another config, naming what differs."""
+  there = configs.flat(configs.freeze(meta["config"], Config))
   here = configs.flat(config)
   here["model.vocab_size"] = here["model.vocab_size"] or there["model.vocab_size"]
   differing = [key for key, value in binding(here).items() if value != there[key]]
   if differing == ["train.steps"]:
     _say(f"train.steps was {there['train.steps']} and is now {here['train.steps']}")
-    return
-  if differing:
+  elif differing:
     shown = ", ".join(f"{key} ({there[key]!r} there, {here[key]!r} here)" for key in differing[:4])
     more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
     raise UserError(
-      f"{workdir} holds a run of another config: {shown}{more}; use another --workdir"
+      f"the workdir holds a run of another config: {shown}{more}; use another --workdir"
     )
 
 
-def _tokenizer(config: Config, workdir: Path, documents):
-  path = workdir / "tokenizer.json"
-  if (workdir / "config.json").exists() and path.exists():
-    return from_state(json.loads(path.read_text()))
+def _tokenizer(config: Config, documents):
   _say(f"training a tokenizer of {config.tokenizer.vocab_size} tokens")
   return make_tokenizer(config.tokenizer, documents)
 
@@ -170,20 +169,17 @@ def _with_vocab(config: Config, vocab_size: int) -> Config:
   )
 
 
-def _claim(config: Config, workdir: Path, tokenizer):
-  """Marks the workdir as this config's, once there is something worth keeping in it."""
-  _write(workdir / "tokenizer.json", json.dumps(to_state(tokenizer)))
-  _write(workdir / "config.json", json.dumps(configs.to_dict(config), indent=1) + "\n")
-
-
-def _write_samples(config: Config, model: Model, workdir: Path):
-  sampling = Sampling(
-    temperature=config.sample.temperature,
-    top_p=config.sample.top_p,
-    max_tokens=config.sample.max_tokens,
+def _sampling(config: Config) -> Sampling:
+  wanted = config.sample
+  return Sampling(
+    temperature=wanted.temperature,
+    top_p=wanted.top_p,
+    max_tokens=wanted.max_tokens,
     seed=config.seed,
   )
-  prompts = config.sample.prompts
+
+
+def _write_samples(model: Model, prompts, sampling: Sampling, workdir: Path):
   texts = [
     f"--- prompt: {prompt!r}\n{prompt}{made.text}\n"
     for prompt, made in zip(prompts, generate(model, prompts, sampling), strict=True)

@@ -22,7 +22,7 @@ from llmjax.core.errors import UserError, nearest
 
 def defaults(schema: type) -> ConfigDict:
   """Makes a locked, editable config tree holding a dataclass's defaults."""
-  return ConfigDict(dataclasses.asdict(schema()))
+  return ConfigDict(dataclasses.asdict(schema())).lock()
 
 
 def load(path: str, overrides: Sequence[str], schema: type):
@@ -39,37 +39,37 @@ def load(path: str, overrides: Sequence[str], schema: type):
   """
   if not Path(path).is_file():
     raise UserError(f"config file {path!r} does not exist")
-  _run_file(path)
-  return override(None, overrides, schema, path)
+  return _apply(_run_file(path), overrides, schema)
 
 
-def override(config, overrides: Sequence[str], schema: type, path: str | None = None):
-  """Applies `--config.a.b=v` arguments to a frozen config, or to the one a file returns."""
+def override(config, overrides: Sequence[str]):
+  """Applies `--config.a.b=v` arguments to a frozen config; returns another one.
+
+  Raises:
+    UserError: an unknown key or a value of the wrong type.
+  """
+  return _apply(ConfigDict(to_dict(config)), overrides, type(config))
+
+
+def _apply(tree: ConfigDict, overrides: Sequence[str], schema: type):
+  _check_keys(overrides, schema)
   values = flags.FlagValues()
   argv = ["llmjax", *overrides]
-  if path is None:
-    config_flags.DEFINE_config_dict(
-      "config", ConfigDict(to_dict(config)), flag_values=values, sys_argv=argv
-    )
-  else:
-    argv.insert(1, f"--config={path}")
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-  _check_keys(overrides, schema)
+  config_flags.DEFINE_config_dict("config", tree, flag_values=values, sys_argv=argv)
   try:
     values(argv)
-  except flags.Error as error:
+  except (flags.Error, AttributeError, KeyError) as error:
     raise UserError(str(error).splitlines()[0]) from error
   return freeze(values.config.to_dict(), schema)
 
 
-def _run_file(path: str):
-  """Runs a config file once by itself, so that a mistake in it is told apart from a typed one."""
+def _run_file(path: str) -> ConfigDict:
+  """Runs a config file; a mistake in it is told with its line."""
   try:
     made = runpy.run_path(path)
     if "get_config" not in made:
       raise UserError(f"{path}: no get_config() in it")
-    if not isinstance(made["get_config"](), ConfigDict):
-      raise UserError(f"{path}: get_config() must return an ml_collections.ConfigDict")
+    tree = made["get_config"]()
   except UserError:
     raise
   except SyntaxError as error:
@@ -79,6 +79,9 @@ def _run_file(path: str):
     place = f"{path}:{lines[-1]}" if lines else path
     text = " ".join(str(error).split()).strip("'\"")
     raise UserError(f"{place}: {type(error).__name__}: {text}") from error
+  if not isinstance(tree, ConfigDict):
+    raise UserError(f"{path}: get_config() must return an ml_collections.ConfigDict")
+  return tree
 
 
 def _check_keys(overrides: Sequence[str], schema: type):

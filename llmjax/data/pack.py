@@ -13,7 +13,7 @@ from llmjax.data.prepare import TokenStore
 
 
 class PackedRows:
-  """Rows of `row_tokens + 1` tokens; consecutive rows of one epoch overlap in one token.
+  """Rows of `row_tokens + 1` tokens; rows that follow each other in the text share one token.
 
   Args:
     store: tokenized documents.
@@ -71,7 +71,8 @@ def windows(store: TokenStore, row_tokens: int, stride: int):
   Args:
     store: tokenized documents.
     row_tokens: positions in a row.
-    stride: new predictions a row after a document's first; the other positions are context only.
+    stride: new predictions a row after a document's first, at most `row_tokens`; the other
+      positions are context only.
   Returns:
     An iterator over (tokens, segments, scored), each [row_tokens + 1]; `scored` is true where the
     token itself is to be predicted.

@@ -15,7 +15,8 @@ from pathlib import Path
 from llmjax.core.errors import UserError
 
 _STDLIB_SUFFIXES = (".py", ".txt", ".rst")
-_STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_SKIPPED = {"__pycache__"}
+_STDLIB_SKIPPED = _SKIPPED | {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _LARGEST_HELD_OUT_SHARE = 1 / 20
 
 
@@ -43,7 +44,8 @@ def read_sources(spec: str) -> list[Document]:
   """Reads every document of a source spec, empty files left out.
 
   Args:
-    spec: comma-separated `stdlib`, folders (walked, hidden names skipped) and files.
+    spec: comma-separated `stdlib`, files, and folders, which are walked; hidden names and
+      `__pycache__` are skipped.
   Returns:
     Documents ordered by source, then path.
   Raises:
@@ -85,7 +87,7 @@ def _read_stdlib() -> Iterator[Document]:
         continue
 
 
-def _files_below(root: Path, skipped: frozenset | set = frozenset()) -> list[Path]:
+def _files_below(root: Path, skipped: set = _SKIPPED) -> list[Path]:
   found = []
   for folder, folders, files in os.walk(root):
     folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]

@@ -24,7 +24,9 @@ from llmjax.train.losses import cross_entropy
 def evaluate_loss(
   decoder: Decoder, store: TokenStore, mesh: Mesh, batch_size: int = 16, stride: int = 0
 ) -> dict:
-  """Predicts every token of a store exactly once, each with at least context - stride before it.
+  """Predicts every token of a store exactly once, in overlapping rows.
+
+  Past a document's first row, each prediction has at least context - stride tokens before it.
 
   Args:
     decoder: the model.

@@ -116,7 +116,8 @@ def from_tensors(config: ModelConfig, tensors: dict, table: dict) -> Decoder:
 
   made = tree.map_with_path(take, abstract(config))
   if left:
-    raise UserError(f"{len(left)} tensors have no place in the model: {', '.join(sorted(left)[:4])}")
+    names = ", ".join(sorted(left)[:4])
+    raise UserError(f"{len(left)} tensors have no place in the model: {names}")
   return jax.tree.map(jnp.asarray, made)
 
 

@@ -61,6 +61,31 @@ def state_shardings(mesh: Mesh, state):
   return tree.map_with_path(sharding, state)
 
 
+def optimizer_shardings(mesh: Mesh, optimizer, model):
+  """Lays optimizer state out like the weights it belongs to; small counters live everywhere.
+
+  Args:
+    mesh: the run's mesh.
+    optimizer: tree of optax state; a moment's path ends in its weight's path.
+    model: the tree of weights.
+  Returns:
+    The tree with a `NamedSharding` at every leaf.
+  Raises:
+    UserError: an array of more than 1,024 numbers that belongs to no weight.
+  """
+  weights = tree.flatten(state_shardings(mesh, model))
+
+  def sharding(path, leaf):
+    parts = path.split("/")
+    tails = ("/".join(parts[start:]) for start in range(len(parts)))
+    owner = next((tail for tail in tails if tail in weights), None)
+    if owner is None and math.prod(leaf.shape) > 1024:
+      raise UserError(f"optimizer state {path!r} of shape {leaf.shape} belongs to no weight")
+    return weights[owner] if owner else NamedSharding(mesh, PartitionSpec())
+
+  return tree.map_with_path(sharding, optimizer)
+
+
 def check_divides(mesh: Mesh, name: str, letters: str, shape, table: dict):
   """Raises a `UserError` naming array, letter, size and axes where the mesh does not divide."""
   for letter, size in zip(letters, shape, strict=True):

@@ -16,6 +16,7 @@ from llmjax.core.errors import UserError
 from llmjax.models.decoder import Decoder
 from llmjax.models.model import Model
 from llmjax.serve.sample import Sampling, draw
+from llmjax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +51,33 @@ def generate(
   if model.tokenizer is None:
     raise UserError("this model has no tokenizer; generate from ids with generate_ids")
   tokenizer = model.tokenizer
-  rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+  rows = encode_prompts(tokenizer, prompts, model.config.context)
   out = []
   for ids in generate_ids(model, rows, sampling or Sampling(), tokenizer.eos_id):
     stopped = bool(ids) and ids[-1] == tokenizer.eos_id
     ids = ids[:-1] if stopped else ids
     out.append(Completion(tokenizer.decode(ids), ids, "stop" if stopped else "length"))
   return out
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], context: int) -> list[list[int]]:
+  """Encodes prompts, BOS first.
+
+  Raises:
+    UserError: a prompt leaves no room in the context.
+  """
+  rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+  _check_room(rows, context)
+  return rows
+
+
+def _check_room(rows: Sequence[Sequence[int]], context: int):
+  for number, row in enumerate(rows):
+    if not 0 < len(row) < context:
+      raise UserError(
+        f"prompt {number} has {len(row)} tokens (BOS counted); this model's context of {context} "
+        f"takes from 1 to {context - 1}"
+      )
 
 
 def generate_ids(
@@ -74,15 +95,10 @@ def generate_ids(
   Raises:
     UserError: a prompt is empty, or leaves no room in the context.
   """
-  context = model.config.context
-  for number, row in enumerate(rows):
-    if not 0 < len(row) < context:
-      raise UserError(
-        f"prompt {number} has {len(row)} tokens (BOS counted); this model's context of {context} "
-        f"takes from 1 to {context - 1}"
-      )
   if not rows:
     return []
+  context = model.config.context
+  _check_room(rows, context)
   lengths = np.array([len(row) for row in rows], np.int32)
   new_tokens = min(sampling.max_tokens, context - int(lengths.min()))
   width = min(_bucket(int(lengths.max())), context)

@@ -14,10 +14,11 @@ class Sampling:
 
   Attributes:
     temperature: divides the scores; 0 takes the highest.
-    top_k: keeps the k highest; 0 keeps all.
+    top_k: keeps the k highest, with all that equal the last of them; 0 keeps all.
     top_p: keeps the fewest whose probabilities reach p, after top-k; 1 keeps all.
     max_tokens: most new tokens.
-    seed: of the draw; the same seed, prompt and model give the same text.
+    seed: of the draw; seed, model, prompt and its place in the batch decide the text, so equal
+      prompts in one batch differ.
   """
 
   temperature: float = 1.0
@@ -33,6 +34,8 @@ class Sampling:
       raise UserError(f"top_k {self.top_k} is negative")
     if not 0 < self.top_p <= 1:
       raise UserError(f"top_p {self.top_p} is not in (0, 1]")
+    if self.seed < 0:
+      raise UserError(f"seed {self.seed} is negative")
     if self.max_tokens < 1:
       raise UserError(f"max_tokens {self.max_tokens} is less than 1")
 
@@ -55,7 +58,8 @@ def filter_logits(logits_bv, temperature, top_k: int, top_p):
     ordered_bv = jnp.where(jnp.arange(ordered_bv.shape[-1]) < top_k, ordered_bv, -jnp.inf)
   probabilities = jax.nn.softmax(ordered_bv, axis=-1)
   before = jnp.cumsum(probabilities, axis=-1) - probabilities
-  kept = jnp.where((before < top_p) & jnp.isfinite(ordered_bv), ordered_bv, jnp.inf)
+  inside = (before < top_p) | (top_p >= 1)  # rounding can bring the sum to 1 before the last one
+  kept = jnp.where(inside & jnp.isfinite(ordered_bv), ordered_bv, jnp.inf)
   return jnp.where(logits_bv >= kept.min(-1, keepdims=True), logits_bv, -jnp.inf)
 
 

@@ -30,6 +30,8 @@ class SentencePiece:
 
   def __init__(self, model: bytes):
     self._model = model
+    if not model:  # the library takes nothing for a tokenizer of no tokens
+      raise UserError("the file is not a SentencePiece model: it is empty")
     try:
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:

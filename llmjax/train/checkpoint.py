@@ -110,6 +110,18 @@ def read_meta(folder: Path) -> dict:
   return json.loads((folder / "meta" / "metadata").read_text())
 
 
+def newest_meta(workdir: Path) -> dict | None:
+  """Reads the `meta` of a workdir's newest checkpoint that has one whole, or None without any."""
+  if not any(Path(workdir, FOLDER).glob("[0-9]*")):
+    return None
+  for folder in _candidates(Path(workdir)):
+    try:
+      return read_meta(folder)
+    except (OSError, ValueError):
+      continue  # said out loud when the state is restored
+  raise UserError(f"none of the checkpoints in {str(workdir)!r} can be read")
+
+
 def load_model(path: str | Path) -> tuple[Model, dict]:
   """Loads a trained model from a workdir (its newest whole checkpoint) or a checkpoint folder.
 

@@ -61,6 +61,13 @@ class EvalConfig:
   batch_size: int = 16
   stride: int = 0
 
+  def __post_init__(self):
+    if self.every < 0 or self.batch_size < 1 or self.stride < 0:
+      raise UserError(
+        f"eval: every {self.every} and stride {self.stride} must not be negative, "
+        f"batch_size {self.batch_size} must be ≥ 1"
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
@@ -93,6 +100,10 @@ class Config:
   checkpoint: CheckpointConfig = CheckpointConfig()
   eval: EvalConfig = EvalConfig()
   sample: SampleConfig = SampleConfig()
+
+  def __post_init__(self):
+    if self.seed < 0:
+      raise UserError(f"seed {self.seed} is negative")
 
 
 # What may differ when a run goes on: it changes where and how often, not what is learned.

@@ -26,7 +26,7 @@ from llmjax.train.state import abstract_state, init_sharded
 from llmjax.train.step import compile_step
 
 
-class Interrupted(KeyboardInterrupt):  # noqa: N818  (it is what Python calls Ctrl-C)
+class Interrupted(KeyboardInterrupt):
   """The user stopped the run; its state is on disk."""
 
 

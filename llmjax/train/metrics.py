@@ -156,7 +156,7 @@ class Reporter:
     self._pending = Pending()
     self._every, self._steps = every, steps
     self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-    self._seen_s, self._seen_tokens = time.perf_counter(), 0.0
+    self._seen_s, self._passed_s, self._seen_tokens = time.perf_counter(), 0.0, 0.0
     self._timed_s, self._timed_tokens = 0.0, 0.0
     self._first = done + 1
 
@@ -165,13 +165,16 @@ class Reporter:
     self._show(self._pending.add(step, values))
 
   def _show(self, due):
+    # Several steps read at once have taken the same time each, as far as can be told from here.
+    share_s = (time.perf_counter() - self._seen_s) / max(1, len(due))
     for step, values in due:
+      self._passed_s += share_s
+      self._seen_s += share_s
       self._seen_tokens += values.pop("tokens")
       if step % self._every and step != self._steps and step != self._first:
         continue
-      now_s = time.perf_counter()
-      took_s, tokens = now_s - self._seen_s, self._seen_tokens
-      self._seen_s, self._seen_tokens = now_s, 0.0
+      took_s, tokens = self._passed_s, self._seen_tokens
+      self._passed_s, self._seen_tokens = 0.0, 0.0
       if step != self._first:  # the first step is mostly compilation
         self._timed_s, self._timed_tokens = self._timed_s + took_s, self._timed_tokens + tokens
       values["tokens_per_s"] = tokens / took_s

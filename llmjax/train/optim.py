@@ -2,19 +2,23 @@
 
 import dataclasses
 
-import jax
 import optax
 
 from llmjax.core import tree
-from llmjax.core.errors import UserError
+from llmjax.core.dims import letters_of
+from llmjax.core.errors import UserError, nearest
+
+KINDS = ("adamw", "muon")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW under a linear warm-up and a cosine decay.
+  """AdamW or Muon under a linear warm-up and a cosine decay.
 
   Attributes:
-    learning_rate: peak, at the end of the warm-up.
+    kind: adamw, or muon: the blocks' matrices by Muon, embeddings, head and scales by AdamW.
+    learning_rate: AdamW's peak, at the end of the warm-up.
+    matrix_learning_rate: Muon's peak; unused by adamw.
     warmup: steps of linear growth from zero.
     final: share of the peak that the cosine ends on, at the last step.
     beta1: decay of the first moment.
@@ -25,7 +29,9 @@ class OptimConfig:
     clip_norm: largest global gradient norm; 0 clips nothing.
   """
 
+  kind: str = "adamw"
   learning_rate: float = 1e-3
+  matrix_learning_rate: float = 0.02
   warmup: int = 100
   final: float = 0.1
   beta1: float = 0.9
@@ -36,27 +42,38 @@ class OptimConfig:
   clip_norm: float = 1.0
 
   def __post_init__(self):
-    if self.learning_rate <= 0 or self.warmup < 0 or self.clip_norm < 0:
-      raise UserError(
-        f"optim: learning_rate {self.learning_rate} must be positive, warmup {self.warmup} and "
-        f"clip_norm {self.clip_norm} not negative"
-      )
+    if self.kind not in KINDS:
+      raise UserError(f"optim.kind {self.kind!r} is unknown; {nearest(self.kind, KINDS)}")
+    for key in ("learning_rate", "matrix_learning_rate", "eps"):
+      if getattr(self, key) <= 0:
+        raise UserError(f"optim.{key} {getattr(self, key)} is not positive")
+    for key in ("warmup", "final", "weight_decay", "clip_norm"):
+      if getattr(self, key) < 0:
+        raise UserError(f"optim.{key} {getattr(self, key)} is negative")
+    for key in ("beta1", "beta2"):
+      if not 0 <= getattr(self, key) < 1:
+        raise UserError(f"optim.{key} {getattr(self, key)} is not in [0, 1)")
 
 
-def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-  """Learning rate of each step: up linearly for `warmup`, then down a cosine to the last step."""
+def make_schedule(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
+  """Learning rate by updates done: up linearly to `peak`, then down a cosine to the last step.
+
+  The run's update number 1 already moves; number `warmup` is at the peak, number `steps` at
+  `final` of it.
+  """
   warmup = min(config.warmup, steps)
-  return optax.warmup_cosine_decay_schedule(
+  rate = optax.warmup_cosine_decay_schedule(
     init_value=0.0,
-    peak_value=config.learning_rate,
+    peak_value=peak,
     warmup_steps=warmup,
     decay_steps=max(steps, warmup + 1),
-    end_value=config.learning_rate * config.final,
+    end_value=peak * config.final,
   )
+  return lambda done: rate(done + 1)
 
 
 def make_optimizer(config: OptimConfig, steps: int, model) -> optax.GradientTransformation:
-  """Builds clipping and AdamW for a model's tree.
+  """Builds clipping and the optimizer for a model's tree.
 
   Args:
     config: see `OptimConfig`.
@@ -66,15 +83,52 @@ def make_optimizer(config: OptimConfig, steps: int, model) -> optax.GradientTran
     The optax transformation.
   Raises:
     UserError: a pattern of `no_decay` matches no parameter.
+  Source: AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101; Muon: Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon.
   """
-  decayed = jax.tree.map(lambda spared: not spared, tree.select(model, config.no_decay))
+  spared = tree.flatten(tree.select(model, config.no_decay))
+
+  # Masks and labels go in as functions of the parameters: a module is itself callable, and optax
+  # would take a module-shaped mask for a function.
+  def decayed(params):
+    return tree.map_with_path(lambda path, _: not spared[path], params)
+
   adamw = optax.adamw(
-    make_schedule(config, steps),
+    make_schedule(config, steps, config.learning_rate),
     b1=config.beta1,
     b2=config.beta2,
     eps=config.eps,
     weight_decay=config.weight_decay,
     mask=decayed,
   )
+  rule = adamw
+  if config.kind == "muon":
+    muon = optax.contrib.muon(
+      make_schedule(config, steps, config.matrix_learning_rate),
+      weight_decay=config.weight_decay,
+      weight_decay_mask=decayed,
+      muon_weight_dimension_numbers=lambda params: tree.map_with_path(_sides, params),
+    )
+    rule = optax.partition({"adamw": adamw, "muon": muon}, _labels)
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-  return optax.chain(clip, adamw)
+  return optax.chain(clip, rule)
+
+
+def _labels(params):
+  return tree.map_with_path(lambda path, leaf: "muon" if _sides(path, leaf) else "adamw", params)
+
+
+def _sides(path: str, leaf) -> optax.contrib.MuonDimensionNumbers | None:
+  """Says which axes of a weight are a matrix's input and output; None where it is no matrix.
+
+  The residual width `d` is one side, all but the layers `l` the other. Vocabulary tables are rows
+  of vectors, not maps between spaces, and keep AdamW.
+  """
+  letters = letters_of(path, leaf.ndim)
+  places = {letter: place for place, letter in enumerate(letters) if letter != "l"}
+  if len(places) < 2 or "v" in places or "d" not in places:
+    return None
+  residual = (places.pop("d"),)
+  other = tuple(places.values())
+  sides = (residual, other) if residual < other else (other, residual)
+  return optax.contrib.MuonDimensionNumbers(*sides)

@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.models.config import ModelConfig
 from llmjax.models.decoder import Decoder
-from llmjax.parallel.rules import state_shardings
+from llmjax.parallel.rules import optimizer_shardings, state_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -34,10 +34,19 @@ def init_state(config: ModelConfig, seed: int, optimizer) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
 
 
+def train_shardings(mesh: Mesh, state: TrainState) -> TrainState:
+  """Gives every leaf of a state, or of its description, its sharding."""
+  return TrainState(
+    step=NamedSharding(mesh, PartitionSpec()),
+    model=state_shardings(mesh, state.model),
+    optimizer=optimizer_shardings(mesh, state.optimizer, state.model),
+  )
+
+
 def init_sharded(config: ModelConfig, seed: int, optimizer, mesh: Mesh) -> TrainState:
   """Makes the state of step 0 where it will live; no device ever holds the whole."""
   make = lambda: init_state(config, seed, optimizer)  # noqa: E731
-  shardings = state_shardings(mesh, jax.eval_shape(make))
+  shardings = train_shardings(mesh, jax.eval_shape(make))
   return jax.jit(make, out_shardings=shardings)()
 
 
@@ -47,5 +56,5 @@ def abstract_state(config: ModelConfig, optimizer, mesh: Mesh) -> TrainState:
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes,
-    state_shardings(mesh, shapes),
+    train_shardings(mesh, shapes),
   )

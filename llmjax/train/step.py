@@ -7,9 +7,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
-from llmjax.parallel.rules import ACTIVATIONS, batch_sharding, check_divides, state_shardings
+from llmjax.parallel.rules import ACTIVATIONS, batch_sharding, check_divides
 from llmjax.train.losses import cross_entropy
-from llmjax.train.state import TrainState
+from llmjax.train.state import TrainState, train_shardings
 
 
 def loss_and_grad(model, batch: Batch, accumulation: int = 1):
@@ -60,7 +60,7 @@ def train_step(state: TrainState, batch: Batch, *, optimizer, accumulation: int 
   loss, grads, count = loss_and_grad(state.model, batch, accumulation)
   updates, opt_state = optimizer.update(grads, state.optimizer, state.model)
   model = optax.apply_updates(state.model, updates)
-  metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tokens": count}
+  metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": count}
   return TrainState(state.step + 1, model, opt_state), metrics
 
 
@@ -83,7 +83,7 @@ def compile_step(state: TrainState, mesh: Mesh, optimizer, *, accumulation: int,
       f"data.batch_size {batch_size} is not a multiple of train.accumulation {accumulation}"
     )
   check_divides(mesh, "micro-batch", "b", (batch_size // accumulation,), ACTIVATIONS)
-  shardings = state_shardings(mesh, state)
+  shardings = train_shardings(mesh, state)
 
   def step(state, batch):
     return train_step(state, batch, optimizer=optimizer, accumulation=accumulation)

@@ -1,0 +1,49 @@
+"""Shared by all tests: CPU, a persistent compilation cache, a tiny model, the real data's place."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+  """The folder of real texts and weights; tests that use it skip where it is absent."""
+  if not SHARED_DATA.is_dir():
+    pytest.skip(f"{SHARED_DATA} is not here (it is on the developers' machines and in CI)")
+  return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+  """A decoder with grouped heads, two layers and fp32 arithmetic."""
+  from llmjax.models.config import ModelConfig
+
+  return ModelConfig(
+    layers=2,
+    width=32,
+    heads=4,
+    kv_heads=2,
+    mlp_width=64,
+    vocab_size=96,
+    context=16,
+    dtype="float32",
+  )
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tiny_config):
+  """The decoder of `tiny_config`, random weights."""
+  from llmjax.models.decoder import Decoder
+
+  return jax.jit(lambda: Decoder(jax.random.key(0), tiny_config))()

@@ -1,0 +1,199 @@
+"""Proves that configs are strict: unknown keys, wrong types and broken files are user errors."""
+
+import dataclasses
+import json
+
+import pytest
+
+from llmjax.core import config as configs
+from llmjax.core.errors import UserError
+from llmjax.train.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+  rate: float = 0.5
+  names: tuple = ("a",)
+  on: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+  steps: int = 3
+  word: str = "w"
+  inner: Inner = Inner()
+
+
+FILE = """
+from ml_collections import ConfigDict
+
+def get_config():
+  return ConfigDict({"steps": 7, "word": "w", "inner": {"rate": 0.25, "names": ("a",), "on": True}})
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+  file = tmp_path / "experiment.py"
+  file.write_text(FILE)
+  return str(file)
+
+
+def write(tmp_path, text):
+  file = tmp_path / "broken.py"
+  file.write_text(text)
+  return str(file)
+
+
+def test_defaults_are_the_dataclasses_own():
+  tree = configs.defaults(Outer)
+  assert tree.inner.rate == 0.5
+  assert configs.freeze(tree.to_dict(), Outer) == Outer()
+
+
+def test_defaults_refuse_a_key_nobody_declared():
+  tree = configs.defaults(Outer)
+  with pytest.raises((AttributeError, KeyError)):
+    tree.inner.rat = 1.0
+
+
+def test_the_real_config_survives_defaults_freeze_and_json():
+  made = configs.freeze(configs.defaults(Config).to_dict(), Config)
+  assert made == Config()
+  assert configs.freeze(json.loads(json.dumps(configs.to_dict(made))), Config) == made
+
+
+def test_a_file_is_read_and_overridden(path):
+  made = configs.load(path, ["--config.inner.rate=2", "--config.inner.names=('x', 'y')"], Outer)
+  assert made == Outer(steps=7, inner=Inner(rate=2.0, names=("x", "y")))
+  assert isinstance(made.inner.rate, float)
+
+
+def test_a_frozen_config_is_overridden():
+  made = configs.override(Outer(), ["--config.inner.on=false", "--config.steps=9"])
+  assert made == Outer(steps=9, inner=Inner(on=False))
+
+
+WRONG_ARGUMENTS = pytest.mark.parametrize(
+  ("argument", "words"),
+  [
+    ("--config.inner.rte=2", r"unknown config key 'inner.rte'; did you mean 'inner.rate'"),
+    ("--config.inner=2", r"unknown config key 'inner'"),
+    ("--config.steps", r"'steps' has no value"),
+    ("--config.steps=many", r"steps"),
+    ("--config.steps=1.5", r"steps"),
+    ("--config.inner.on=perhaps", r"inner.on"),
+    ("--config.inner.rate=fast", r"inner.rate"),
+  ],
+)
+
+
+@WRONG_ARGUMENTS
+def test_a_wrong_argument_on_a_file_is_a_user_error_that_names_the_key(path, argument, words):
+  with pytest.raises(UserError, match=words):
+    configs.load(path, [argument], Outer)
+
+
+@WRONG_ARGUMENTS
+def test_a_wrong_argument_on_a_config_is_a_user_error_that_names_the_key(argument, words):
+  with pytest.raises(UserError, match=words):
+    configs.override(Outer(), [argument])
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("x = 1\n", r"no get_config"),
+    ("def get_config():\n  return {}\n", r"must return an ml_collections.ConfigDict"),
+    ("def get_config(:\n", r"broken.py:1: "),
+    ("def get_config():\n  return missing\n", r"broken.py:2: NameError"),
+    ("\nimport no_such_module\n", r"broken.py:2: ModuleNotFoundError"),
+  ],
+)
+def test_a_broken_file_is_a_user_error_that_names_the_line(tmp_path, text, words):
+  with pytest.raises(UserError, match=words):
+    configs.load(write(tmp_path, text), [], Outer)
+
+
+def test_a_missing_file_is_a_user_error():
+  with pytest.raises(UserError, match=r"'nowhere.py' does not exist"):
+    configs.load("nowhere.py", [], Outer)
+
+
+def test_an_unknown_key_in_a_file_is_a_user_error(tmp_path):
+  text = FILE.replace('"rate"', '"rat"')
+  with pytest.raises(UserError, match=r"'inner.rat'; did you mean 'rate'"):
+    configs.load(write(tmp_path, text), [], Outer)
+
+
+@pytest.mark.parametrize(
+  ("values", "words"),
+  [
+    ({"steps": 1.0}, r"'steps' wants int, got 1.0 \(float\)"),
+    ({"steps": True}, r"'steps' wants int, got True"),
+    ({"word": 3}, r"'word' wants str"),
+    ({"inner": 3}, r"'inner' is a section"),
+    ({"inner": {"on": 1}}, r"'inner.on' wants bool"),
+    ({"inner": {"names": "a"}}, r"'inner.names' wants tuple"),
+    ({"inner": {"raet": 1.0}}, r"'inner.raet'; did you mean 'rate'"),
+  ],
+)
+def test_freeze_refuses_wrong_values(values, words):
+  with pytest.raises(UserError, match=words):
+    configs.freeze(values, Outer)
+
+
+def test_freeze_fills_what_is_missing_and_mends_what_json_changed():
+  made = configs.freeze({"inner": {"rate": 1, "names": ["p", "q"]}}, Outer)
+  assert made == Outer(inner=Inner(rate=1.0, names=("p", "q")))
+
+
+@pytest.mark.parametrize(
+  ("section", "values", "words"),
+  [
+    ("model", {"dtype": "float61"}, "model.dtype 'float61'.*did you mean"),
+    ("model", {"remat": "half"}, "model.remat 'half'.*known: dots, full, none"),
+    ("model", {"layers": 0}, "model.layers 0"),
+    ("model", {"heads": 4, "kv_heads": 3}, "model.heads 4 .* model.kv_heads 3"),
+    ("model", {"width": 30, "heads": 4}, "model.width 30 .* model.heads 4"),
+    ("model", {"head_dim": 7}, "7 is odd"),
+    ("data", {"held_out": 1.0}, "held_out 1.0"),
+    ("data", {"batch_size": 0}, "data.batch_size 0"),
+    ("optim", {"learning_rate": 0.0}, "learning_rate 0.0"),
+    ("optim", {"clip_norm": -1.0}, "clip_norm -1.0"),
+    ("train", {"steps": 0}, "train.steps 0"),
+    ("checkpoint", {"keep": 1}, "keep 1"),
+  ],
+)
+def test_values_that_make_no_run_are_user_errors(section, values, words):
+  with pytest.raises(UserError, match=words):
+    configs.freeze({section: values}, Config)
+
+
+def test_flat_lists_every_value_by_dotted_key():
+  assert configs.flat(Outer()) == {
+    "steps": 3,
+    "word": "w",
+    "inner.rate": 0.5,
+    "inner.names": ("a",),
+    "inner.on": True,
+  }
+
+
+def test_the_hash_changes_with_every_value_and_is_pinned():
+  assert configs.config_hash(Outer()) == configs.config_hash(Outer())
+  changed = [
+    Outer(steps=4),
+    Outer(word="v"),
+    Outer(inner=Inner(rate=0.51)),
+    Outer(inner=Inner(names=("b",))),
+    Outer(inner=Inner(on=False)),
+  ]
+  assert len({configs.config_hash(made) for made in [Outer(), *changed]}) == 6
+  assert configs.config_hash(Outer()) == "82667b33827839a8"
+
+
+def test_overriding_leaves_the_config_it_came_from_alone():
+  before = Outer()
+  assert configs.override(before, ["--config.steps=8"]).steps == 8
+  assert before == Outer()

@@ -1,0 +1,154 @@
+"""Proves that cached, batched generation is what full forward passes one by one would write."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax.core.errors import UserError
+from llmjax.models.decoder import abstract
+from llmjax.models.model import Model
+from llmjax.serve.generate import generate, generate_ids
+from llmjax.serve.sample import Sampling
+from llmjax.text.sentencepiece import SentencePiece
+
+CONTEXT = 40
+TEXT = "the quick brown fox jumps over the lazy dög\n"
+GREEDY = Sampling(temperature=0, max_tokens=12)
+# One to twenty ids: the longest is beyond the smallest bucket of 16.
+PROMPTS = [[1, 5, 9], [1], list(range(1, 21)), [1, 80, 3, 3, 7, 60, 2]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return SentencePiece.train([TEXT * 20], 300)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config, tokenizer):
+  """A random model whose scores are spread enough that rounding decides no token."""
+  config = dataclasses.replace(tiny_config, vocab_size=tokenizer.vocab_size, context=CONTEXT)
+  rng = np.random.default_rng(0)
+  lively = jax.tree.map(
+    lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, jnp.float32), abstract(config)
+  )
+  return Model(config, lively, tokenizer)
+
+
+def naive(model, prompt, count, eos_id=-1):
+  """Appends the highest-scoring token, `count` times over, to a row padded to the context."""
+  ids = list(prompt)
+  while len(ids) < min(len(prompt) + count, CONTEXT):
+    row = np.zeros((1, CONTEXT), np.int32)
+    row[0, : len(ids)] = ids
+    scores = np.asarray(model.logits(row))[0, len(ids) - 1]
+    ordered = np.sort(scores)
+    assert ordered[-1] - ordered[-2] > 1e-4  # else rounding could decide
+    ids.append(int(np.argmax(scores)))
+    if ids[-1] == eos_id:
+      break
+  return ids[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+  return [naive(model, prompt, 12) for prompt in PROMPTS]
+
+
+def test_greedy_generation_is_the_naive_loop_token_for_token(model, expected):
+  for prompt, ids in zip(PROMPTS, expected, strict=True):
+    assert generate_ids(model, [prompt], GREEDY) == [ids]
+  assert len({tuple(ids) for ids in expected}) == len(PROMPTS)  # the model does listen
+  assert all(len(set(ids)) > 3 for ids in expected)
+
+
+def test_prompts_of_unequal_lengths_in_one_batch_are_as_each_alone(model, expected):
+  assert generate_ids(model, PROMPTS, GREEDY) == expected
+  assert generate_ids(model, PROMPTS[::-1], GREEDY) == expected[::-1]
+
+
+def test_the_same_seed_writes_the_same_and_another_something_else(model):
+  def run(seed):
+    return generate_ids(model, PROMPTS, Sampling(temperature=3.0, max_tokens=12, seed=seed))
+
+  assert run(1) == run(1)
+  assert run(1) != run(2)
+
+
+def test_what_is_drawn_does_not_depend_on_the_neighbours(model):
+  sampling = Sampling(temperature=3.0, top_p=0.9, max_tokens=12, seed=4)
+  one = generate_ids(model, PROMPTS, sampling)
+  other = generate_ids(model, [PROMPTS[0], [9, 9, 9], PROMPTS[2], [8]], sampling)
+  assert (other[0], other[2]) == (one[0], one[2])
+
+
+def test_a_row_stops_at_eos_and_its_neighbours_go_on(model, expected):
+  eos_id = expected[0][4]
+  cut = expected[0].index(eos_id) + 1
+  found = generate_ids(model, PROMPTS, GREEDY, eos_id)
+  assert found[0] == expected[0][:cut]
+  for ids, whole in zip(found, expected, strict=True):
+    end = whole.index(eos_id) + 1 if eos_id in whole else 12
+    assert ids == whole[:end]
+  assert max(len(ids) for ids in found) > cut
+
+
+def test_the_context_is_filled_and_never_exceeded(model):
+  sampling = Sampling(temperature=0, max_tokens=1000)
+  prompts = [[1] * 3, [1, 2] * 18, [5] * (CONTEXT - 1)]
+  found = generate_ids(model, prompts, sampling)
+  assert [len(ids) for ids in found] == [CONTEXT - 3, CONTEXT - 36, 1]
+  assert found == [naive(model, prompt, 1000) for prompt in prompts]
+
+
+def test_max_tokens_is_respected(model, expected):
+  found = generate_ids(model, PROMPTS, Sampling(temperature=0, max_tokens=5))
+  assert found == [ids[:5] for ids in expected]
+  assert generate_ids(model, PROMPTS, Sampling(temperature=0, max_tokens=1)) == [
+    ids[:1] for ids in expected
+  ]
+
+
+@pytest.mark.parametrize(("length", "fits"), [(0, False), (CONTEXT - 1, True), (CONTEXT, False)])
+def test_a_prompt_that_leaves_no_room_is_a_user_error(model, length, fits):
+  prompts = [[1, 2], [1] * length]
+  if fits:
+    assert len(generate_ids(model, prompts, GREEDY)[1]) == 1
+    return
+  with pytest.raises(UserError, match=rf"prompt 1 has {length} tokens .* {CONTEXT - 1}"):
+    generate_ids(model, prompts, GREEDY)
+
+
+def test_no_prompts_give_no_completions(model):
+  assert generate_ids(model, [], GREEDY) == []
+  assert generate(model, []) == []
+
+
+def test_text_is_continued_after_bos_without_eos(model, tokenizer):
+  prompts = ["the fox", "", "dög"]
+  found = generate(model, prompts, GREEDY)
+  for prompt, made in zip(prompts, found, strict=True):
+    ids = naive(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], 12, tokenizer.eos_id)
+    stopped = ids[-1] == tokenizer.eos_id
+    assert made.ids == (ids[:-1] if stopped else ids)
+    assert made.text == tokenizer.decode(made.ids)
+    assert made.finish == ("stop" if stopped else "length")
+
+
+def test_eos_finishes_with_stop_and_is_not_in_the_text(model, tokenizer):
+  class Stops:
+    """The tokenizer, with an EOS that the model is known to write."""
+
+    bos_id, encode, decode = tokenizer.bos_id, tokenizer.encode, tokenizer.decode
+    eos_id = naive(model, [tokenizer.bos_id, *tokenizer.encode("the fox")], 12)[3]
+
+  made = generate(dataclasses.replace(model, tokenizer=Stops()), ["the fox"], GREEDY)[0]
+  assert made.finish == "stop"
+  assert Stops.eos_id not in made.ids and len(made.ids) <= 3
+
+
+def test_a_model_without_a_tokenizer_says_so(model):
+  with pytest.raises(UserError, match="no tokenizer"):
+    generate(dataclasses.replace(model, tokenizer=None), ["x"])

@@ -1,0 +1,113 @@
+"""Proves that the optimizer is clipped AdamW under a warm-up and a cosine, step for step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpy.testing import assert_allclose
+
+from llmjax.core.errors import UserError
+from llmjax.train.optim import OptimConfig, make_optimizer, make_schedule
+from tests.reference import optim as reference
+
+RNG = np.random.default_rng(0)
+WEIGHTS = {
+  "norm/scale_d": jnp.asarray(RNG.normal(size=5), jnp.float32),
+  "up_df": jnp.asarray(RNG.normal(size=(5, 7)), jnp.float32),
+}
+# Norms near 6 and near 0.06: one is clipped, the other not.
+GRADS = [
+  {name: jnp.asarray(RNG.normal(size=w.shape) * size, jnp.float32) for name, w in WEIGHTS.items()}
+  for size in (1, 0.01, 1, 1, 0.01, 3, 0.1, 1)
+]
+CONFIG = OptimConfig(learning_rate=0.05, warmup=3, final=0.2, weight_decay=0.3)
+
+
+def run(config, steps):
+  optimizer = make_optimizer(config, steps, WEIGHTS)
+  update = jax.jit(optimizer.update)
+  weights, state = WEIGHTS, optimizer.init(WEIGHTS)
+  for grads in GRADS:
+    updates, state = update(grads, state, weights)
+    weights = optax.apply_updates(weights, updates)
+  return weights
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"clip_norm": 0.0},
+    {"clip_norm": 0.5, "beta1": 0.8, "beta2": 0.99, "eps": 1e-3},
+    {"no_decay": ()},
+    {"no_decay": ("*",)},
+    {"warmup": 0, "final": 0.0},
+  ],
+)
+def test_several_steps_equal_the_reference(changes):
+  config = dataclasses.replace(CONFIG, **changes)
+  grads = [{name: np.asarray(g, np.float64) for name, g in step.items()} for step in GRADS]
+  if config.clip_norm:
+    norms = [reference.clip(step, config.clip_norm)[1] for step in grads]
+    assert min(norms) < config.clip_norm < max(norms)
+    grads = [reference.clip(step, config.clip_norm)[0] for step in grads]
+  expected = reference.adamw(
+    WEIGHTS,
+    grads,
+    rate=lambda number: reference.warmup_cosine(
+      number, config.learning_rate, config.warmup, len(GRADS), config.final
+    ),
+    beta1=config.beta1,
+    beta2=config.beta2,
+    eps=config.eps,
+    decay=config.weight_decay,
+    decayed={
+      (): set(WEIGHTS), ("*",): set(), ("*/scale_d",): {"up_df"},
+    }[config.no_decay],
+  )
+  found = run(config, len(GRADS))
+  for name in WEIGHTS:
+    # Eight updates of at most 0.05 · 3, each right to some 2^3 roundings of 2^-24.
+    assert_allclose(found[name], expected[name], rtol=2e-6, atol=2e-6, err_msg=name)
+    assert np.abs(found[name] - WEIGHTS[name]).max() > 0.01
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(4, 20), (0, 10), (1, 2), (10, 10)])
+def test_the_schedule_equals_the_reference_at_every_step(warmup, steps):
+  schedule = make_schedule(OptimConfig(warmup=warmup, final=0.25), steps, 2.0)
+  for update in range(1, steps + 1):
+    expected = reference.warmup_cosine(update, 2.0, warmup, steps, 0.25)
+    assert_allclose(schedule(update - 1), expected, rtol=1e-6)
+
+
+def test_the_schedule_peaks_after_the_warmup_and_ends_on_its_share():
+  schedule = make_schedule(OptimConfig(warmup=4, final=0.25), 20, 2.0)
+  assert_allclose([schedule(0), schedule(1), schedule(3)], [0.5, 1, 2], rtol=1e-6)
+  assert_allclose(schedule(19), 0.5, rtol=1e-6)  # the last of twenty updates
+  assert_allclose(schedule(11), (2 + 0.5) / 2, rtol=1e-6)  # half way down
+
+
+def test_a_warmup_longer_than_the_run_is_cut_to_it():
+  schedule = make_schedule(OptimConfig(warmup=100), 10, 2.0)
+  assert_allclose([schedule(4), schedule(9)], [1, 2], rtol=1e-6)
+
+
+def test_a_no_decay_pattern_that_matches_nothing_is_a_user_error():
+  config = dataclasses.replace(CONFIG, no_decay=("*/scale_d", "*/bias_d"))
+  with pytest.raises(UserError, match=r"'\*/bias_d' matches no parameter"):
+    make_optimizer(config, 10, WEIGHTS)
+
+
+def test_the_default_spares_every_norm_of_the_decoder_and_nothing_else(tiny_decoder):
+  optimizer = make_optimizer(OptimConfig(warmup=0, weight_decay=1.0), 10, tiny_decoder)
+  zeros = jax.tree.map(jnp.zeros_like, tiny_decoder)
+  init_and_update = jax.jit(lambda model: optimizer.update(zeros, optimizer.init(model), model))
+  updates, _ = init_and_update(tiny_decoder)
+  moved = {
+    jax.tree_util.keystr(path): bool(np.asarray(leaf).any())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+  }
+  assert all(moves == ("scale_d" not in path) for path, moves in moved.items())

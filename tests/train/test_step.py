@@ -1,0 +1,135 @@
+"""Proves that micro-batches add up to the batch, and that a step is the optimizer's on its mean."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from llmjax.core import tree
+from llmjax.core.errors import UserError
+from llmjax.data.batch import Batch
+from llmjax.data.tasks import language_model
+from llmjax.models.decoder import abstract
+from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.train.optim import OptimConfig, make_optimizer
+from llmjax.train.state import abstract_state, init_sharded
+from llmjax.train.step import compile_step, loss_and_grad, micro_batches
+
+ROWS = 4
+# Sums over 40 predictions in another grouping, through two layers: some 2^5 roundings of 2^-24 of
+# each array's largest value.
+ROUNDING = 5e-6
+
+micro = jax.jit(loss_and_grad, static_argnums=2)
+
+
+@pytest.fixture(scope="module")
+def batch():
+  """Packed rows in which the number of predictions differs greatly from row to row."""
+  rng = np.random.default_rng(0)
+  segments = np.ones((ROWS, 13), int)
+  segments[1, 6:] = 2
+  segments[2, 3:] = 0
+  segments[3, 12:] = 0
+  made = language_model(rng.integers(0, 96, (ROWS, 13)), segments)
+  mask = made.loss_mask_bt.copy()
+  mask[0, :8] = 0  # as in fine-tuning: the prompt does not count
+  return jax.tree.map(jnp.asarray, dataclasses.replace(made, loss_mask_bt=mask))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_decoder, batch):
+  """jax.value_and_grad of the mean over the whole batch, written out."""
+
+  @jax.jit
+  @jax.value_and_grad
+  def mean_loss(model):
+    logits, _ = model(batch.tokens_bt, batch.segments_bt, batch.positions_bt)
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets_bt[..., None], -1)
+    return -jnp.sum(log_p[..., 0] * batch.loss_mask_bt) / jnp.sum(batch.loss_mask_bt)
+
+  return mean_loss(tiny_decoder)
+
+
+def assert_close(found, expected):
+  for path, leaf in tree.flatten(expected).items():
+    atol = ROUNDING * np.abs(leaf).max()
+    assert_allclose(tree.flatten(found)[path], leaf, rtol=0, atol=atol, err_msg=path)
+
+
+def test_the_rows_do_differ_in_predictions(batch):
+  counts = np.asarray(batch.loss_mask_bt).sum(1)
+  assert counts.min() * 4 < counts.max()
+  pairs = np.asarray(micro_batches(batch, 2).loss_mask_bt).sum((1, 2))
+  assert pairs[0] != pairs[1]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_loss_and_gradient_are_those_of_the_plain_mean(tiny_decoder, batch, plain, accumulation):
+  loss, grads, count = micro(tiny_decoder, batch, accumulation)
+  assert float(count) == float(batch.loss_mask_bt.sum())
+  assert_allclose(loss, plain[0], rtol=1e-6)
+  assert_close(grads, plain[1])
+
+
+def test_a_batch_without_predictions_has_no_loss_and_no_gradient(tiny_decoder, batch):
+  empty = dataclasses.replace(batch, loss_mask_bt=jnp.zeros_like(batch.loss_mask_bt))
+  loss, grads, count = micro(tiny_decoder, empty, 2)
+  assert float(loss) == float(count) == 0
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_micro_batches_hold_every_row_once():
+  rows = np.arange(6)[:, None] + np.zeros((1, 3), int)
+  parts = micro_batches(Batch(rows, rows, rows, rows, rows), 3)
+  assert parts.tokens_bt.shape == (3, 2, 3)
+  assert sorted(parts.tokens_bt[:, :, 0].ravel()) == list(range(6))
+  assert_array_equal(parts.tokens_bt, parts.positions_bt)
+
+
+def test_a_compiled_step_is_the_optimizers_and_starts_from_the_seed(tiny_config, batch, plain):
+  # With eps = 1 an update is smooth in its gradient, so clipping and rounding show as they are.
+  config = OptimConfig(
+    learning_rate=1.0, warmup=1, clip_norm=0.5, eps=1.0, weight_decay=0.1
+  )
+  optimizer = make_optimizer(config, 10, abstract(tiny_config))
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  like = abstract_state(tiny_config, optimizer, mesh)
+  step = compile_step(like, mesh, optimizer, accumulation=2, batch_size=ROWS)
+  state = init_sharded(tiny_config, 0, optimizer, mesh)  # seed 0 is tiny_decoder's key
+  described, made = tree.flatten(like), tree.flatten(state)
+  assert {path: (a.shape, a.dtype) for path, a in described.items()} == {
+    path: (a.shape, a.dtype) for path, a in made.items()
+  }
+  before = jax.tree.map(jnp.copy, state.model)
+  with jax.set_mesh(mesh):
+    after, metrics = step(state, batch)
+
+  assert int(after.step) == 1
+  squares = [np.square(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(plain[1])]
+  norm = np.sqrt(sum(square.sum() for square in squares))
+  assert_allclose(metrics["loss"], plain[0], rtol=1e-6)
+  assert_allclose(metrics["grad_norm"], norm, rtol=ROUNDING)
+  assert float(metrics["tokens"]) == float(batch.loss_mask_bt.sum())
+  assert norm > config.clip_norm  # before clipping, and clipping had something to do
+
+  clipped = jax.tree.map(lambda grad: grad * (0.5 / norm), plain[1])
+  for path, grad in tree.flatten(clipped).items():
+    weight = tree.flatten(before)[path]
+    decay = 0.0 if "scale" in path else 0.1 * weight
+    # Adam's first update with its bias taken out is g / (|g| + eps).
+    expected = weight - (grad / (np.abs(grad) + 1.0) + decay)
+    atol = ROUNDING * float(np.abs(grad).max()) + 2**-23 * float(np.abs(weight).max())
+    assert_allclose(tree.flatten(after.model)[path], expected, rtol=0, atol=atol, err_msg=path)
+
+
+@pytest.mark.parametrize("accumulation", [0, 3, 8])
+def test_a_batch_that_does_not_divide_is_a_user_error(tiny_config, accumulation):
+  optimizer = make_optimizer(OptimConfig(), 10, abstract(tiny_config))
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  like = abstract_state(tiny_config, optimizer, mesh)
+  with pytest.raises(UserError, match=rf"batch_size 4 .* train.accumulation {accumulation}"):
+    compile_step(like, mesh, optimizer, accumulation=accumulation, batch_size=ROWS)
