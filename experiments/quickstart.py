@@ -33,7 +33,7 @@ def get_config():
   config.optim.learning_rate = 4e-3
   config.optim.warmup = 50
   config.optim.final = 0.02
-  config.train.steps = 480
+  config.train.steps = 520
   config.checkpoint.every = 100
 
   config.eval.stride = 192

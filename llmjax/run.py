@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -84,7 +85,7 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
     "parameters": parameters,
     "config_hash": configs.config_hash(config),
   }
-  plot_loss(workdir, workdir / "loss.png")
+  plot_loss(workdir, workdir / "loss.png", _levels(result))
   model = Model(config.model, fitted.decoder, tokenizer)
   _write_samples(model, config.sample.prompts, sampling, workdir)
   result["total_seconds"] = round(time.perf_counter() - began_s, 2)
@@ -126,6 +127,16 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
   store = prepare(documents, model.tokenizer, _cache(config, checkpoint))
   scores = evaluate_loss(decoder, store, mesh, config.eval.batch_size, config.eval.stride)
   return {**scores, **compressor_bits_per_byte(documents)}
+
+
+def _levels(result: dict) -> dict[str, float]:
+  """The held-out scores as nats a token, so that one picture shows model and compressors."""
+  nats = math.log(2) * result["bytes"] / result["tokens"]
+  names = {"gzip -9": "gzip_bits_per_byte", "xz -9": "xz_bits_per_byte", "model": "bits_per_byte"}
+  return {
+    f"{name} on held-out text: {result[key]:.3f} bits per byte": result[key] * nats
+    for name, key in names.items()
+  }
 
 
 def _cache(config: Config, checkpoint) -> Path:

@@ -5,12 +5,13 @@ from pathlib import Path
 from llmjax.train.metrics import read_metrics
 
 
-def plot_loss(workdir: Path, path: Path):
-  """Draws training loss (faint: every step; bold: running mean) and held-out loss.
+def plot_loss(workdir: Path, path: Path, levels: dict[str, float]):
+  """Draws training loss (faint: every step; bold: running mean), held-out loss, and levels.
 
   Args:
     workdir: folder with a `metrics.jsonl`.
     path: PNG to write.
+    levels: name → nats a token, drawn as horizontal lines to compare with.
   """
   import matplotlib
 
@@ -29,10 +30,12 @@ def plot_loss(workdir: Path, path: Path):
   axes.plot(points[width - 1 :, 0], smooth, color="tab:blue", label="training")
   if len(held_out):
     axes.plot(*held_out.T, "o-", color="tab:orange", label="held out")
+  for color, (name, nats) in zip(plt.cm.tab10.colors[1:], levels.items(), strict=False):
+    axes.axhline(nats, color=color, linestyle="--", linewidth=1, label=name)
   axes.set_xlabel("step")
   axes.set_ylabel("loss, nats a token")
   axes.grid(alpha=0.3)
-  axes.legend()
+  axes.legend(fontsize=8)
   figure.tight_layout()
   figure.savefig(path)
   plt.close(figure)
