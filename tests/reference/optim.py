@@ -36,3 +36,27 @@ def adamw(weights, steps_of_grads, *, rate, beta1, beta2, eps, decay, decayed):
         change = change + decay * weights[name]
       weights[name] = weights[name] - rate(number) * change
   return weights
+
+
+def newton_schulz(matrix, steps=5):
+  """Brings a matrix's singular values near 1: Jordan et al. 2024, the quintic iteration."""
+  wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+  x = wide / np.linalg.norm(wide)
+  for _ in range(steps):
+    a = x @ x.T
+    x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+  return x if wide is matrix else x.T
+
+
+def muon(weight, grads, *, rate, decay, momentum=0.95):
+  """Applies one Muon update a gradient to a matrix [in, out]; `rate(number)` from 1."""
+  weight = np.asarray(weight, np.float64)
+  mean = np.zeros_like(weight)
+  scale = math.sqrt(max(1, weight.shape[1] / weight.shape[0]))
+  for number, g in enumerate(grads, start=1):
+    g = np.asarray(g, np.float64)
+    mean = momentum * mean + (1 - momentum) * g
+    ahead = momentum * mean / (1 - momentum ** (number + 1))
+    ahead = ahead + (1 - momentum) * g / (1 - momentum**number)
+    weight = weight - rate(number) * (scale * newton_schulz(ahead) + decay * weight)
+  return weight

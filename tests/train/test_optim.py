@@ -111,3 +111,57 @@ def test_the_default_spares_every_norm_of_the_decoder_and_nothing_else(tiny_deco
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
   }
   assert all(moves == ("scale_d" not in path) for path, moves in moved.items())
+
+
+def test_muon_moves_each_layers_matrices_like_the_reference_and_adamw_the_rest():
+  rng = np.random.default_rng(1)
+  shapes = {"up_df": (2, 5, 7), "out_nhd": (2, 3, 2, 4), "scale_d": (2, 5), "token_vd": (9, 5)}
+  weights = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+  grads = [
+    {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+    for _ in range(3)
+  ]
+  config = OptimConfig(
+    kind="muon",
+    learning_rate=0.05,
+    matrix_learning_rate=0.1,
+    warmup=1,
+    weight_decay=0.3,
+    no_decay=("scale_d",),
+    clip_norm=0.0,
+  )
+  optimizer = make_optimizer(config, 3, weights)
+  update = jax.jit(optimizer.update)
+  found, state = weights, optimizer.init(weights)
+  for grad in grads:
+    updates, state = update(grad, state, found)
+    found = optax.apply_updates(found, updates)
+
+  def rate(peak):
+    return lambda number: reference.warmup_cosine(number, peak, 1, 3, config.final)
+
+  # Newton–Schulz multiplies a small singular value, and its rounding, by up to 3.4 five times over:
+  # 3.4^5 roundings of 2^-24, a few times.
+  for name, (rows, columns) in {"up_df": (5, 7), "out_nhd": (6, 4)}.items():
+    for layer in range(2):
+      expected = reference.muon(
+        np.asarray(weights[name][layer]).reshape(rows, columns),
+        [np.asarray(grad[name][layer]).reshape(rows, columns) for grad in grads],
+        rate=rate(0.1),
+        decay=0.3,
+      )
+      got = np.asarray(found[name][layer]).reshape(rows, columns)
+      assert_allclose(got, expected, atol=1e-4, err_msg=name)
+      assert np.abs(got - np.asarray(weights[name][layer]).reshape(rows, columns)).max() > 0.05
+  expected = reference.adamw(
+    {name: weights[name] for name in ("scale_d", "token_vd")},
+    [{name: grad[name] for name in ("scale_d", "token_vd")} for grad in grads],
+    rate=rate(0.05),
+    beta1=config.beta1,
+    beta2=config.beta2,
+    eps=config.eps,
+    decay=0.3,
+    decayed={"token_vd"},
+  )
+  for name, want in expected.items():
+    assert_allclose(found[name], want, rtol=2e-6, atol=2e-6, err_msg=name)
