@@ -29,8 +29,8 @@ def get_config():
 
   # Muon needs about half the tokens that AdamW does here: see docs/LOG.md.
   config.optim.kind = "muon"
-  config.optim.matrix_learning_rate = 0.02
-  config.optim.learning_rate = 4e-3
+  config.optim.matrix_learning_rate = 0.03
+  config.optim.learning_rate = 1.6e-2
   config.optim.warmup = 50
   config.optim.final = 0.02
   config.train.steps = 520
