@@ -6,7 +6,10 @@ input was wrong (one line), 1 anything else.
 
 import argparse
 import json
+import os
+import shutil
 import sys
+from pathlib import Path
 
 from llmjax.core.errors import UserError, nearest
 
@@ -59,12 +62,18 @@ def _train(args, overrides) -> dict:
   )
   print(verdict)
   print(f"{args.workdir} holds loss.png, samples.txt, result.json. What to try next:")
-  print(f"  llmjax generate --checkpoint={args.workdir} --prompt='def main('")
-  print(f"  llmjax eval --checkpoint={args.workdir} --config.data.sources=FOLDER")
-  print(
-    f"  llmjax train --config={args.config} --workdir=runs/mine --config.data.sources=FOLDER"
-  )
+  me = _command()
+  print(f"  {me} generate --checkpoint={args.workdir} --prompt='def main('")
+  print(f"  {me} eval --checkpoint={args.workdir} --config.data.sources=FOLDER")
+  print(f"  {me} train --config={args.config} --workdir=runs/mine --config.data.sources=FOLDER")
   return result
+
+
+def _command() -> str:
+  """How this program was called, so that what is printed can be pasted."""
+  if Path(sys.argv[0]).name != "llmjax":
+    return "python -m llmjax"
+  return "llmjax" if shutil.which("llmjax") == sys.argv[0] else os.path.relpath(sys.argv[0])
 
 
 def _generate(args, overrides) -> dict:
