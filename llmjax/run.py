@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 from llmjax.core import config as configs
 from llmjax.core.errors import UserError
 from llmjax.data.loader import make_store, make_tokenizer, read_split
-from llmjax.data.prepare import prepare
+from llmjax.data.prepare import prepare, store_key
 from llmjax.data.sources import read_sources
 from llmjax.eval.loss import compressor_bits_per_byte, evaluate_loss
 from llmjax.models import hf
@@ -29,7 +30,10 @@ from llmjax.text.tokenizer import from_state
 from llmjax.train.checkpoint import load_model, newest_meta
 from llmjax.train.config import Config, binding
 from llmjax.train.loop import fit
+from llmjax.train.metrics import read_metrics
 from llmjax.train.plot import plot_loss
+
+EVAL_KEYS = ("data.sources", "data.cache", "eval.batch_size", "eval.stride")
 
 
 def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
@@ -54,7 +58,7 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
     config = configs.freeze(config.to_dict(), Config)
   meta = newest_meta(workdir)
   if meta:
-    _check_workdir(config, meta)
+    _check_workdir(config, meta, workdir)
   mesh = make_mesh(config.mesh)
   _say(f"reading text: {config.data.sources}")
   documents, held_out = read_split(config.data)
@@ -80,7 +84,7 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
     **evaluate(fitted.decoder),
     **compressor_bits_per_byte(held_out),
     "train_seconds": round(fitted.train_seconds, 2),
-    "tokens_per_s": round(fitted.tokens_per_s, 1),
+    "tokens_per_s": round(_median_rate(workdir), 1),
     "steps": config.train.steps,
     "parameters": parameters,
     "config_hash": configs.config_hash(config),
@@ -109,19 +113,31 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
 
   Args:
     checkpoint: workdir or checkpoint folder.
-    overrides: `--config.a.b=v` arguments on the config kept in the checkpoint. With `data.sources`
-      among them all of that text is scored; without, the run's own held-out part.
+    overrides: `--config.a.b=v` arguments on the config kept in the checkpoint, of the keys in
+      `EVAL_KEYS`. With `data.sources` among them all of that text is scored; without, the run's
+      own held-out part.
   Returns:
     `nats_per_token`, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and the bits per byte of
     gzip and xz on the same bytes.
+  Raises:
+    UserError: no checkpoint, no text, or a key that an evaluation does not read.
   """
   model, meta = load_model(checkpoint)
   config = configs.freeze(meta["config"], Config)
   config = configs.override(config, overrides)
-  if any(argument.startswith("--config.data.sources") for argument in overrides):
+  keys = [argument.removeprefix("--config.").partition("=")[0] for argument in overrides]
+  for key in keys:
+    if key not in EVAL_KEYS:
+      raise UserError(f"config key {key!r} changes nothing here; eval reads {', '.join(EVAL_KEYS)}")
+  if "data.sources" in keys:
     documents = read_sources(config.data.sources)
   else:
-    documents = read_split(config.data)[1]
+    trained, documents = read_split(config.data)
+    if store_key(trained, model.tokenizer) != meta["data_key"]:
+      _say(
+        f"llmjax: warning: the text of {config.data.sources!r} is not what this run was trained "
+        "on; what is scored here may have been among it"
+      )
   mesh = make_mesh(MeshConfig())
   decoder = jax.device_put(model.parameters, state_shardings(mesh, model.parameters))
   store = prepare(documents, model.tokenizer, _cache(config, checkpoint))
@@ -139,6 +155,11 @@ def _levels(result: dict) -> dict[str, float]:
   }
 
 
+def _median_rate(workdir: Path) -> float:
+  """Predicted tokens a second at the median step, over all sessions of the run."""
+  return statistics.median(line["tokens_per_s"] for line in read_metrics(workdir) if "loss" in line)
+
+
 def _cache(config: Config, checkpoint) -> Path:
   if config.data.cache:
     return Path(config.data.cache)
@@ -148,7 +169,7 @@ def _cache(config: Config, checkpoint) -> Path:
   return path / "data"
 
 
-def _check_workdir(config: Config, meta: dict):
+def _check_workdir(config: Config, meta: dict, workdir: Path):
   """Refuses a workdir whose checkpoints are of another config, naming what differs."""
   there = configs.flat(configs.freeze(meta["config"], Config))
   here = configs.flat(config)
@@ -160,7 +181,7 @@ def _check_workdir(config: Config, meta: dict):
     shown = ", ".join(f"{key} ({there[key]!r} there, {here[key]!r} here)" for key in differing[:4])
     more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
     raise UserError(
-      f"the workdir holds a run of another config: {shown}{more}; use another --workdir"
+      f"{workdir} holds a run of another config: {shown}{more}; use another --workdir"
     )
 
 

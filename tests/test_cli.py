@@ -146,7 +146,8 @@ def test_a_workdir_of_another_config_is_refused_and_kept(setup, capsys):
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
   argv = ["train", f"--config={config}", f"--workdir={workdir}"]
   line = fails(capsys, *argv, "--config.model.width=64", "--config.optim.warmup=9")
-  assert "holds a run of another config: model.width (32 there, 64 here), optim.warmup (4" in line
+  assert f"{workdir} holds a run of another config: model.width (32 there, 64 here)" in line
+  assert "optim.warmup (4 there, 9 here)" in line
   assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
 
 
@@ -200,6 +201,8 @@ def test_bad_input_to_generate_and_eval(setup, tmp_path, capsys):
     assert "does not exist" in fails(capsys, *verb, "--checkpoint=/no/where")
     assert "there is no checkpoint in" in fails(capsys, *verb, f"--checkpoint={tmp_path}")
   assert "source '/no/where'" in fails(capsys, "eval", here, "--config.data.sources=/no/where")
+  line = fails(capsys, "eval", here, "--config.model.layers=3")
+  assert "'model.layers' changes nothing here; eval reads data.sources" in line
   assert "unknown config key 'data.source'" in fails(capsys, "eval", here, "--config.data.source=x")
 
 

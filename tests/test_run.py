@@ -109,6 +109,17 @@ def test_eval_on_other_text(finished, tmp_path):
   assert scores["bytes"] == 15 * 40
 
 
+def test_eval_says_when_the_text_is_no_longer_that_of_the_run(text, tmp_path, capsys):
+  shutil.copytree(text, tmp_path / "text")
+  llmjax.train(tiny(tmp_path / "text", steps=2), tmp_path / "run")
+  capsys.readouterr()
+  llmjax.evaluate(tmp_path / "run")
+  assert "warning" not in capsys.readouterr().err
+  (tmp_path / "text/00.txt").write_text("ka lo mi ne ru " * 60)
+  llmjax.evaluate(tmp_path / "run")
+  assert "is not what this run was trained on" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_resumes_bit_for_bit(finished, text, tmp_path, monkeypatch):
   workdir, config, result = finished
   from llmjax.train import loop
@@ -143,6 +154,7 @@ def test_the_same_command_again_does_nothing_new(finished):
   again = llmjax.train(config, workdir)
   assert again["bits_per_byte"] == result["bits_per_byte"]
   assert again["train_seconds"] == pytest.approx(result["train_seconds"], abs=1)
+  assert again["tokens_per_s"] == result["tokens_per_s"]
   assert len([m for m in read_metrics(workdir) if "loss" in m]) == 12
 
 
@@ -160,6 +172,7 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before_loudly(finished, tmp
   assert "checkpoints/12 cannot be read" in err and "going on from step 8" in err
   assert again["bits_per_byte"] == result["bits_per_byte"]
   assert load_model(tmp_path / "run")[1]["step"] == 12
+  assert [p.name for p in (tmp_path / "run/damaged").iterdir()] == ["12-0"], "nothing is lost"
 
 
 @pytest.mark.parametrize("damage", ["empty", "missing"])

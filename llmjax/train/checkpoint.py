@@ -78,12 +78,22 @@ class Checkpoints:
       except Exception as error:
         _warn(folder, error)
         continue
-      for newer in steps[: steps.index(step)]:
-        self._manager.delete(newer)
+      self._move_aside(steps[: steps.index(step)])
       return made, meta
     if steps:
       raise UserError(f"none of the {len(steps)} checkpoints in {self._root} can be read")
     return None
+
+  def _move_aside(self, steps: list[int]):
+    """Moves unreadable checkpoints to `damaged/`, so that their steps can be saved again."""
+    damaged = self._root.parent / "damaged"
+    for step in steps:
+      damaged.mkdir(exist_ok=True)
+      number = len(list(damaged.iterdir()))
+      (self._root / str(step)).rename(damaged / f"{step}-{number}")
+    if steps:
+      print(f"llmjax: warning: moved {len(steps)} of them to {damaged}", file=sys.stderr)
+      self._manager.reload()
 
   def close(self):
     """Waits until everything is on disk."""

@@ -37,12 +37,10 @@ class Fitted:
   Attributes:
     decoder: the trained model.
     train_seconds: seconds in the loop, all sessions of the run added up.
-    tokens_per_s: predicted tokens a second in this session, 0 where nothing was left to do.
   """
 
   decoder: Decoder
   train_seconds: float
-  tokens_per_s: float
 
 
 def fit(
@@ -93,10 +91,11 @@ def fit(
       report.add(step, metrics)
       if config.eval.every and step % config.eval.every == 0 and step < steps:
         report.write(step, evaluate(state.model))
-      if step % config.checkpoint.every == 0 or step == steps or stop.asked:
+      stopping = stop.asked  # read once: a signal must not come between saving and leaving
+      if step % config.checkpoint.every == 0 or step == steps or stopping:
         train_s = spent_s + time.perf_counter() - began_s
         checkpoints.save(state, {**meta, "train_seconds": train_s})
-      if stop.asked and step < steps:
+      if stopping:
         break
   jax.block_until_ready(state)
   train_s = spent_s + time.perf_counter() - began_s
@@ -104,7 +103,7 @@ def fit(
   checkpoints.close()
   if stop.asked:
     raise Interrupted(f"stopped after step {int(state.step)} of {steps}")
-  return Fitted(state.model, train_s, report.tokens_per_s)
+  return Fitted(state.model, train_s)
 
 
 def _start(checkpoints, like, config, optimizer, mesh, meta):
