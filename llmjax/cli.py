@@ -37,16 +37,43 @@ def _parser() -> argparse.ArgumentParser:
   train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
 
   generate = verb("generate", "Continue a prompt.")
-  generate.add_argument("--checkpoint", required=True, metavar="DIR")
+  generate.add_argument(
+    "--checkpoint",
+    required=True,
+    metavar="PATH",
+    help="workdir, checkpoint, Hugging Face folder or GGUF file",
+  )
   generate.add_argument("--prompt", required=True, metavar="TEXT")
   generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
   generate.add_argument("--top_k", type=int, default=0, help="0 keeps all")
   generate.add_argument("--top_p", type=float, default=0.95)
   generate.add_argument("--max_tokens", type=int, default=128)
   generate.add_argument("--seed", type=int, default=0)
+  generate.add_argument(
+    "--chat", action="store_true", help="the prompt is a message, put into the chat template"
+  )
+  generate.add_argument(
+    "--image", action="append", default=[], metavar="FILE", help="an image; may be repeated"
+  )
 
   evaluate = verb("eval", "Measure loss and bits per byte: --config.data.sources=FOLDER for text.")
   evaluate.add_argument("--checkpoint", required=True, metavar="DIR")
+
+  bench = verb("bench", "Measure against peers; --config.section.key=value tunes llmjax.")
+  bench.add_argument("name", metavar="NAME", help="train, decode, data or attention")
+  bench.add_argument("--size", default="L", help="L (35.7 M parameters), S (4.5 M) or tiny")
+  bench.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+  bench.add_argument("--peers", default="", metavar="A,B", help="all by default")
+  bench.add_argument("--rounds", type=int, default=5, help="times round all peers")
+  bench.add_argument("--seconds", type=float, default=5.0, help="least length of a peer's turn")
+  convert = verb("convert", "Write a model in another format.")
+  convert.add_argument(
+    "--from", required=True, metavar="PATH", dest="source", help="as generate's --checkpoint"
+  )
+  convert.add_argument("--to", required=True, metavar="DIR", help="folder, empty or not there")
+  convert.add_argument("--format", default="huggingface", help="huggingface (default), checkpoint")
+  convert.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+  convert.add_argument("--family", default="", help="model_type to write; else the one that fits")
   return parser
 
 
@@ -56,17 +83,22 @@ def _train(args, overrides) -> dict:
   from llmjax.train.config import Config
 
   result = run.train(load(args.config, overrides, Config), args.workdir)
-  verdict = (
-    f"held-out text: {result['bits_per_byte']:.3f} bits per byte "
-    f"(gzip -9: {result['gzip_bits_per_byte']:.3f}, xz -9: {result['xz_bits_per_byte']:.3f})"
-  )
-  print(verdict)
+  print(_verdict(result))
   print(f"{args.workdir} holds loss.png, samples.txt, result.json. What to try next:")
   me = _command()
   print(f"  {me} generate --checkpoint={args.workdir} --prompt='def main('")
   print(f"  {me} eval --checkpoint={args.workdir} --config.data.sources=FOLDER")
   print(f"  {me} train --config={args.config} --workdir=runs/mine --config.data.sources=FOLDER")
   return result
+
+
+def _verdict(result: dict) -> str:
+  if "bits_per_byte" not in result:
+    return f"held-out text: {result['nats_per_token']:.3f} nats a hidden token"
+  return (
+    f"held-out text: {result['bits_per_byte']:.3f} bits per byte "
+    f"(gzip -9: {result['gzip_bits_per_byte']:.3f}, xz -9: {result['xz_bits_per_byte']:.3f})"
+  )
 
 
 def _command() -> str:
@@ -81,8 +113,10 @@ def _generate(args, overrides) -> dict:
 
   _no_overrides(overrides)
   sampling = Sampling(args.temperature, args.top_k, args.top_p, args.max_tokens, args.seed)
-  made = generate(load(args.checkpoint), [args.prompt], sampling)[0]
-  print(args.prompt + made.text)
+  model = load(args.checkpoint)
+  made = generate(model, [args.prompt], sampling, [args.image], args.chat)[0]
+  anew = args.chat or model.config.kind == "encoder_decoder"
+  print(made.text if anew else args.prompt + made.text)
   return {"prompt": args.prompt, "text": made.text, "ids": made.ids, "finish": made.finish}
 
 
@@ -95,12 +129,42 @@ def _evaluate(args, overrides) -> dict:
   return result
 
 
+def _bench(args, overrides) -> dict:
+  from llmjax.bench.suite import Options, bench, show
+
+  peers = tuple(name.strip() for name in args.peers.split(",") if name.strip())
+  options = Options(
+    args.size, args.dtype, peers, args.rounds, args.seconds, tuple(overrides)
+  )
+  result = bench(args.name, options)
+  print(show(result))
+  return result
+
+
+def _convert(args, overrides) -> dict:
+  from llmjax import convert
+
+  _no_overrides(overrides)
+  result = convert(args.source, args.to, args.format, args.dtype, args.family)
+  print(
+    f"{result['path']}: {result['parameters']:,} parameters as {result['family']}, "
+    f"{result['bytes']:,} bytes"
+  )
+  return result
+
+
 def _no_overrides(overrides):
   if overrides:
     raise UserError(f"this verb takes no {overrides[0].split('=')[0]}")
 
 
-VERBS = {"train": _train, "generate": _generate, "eval": _evaluate}
+VERBS = {
+  "train": _train,
+  "generate": _generate,
+  "eval": _evaluate,
+  "convert": _convert,
+  "bench": _bench,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

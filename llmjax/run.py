@@ -19,12 +19,13 @@ from llmjax.data.loader import make_store, make_tokenizer, read_split
 from llmjax.data.prepare import prepare, store_key
 from llmjax.data.sources import read_sources
 from llmjax.eval.loss import compressor_bits_per_byte, evaluate_loss
-from llmjax.models import hf
-from llmjax.models.decoder import count_parameters
+from llmjax.models import gguf, hf
+from llmjax.models.build import count_parameters
 from llmjax.models.model import Model
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import state_shardings
-from llmjax.serve.generate import encode_prompts, generate
+from llmjax.serve.generate import generate
+from llmjax.serve.prompt import encode_prompts
 from llmjax.serve.sample import Sampling
 from llmjax.text.tokenizer import from_state
 from llmjax.train.checkpoint import load_model, newest_meta
@@ -46,8 +47,9 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
     config: the experiment, frozen or as `get_config()` returns it.
     workdir: folder of the run, made if it is missing.
   Returns:
-    What `result.json` holds: `bits_per_byte`, `gzip_bits_per_byte`, `xz_bits_per_byte`,
-    `train_seconds`, `tokens_per_s`, `steps`, `parameters` and more.
+    What `result.json` holds: `nats_per_token`, `bits_per_byte` (of language models),
+    `gzip_bits_per_byte`, `xz_bits_per_byte`, `train_seconds`, `tokens_per_s`, `steps`,
+    `parameters` and more.
   Raises:
     UserError: an ordinary mistake; nothing in the workdir is lost.
     Interrupted: stopped by the user; a checkpoint was saved.
@@ -65,8 +67,11 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
   tokenizer = from_state(meta["tokenizer"]) if meta else _tokenizer(config, documents)
   store = make_store(config.data, documents, tokenizer, workdir)
   held_store = make_store(config.data, held_out, tokenizer, workdir)
-  config = _with_vocab(config, tokenizer.vocab_size)
-  encode_prompts(tokenizer, config.sample.prompts, config.model.context)  # fail now, not at the end
+  task = config.task_of(tokenizer)
+  config = _with_vocab(config, tokenizer.vocab_size + task.extra_tokens)
+  writes = config.model.kind == "decoder"
+  if writes:  # fail now, not at the end
+    encode_prompts(config.model, tokenizer, config.sample.prompts)
   sampling = _sampling(config)
   parameters = count_parameters(config.model)
   _say(
@@ -75,13 +80,14 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
     f"bytes in {len(held_store):,} documents"
   )
 
-  def evaluate(decoder):
-    return evaluate_loss(decoder, held_store, mesh, config.eval.batch_size, config.eval.stride)
+  def evaluate(model):
+    batch_size, stride = config.eval.batch_size, config.eval.stride
+    return evaluate_loss(model, held_store, mesh, task, batch_size, stride)
 
   fitted = fit(config, workdir, tokenizer, store, mesh, evaluate)
   _say("evaluating on held-out text")
   result = {
-    **evaluate(fitted.decoder),
+    **evaluate(fitted.model),
     **compressor_bits_per_byte(held_out),
     "train_seconds": round(fitted.train_seconds, 2),
     "tokens_per_s": round(_median_rate(workdir), 1),
@@ -90,19 +96,24 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
     "config_hash": configs.config_hash(config),
   }
   plot_loss(workdir, workdir / "loss.png", _levels(result))
-  model = Model(config.model, fitted.decoder, tokenizer)
-  _write_samples(model, config.sample.prompts, sampling, workdir)
+  if writes:
+    model = Model(config.model, fitted.model, tokenizer)
+    _write_samples(model, config.sample.prompts, sampling, workdir)
   result["total_seconds"] = round(time.perf_counter() - began_s, 2)
   _write(workdir / "result.json", json.dumps(result, indent=1) + "\n")
   return result
 
 
 def load(path: str | Path) -> Model:
-  """Loads a model: a workdir, a checkpoint folder, or a Hugging Face Llama folder.
+  """Loads a model: a workdir, a checkpoint folder, a Hugging Face folder or a GGUF file.
 
   Raises:
     UserError: nothing there, or nothing that can be read.
   """
+  if gguf.is_file(path):
+    return gguf.load_file(path)
+  if Path(path).is_file():
+    raise UserError(f"{str(path)!r} is a file, but not a GGUF file")
   if hf.is_folder(path):
     return hf.load_folder(path)
   return load_model(path)[0]
@@ -122,7 +133,14 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
   Raises:
     UserError: no checkpoint, no text, or a key that an evaluation does not read.
   """
+  if gguf.is_file(checkpoint) or hf.is_folder(checkpoint):
+    raise UserError(
+      f"{str(checkpoint)!r} is no checkpoint; eval takes what "
+      f"llmjax convert --from={checkpoint} --to=DIR --format=checkpoint makes of it"
+    )
   model, meta = load_model(checkpoint)
+  if model.tokenizer is None:
+    raise UserError(f"{str(checkpoint)!r} holds no tokenizer, so no text can be scored")
   config = configs.freeze(meta["config"], Config)
   config = configs.override(config, overrides)
   keys = [argument.removeprefix("--config.").partition("=")[0] for argument in overrides]
@@ -141,12 +159,16 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
   mesh = make_mesh(MeshConfig())
   decoder = jax.device_put(model.parameters, state_shardings(mesh, model.parameters))
   store = prepare(documents, model.tokenizer, _cache(config, checkpoint))
-  scores = evaluate_loss(decoder, store, mesh, config.eval.batch_size, config.eval.stride)
+  task = config.task_of(model.tokenizer)
+  batch_size, stride = config.eval.batch_size, config.eval.stride
+  scores = evaluate_loss(decoder, store, mesh, task, batch_size, stride)
   return {**scores, **compressor_bits_per_byte(documents)}
 
 
 def _levels(result: dict) -> dict[str, float]:
   """The held-out scores as nats a token, so that one picture shows model and compressors."""
+  if "bits_per_byte" not in result:
+    return {}
   nats = math.log(2) * result["bytes"] / result["tokens"]
   names = {"gzip -9": "gzip_bits_per_byte", "xz -9": "xz_bits_per_byte", "model": "bits_per_byte"}
   return {
@@ -186,14 +208,17 @@ def _check_workdir(config: Config, meta: dict, workdir: Path):
 
 
 def _tokenizer(config: Config, documents):
-  _say(f"training a tokenizer of {config.tokenizer.vocab_size} tokens")
+  if config.tokenizer.path:
+    _say(f"reading the tokenizer {config.tokenizer.path}")
+  else:
+    _say(f"training a {config.tokenizer.kind} tokenizer")
   return make_tokenizer(config.tokenizer, documents)
 
 
 def _with_vocab(config: Config, vocab_size: int) -> Config:
   if config.model.vocab_size not in (0, vocab_size):
     raise UserError(
-      f"model.vocab_size {config.model.vocab_size} is not the tokenizer's {vocab_size}; "
+      f"model.vocab_size {config.model.vocab_size} is not the {vocab_size} of tokenizer and task; "
       "leave it at 0"
     )
   return dataclasses.replace(

@@ -44,6 +44,15 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def tiny_decoder(tiny_config):
   """The decoder of `tiny_config`, random weights."""
-  from llmjax.models.decoder import Decoder
+  from llmjax.models.build import build
 
-  return jax.jit(lambda: Decoder(jax.random.key(0), tiny_config))()
+  return jax.jit(lambda: build(jax.random.key(0), tiny_config))()
+
+
+@pytest.fixture
+def quick_compile():
+  """Compiles without most optimizations, for what runs once and is compared with an oracle."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)

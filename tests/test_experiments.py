@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmjax.core.config import load
-from llmjax.models.decoder import count_parameters
+from llmjax.models.build import count_parameters
 from llmjax.train.config import Config
 
 FILES = sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))

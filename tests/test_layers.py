@@ -9,7 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "llmjax"
 FLOORS = [
   {"__main__"},
   {"cli"},
+  {"bench"},
   {"__init__"},
+  {"convert"},
   {"run"},
   {"eval"},
   {"serve"},
@@ -95,4 +97,5 @@ def test_config_stays_small():
   for field in dataclasses.fields(Config):
     section = getattr(Config(), field.name)
     if dataclasses.is_dataclass(section):
-      assert len(dataclasses.fields(section)) <= 20, field.name
+      own = [key for key in vars(section).values() if not dataclasses.is_dataclass(key)]
+      assert len(own) <= 20, field.name

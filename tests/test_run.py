@@ -45,7 +45,7 @@ def _state(workdir, config):
 
 
 def _abstract(model):
-  from llmjax.models.decoder import abstract
+  from llmjax.models.build import abstract
 
   return abstract(model)
 

@@ -149,11 +149,12 @@ def to_dict(config) -> dict:
 def flat(config) -> dict:
   """Lists a config's values by dotted key."""
   out = {}
-  for name, value in to_dict(config).items():
-    if isinstance(value, dict):
-      out.update({f"{name}.{key}": leaf for key, leaf in value.items()})
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      out.update({f"{field.name}.{key}": leaf for key, leaf in flat(value).items()})
     else:
-      out[name] = value
+      out[field.name] = value
   return out
 
 

@@ -17,6 +17,7 @@ LETTERS = {
   "g": "query heads per key/value head",
   "h": "head width",
   "f": "feed-forward width",
+  "i": "rows of a small table, or input features (pixels of a patch)",
   "v": "vocabulary",
   "e": "experts",
   "c": "expert capacity",

@@ -40,7 +40,32 @@ def contract(eq: str, a, b, out_dtype=None):
 
 
 def _einsum(eq, a, b):
-  return jnp.einsum(eq, a, b, preferred_element_type=jnp.float32)
+  """Multiplies with heads and their channels (`nh`, `kh`) as one dimension, as they lie in memory.
+
+  With two contracted dimensions XLA may choose to transpose the weight, at every call.
+  """
+  (a_letters, b_letters), out = eq.split("->")[0].split(","), eq.split("->")[1]
+  terms = [a_letters, b_letters, out]
+  shape = None
+  for pair in ("nh", "kh"):
+    if all(pair in term or not set(pair) & set(term) for term in terms):
+      sizes = dict(zip(a_letters + b_letters, a.shape + b.shape, strict=True))
+      shape = [sizes[letter] for letter in out] if pair in out else shape
+      a, b = (_joined(x, term.find(pair)) for x, term in ((a, a_letters), (b, b_letters)))
+      terms = [term.replace(pair, pair[0]) for term in terms]
+      a_letters, b_letters, _ = terms
+  made = jnp.einsum(
+    f"{terms[0]},{terms[1]}->{terms[2]}", a, b, preferred_element_type=jnp.float32
+  )
+  return made if shape is None else made.reshape(shape)
+
+
+def _joined(array, place: int):
+  """Takes the dimensions at `place` and after it as one; -1 leaves the array."""
+  if place < 0:
+    return array
+  shape = array.shape
+  return array.reshape(*shape[:place], shape[place] * shape[place + 1], *shape[place + 2 :])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from llmjax.core.errors import UserError
-from llmjax.data import sources, tasks
+from llmjax.data import sources
 from llmjax.data.batch import Batch
 from llmjax.data.pack import PackedRows
 from llmjax.data.prepare import TokenStore, prepare
+from llmjax.data.tasks import Task
 from llmjax.text.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 
@@ -65,16 +66,25 @@ def make_store(config: DataConfig, documents, tokenizer: Tokenizer, workdir: Pat
 
 
 def batches(
-  rows: PackedRows, sharding: NamedSharding, batch_size: int, start: int, stop: int, read_ahead=8
+  rows: PackedRows,
+  task: Task,
+  sharding: NamedSharding,
+  batch_size: int,
+  start: int,
+  stop: int,
+  seed: int = 0,
+  read_ahead: int = 8,
 ) -> Iterator[Batch]:
   """Yields the global batches of steps `start` to `stop - 1`.
 
   Args:
     rows: packed rows by number.
+    task: what is made of them.
     sharding: where [b, t] arrays live.
     batch_size: rows of the global batch.
     start: first step.
     stop: step to end before.
+    seed: with step and row, decides what the task draws.
     read_ahead: batches made in advance.
   Returns:
     An iterator over device-placed batches.
@@ -83,8 +93,9 @@ def batches(
   local = local_rows(sharding, batch_size)
 
   def host_part(step) -> Batch:
-    made = [rows[int(step) * batch_size + row] for row in local]
-    return tasks.language_model(*(np.stack(column) for column in zip(*made, strict=True)))
+    numbers = [int(step) * batch_size + row for row in local]
+    tokens_bu, segments_bu = map(np.stack, zip(*(rows[number] for number in numbers), strict=True))
+    return task.batch(tokens_bu, segments_bu, [(seed, number) for number in numbers])
 
   # Indices are steps, so Grain's own state is one number that we already know.
   steps = grain.MapDataset.range(start, stop).map(host_part)
@@ -110,13 +121,14 @@ def place(part: Batch, sharding: NamedSharding, rows=None, batch_size: int | Non
   Returns:
     The batch as global arrays.
   """
-  batch_size = batch_size or len(part.tokens_bt)
+  batch_size = batch_size or len(jax.tree.leaves(part)[0])
   at = {row: i for i, row in enumerate(range(batch_size) if rows is None else rows)}
 
   def put(array):
     def piece(index):
-      return array[[at[row] for row in range(*index[0].indices(batch_size))]][:, index[1]]
+      mine = [at[row] for row in range(*index[0].indices(batch_size))]
+      return array[(mine, *index[1:])]
 
-    return jax.make_array_from_callback((batch_size, array.shape[1]), sharding, piece)
+    return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, piece)
 
   return jax.tree.map(put, part)

@@ -18,7 +18,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from llmjax.data.sources import Document
-from llmjax.text.tokenizer import Tokenizer, fingerprint
+from llmjax.text.tokenizer import Tokenizer, fingerprint, frame
 
 _FORMAT = 1
 _DTYPE = np.dtype("<u4")
@@ -26,7 +26,7 @@ _DTYPE = np.dtype("<u4")
 
 @dataclasses.dataclass(frozen=True)
 class TokenStore:
-  """Tokenized documents, each `BOS … EOS`, readable in any order.
+  """Tokenized documents, each `BOS … EOS` (EOS for BOS where there is none), in any order.
 
   Attributes:
     key: hash of the texts and the tokenizer.
@@ -86,10 +86,11 @@ def prepare(documents: Sequence[Document], tokenizer: Tokenizer, cache: Path) ->
 def _write(documents: Sequence[Document], tokenizer: Tokenizer, folder: Path, chunk: int = 256):
   writer = ArrayRecordWriter(str(folder / "tokens.array_record"), "group_size:1")
   lengths = []
+  before, after = frame(tokenizer)
   for start in range(0, len(documents), chunk):
     texts = [document.text for document in documents[start : start + chunk]]
     for ids in tokenizer.encode_batch(texts):
-      row = np.asarray([tokenizer.bos_id, *ids, tokenizer.eos_id], _DTYPE)
+      row = np.asarray([before, *ids, after], _DTYPE)
       lengths.append(len(row))
       writer.write(row.tobytes())
   writer.close()

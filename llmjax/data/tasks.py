@@ -1,10 +1,183 @@
-"""Tasks: the one place that shifts targets and decides which predictions count."""
+"""Tasks: the one place that shifts targets, hides tokens and decides which predictions count.
+
+A task turns rows of text into a `Batch`. Where it draws at random it is given a generator per row,
+made of (seed, step, row), so that a batch does not depend on who makes it.
+"""
 
 import dataclasses
+import math
 
 import numpy as np
 
+from llmjax.core.choices import check_choice
+from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
+
+TASKS = ("language_model", "prefix_lm", "masked_lm", "span_corruption")
+SENTINELS = 100  # ids after the tokenizer's own that stand for hidden spans
+_SHORTEST = 16  # tokens of a document in which spans are hidden; shorter ones are left out
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+  """What is predicted.
+
+  Attributes:
+    name: language_model; prefix_lm (a document's rest, given a prefix of random length);
+      masked_lm (BERT); span_corruption (T5); auto: what suits the model's kind and mask.
+    hidden: share of tokens that masked_lm and span_corruption hide.
+    span: mean tokens of a hidden span.
+  """
+
+  name: str = "auto"
+  hidden: float = 0.15
+  span: float = 3.0
+
+  def __post_init__(self):
+    check_choice("task.name", self.name, ("auto", *TASKS))
+    if not 0 < self.hidden <= 0.5:
+      raise UserError(f"task.hidden {self.hidden} is not in (0, 0.5]")
+    if self.span < 1:
+      raise UserError(f"task.span {self.span} is less than 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A task with all that it needs to know.
+
+  Attributes:
+    config: name (not auto) and shares.
+    tokens: ids of the tokenizer; the task's own come after them.
+    start: id that a decoder is given before it has written anything (span_corruption).
+  """
+
+  config: TaskConfig = TaskConfig(name="language_model")
+  tokens: int = 0
+  start: int = 0
+
+  @property
+  def extra_tokens(self) -> int:
+    """Ids that the model needs beyond the tokenizer's."""
+    return {"masked_lm": 1, "span_corruption": SENTINELS}.get(self.config.name, 0)
+
+  def batch(self, tokens_bu: np.ndarray, segments_bu: np.ndarray, seeds) -> Batch:
+    """Makes a batch of rows one token longer than it.
+
+    Args:
+      tokens_bu: int32 [b, t + 1] ids.
+      segments_bu: int32 [b, t + 1] document numbers, 0 for padding.
+      seeds: a sequence of ints for each row, which decides its draws.
+    Returns:
+      A numpy `Batch` of [b, t].
+    """
+    if self.config.name == "language_model":
+      return language_model(tokens_bu, segments_bu)
+    make = {
+      "prefix_lm": self._prefix_lm,
+      "masked_lm": self._masked_lm,
+      "span_corruption": self._span_corruption,
+    }[self.config.name]
+    rows = [
+      dataclasses.asdict(make(tokens_u, segments_u, np.random.default_rng(seed)))
+      for tokens_u, segments_u, seed in zip(tokens_bu, segments_bu, seeds, strict=True)
+    ]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return Batch(**{name: None if a[0] is None else np.stack(a) for name, a in columns.items()})
+
+  def _prefix_lm(self, tokens_u, segments_u, rng) -> Batch:
+    """Each document's first tokens, at least one and not all, are seen by all of it."""
+    whole = language_model(tokens_u[None], segments_u[None])
+    row = Batch(*(None if a is None else a[0] for a in dataclasses.astuple(whole)))
+    lengths = np.bincount(row.segments_bt)
+    splits = np.array([rng.integers(1, max(2, length)) for length in lengths])[row.segments_bt]
+    known = row.positions_bt + 1 < splits  # the next token is itself in the prefix
+    prefix = (row.positions_bt < splits) & (row.segments_bt > 0)
+    mask = row.loss_mask_bt * ~known
+    return dataclasses.replace(row, prefix_bt=prefix, loss_mask_bt=mask.astype(np.float32))
+
+  def _masked_lm(self, tokens_u, segments_u, rng) -> Batch:
+    """Of the hidden tokens 80 % become the mask, 10 % any token, 10 % stay.
+
+    Source: Devlin et al. 2018, arXiv:1810.04805, sec. 3.1.
+    """
+    tokens_t, segments_t = tokens_u[:-1].astype(np.int32), segments_u[:-1].astype(np.int32)
+    hidden = (rng.random(len(tokens_t)) < self.config.hidden) & (segments_t > 0)
+    how = rng.random(len(tokens_t))
+    anything = rng.integers(0, self.tokens, len(tokens_t))
+    shown = np.where(how < 0.8, self.tokens, np.where(how < 0.9, anything, tokens_t))
+    return Batch(
+      tokens_bt=np.where(hidden, shown, tokens_t).astype(np.int32),
+      targets_bt=tokens_t,
+      loss_mask_bt=hidden.astype(np.float32),
+      segments_bt=segments_t,
+      positions_bt=segment_positions(segments_t[None])[0],
+    )
+
+  def _span_corruption(self, tokens_u, segments_u, rng) -> Batch:
+    """Spans of each document are replaced by sentinels, and written out after them.
+
+    Source: Raffel et al. 2019, arXiv:1910.10683, sec. 3.1.4.
+    """
+    t = len(tokens_u) - 1
+    sources, targets = [], []
+    for number in range(1, int(segments_u.max()) + 1):
+      ids = tokens_u[:-1][segments_u[:-1] == number]
+      if len(ids) >= _SHORTEST:
+        source, target = self._corrupt(ids, rng)
+        sources.append(source)
+        targets.append(target)
+    source_s, source_segments_s = _lay_out(sources, t)
+    target_t, segments_t = _lay_out(targets, self.target_width(t))
+    positions_t = segment_positions(segments_t[None])[0]
+    given_t = np.where(positions_t == 0, self.start * (segments_t > 0), np.roll(target_t, 1))
+    return Batch(
+      tokens_bt=given_t.astype(np.int32),
+      targets_bt=target_t,
+      loss_mask_bt=(segments_t > 0).astype(np.float32),
+      segments_bt=segments_t,
+      positions_bt=positions_t,
+      source_bs=source_s,
+      source_segments_bs=source_segments_s,
+      source_positions_bs=segment_positions(source_segments_s[None])[0],
+    )
+
+  def target_width(self, t: int) -> int:
+    """Positions that the targets of a row of `t` source positions can need at most."""
+    per_span = 1 + 1 / self.config.span
+    share = self.config.hidden * per_span + (0.5 * per_span + 1.5) / _SHORTEST
+    return math.ceil(t * share)
+
+  def _corrupt(self, ids, rng):
+    """One document: (its source, its target with a last sentinel as the end)."""
+    hidden = max(1, round(len(ids) * self.config.hidden))
+    spans = min(max(1, round(hidden / self.config.span)), SENTINELS - 1)
+    hidden_lengths = _partition(hidden, spans, rng)
+    shown_lengths = _partition(len(ids) - hidden, spans, rng)
+    source, target, place = [], [], 0
+    for number, (shown, gone) in enumerate(zip(shown_lengths, hidden_lengths, strict=True)):
+      sentinel = [self.tokens + number]
+      source += [ids[place : place + shown], sentinel]
+      target += [sentinel, ids[place + shown : place + shown + gone]]
+      place += shown + gone
+    target.append([self.tokens + spans])
+    return np.concatenate(source), np.concatenate(target)
+
+
+def _partition(total: int, parts: int, rng) -> np.ndarray:
+  """Cuts `total` into `parts` positive numbers, all ways equally likely."""
+  cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
+  return np.diff(np.concatenate([[0], cuts, [total]]))
+
+
+def _lay_out(pieces, width: int):
+  """Puts pieces end to end in a row: (ids, numbers from 1, 0 for padding), int32."""
+  ids, numbers = np.zeros(width, np.int32), np.zeros(width, np.int32)
+  start = 0
+  for number, piece in enumerate(pieces, 1):
+    ids[start : start + len(piece)] = piece
+    numbers[start : start + len(piece)] = number
+    start += len(piece)
+  return ids, numbers
 
 
 def language_model(tokens_bu: np.ndarray, segments_bu: np.ndarray) -> Batch:

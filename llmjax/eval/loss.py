@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from llmjax.data.batch import Batch
@@ -15,64 +16,86 @@ from llmjax.data.loader import place
 from llmjax.data.pack import windows
 from llmjax.data.prepare import TokenStore
 from llmjax.data.sources import Document
-from llmjax.data.tasks import score_only
-from llmjax.models.decoder import Decoder
+from llmjax.data.tasks import Task, score_only
 from llmjax.parallel.rules import batch_sharding
-from llmjax.train.losses import cross_entropy
+from llmjax.train.losses import LossConfig, head_loss
 
 
 def evaluate_loss(
-  decoder: Decoder, store: TokenStore, mesh: Mesh, batch_size: int = 16, stride: int = 0
+  model: nnx.Module,
+  store: TokenStore,
+  mesh: Mesh,
+  task: Task | None = None,
+  batch_size: int = 16,
+  stride: int = 0,
 ) -> dict:
-  """Predicts every token of a store exactly once, in overlapping rows.
+  """Predicts held-out text in rows of the model's context.
 
-  Past a document's first row, each prediction has at least context - stride tokens before it.
+  Language models predict every token exactly once, in overlapping rows: past a document's first
+  row, each prediction has at least context - stride tokens before it. Tasks that hide tokens hide
+  the same ones each time, and predict those.
 
   Args:
-    decoder: the model.
+    model: the model.
     store: held-out documents; each document's end counts as one more token to predict.
     mesh: where rows are spread.
+    task: what is predicted; language modelling by default.
     batch_size: rows at a time, rounded up to what the mesh divides.
     stride: new predictions a row; 0 means half the context.
   Returns:
-    `nats_per_token`, `perplexity`, `bits_per_byte`, `tokens`, `bytes`.
+    `nats_per_token`, `perplexity`, `tokens` (predicted), `bytes`; `bits_per_byte` of a model that
+    predicts all of the text.
   """
-  context = decoder.config.context
-  stride = min(stride or max(1, context // 2), context)
+  task = task or Task()
+  whole = task.config.name in ("language_model", "prefix_lm")
+  context = model.config.context
+  stride = min(stride or max(1, context // 2), context) if whole else context
   ways = mesh.size // mesh.shape["tensor"]
   batch_size = math.ceil(batch_size / ways) * ways
   sharding = batch_sharding(mesh)
   sums = []
   with jax.set_mesh(mesh):
-    for batch in _batches(store, context, stride, batch_size):
-      sums.append(_loss_sum(decoder, place(batch, sharding)))
+    for batch in _batches(store, None if whole else task, context, stride, batch_size):
+      sums.append(_loss_sum(model, place(batch, sharding)))
   totals = [[float(part) for part in pair] for pair in sums]
   nats, tokens = (math.fsum(column) for column in zip(*totals, strict=True))
-  return {
+  scores = {
     "nats_per_token": nats / tokens,
     "perplexity": math.exp(min(nats / tokens, 700)),
-    "bits_per_byte": nats / math.log(2) / store.size_bytes,
     "tokens": int(tokens),
     "bytes": store.size_bytes,
   }
+  if whole:
+    scores["bits_per_byte"] = nats / math.log(2) / store.size_bytes
+  return scores
 
 
 @jax.jit
-def _loss_sum(decoder: Decoder, batch: Batch):
-  logits_btv, _ = decoder(batch.tokens_bt, batch.segments_bt, batch.positions_bt)
-  return jnp.stack(cross_entropy(logits_btv, batch))
+def _loss_sum(model: nnx.Module, batch: Batch):
+  x_btd, _ = model.hidden(batch)
+  _, nll = head_loss(LossConfig(), model.head, x_btd, batch.targets_bt, batch.loss_mask_bt)
+  return jnp.stack((nll, jnp.sum(batch.loss_mask_bt)))
 
 
-def _batches(store, context, stride, batch_size):
+def _batches(store, task: Task | None, context, stride, batch_size):
   rows = []
-  for row in windows(store, context, stride):
-    rows.append(row)
+  numbered = enumerate(windows(store, context, stride))
+  for number, row in numbered:
+    rows.append((number, *row))
     if len(rows) == batch_size:
-      yield score_only(*(np.stack(column) for column in zip(*rows, strict=True)))
+      yield _batch(task, rows)
       rows = []
   if rows:
-    rows += [tuple(np.zeros_like(part) for part in rows[0])] * (batch_size - len(rows))
-    yield score_only(*(np.stack(column) for column in zip(*rows, strict=True)))
+    rows += [(0, *map(np.zeros_like, rows[0][1:]))] * (batch_size - len(rows))
+    yield _batch(task, rows)
+
+
+def _batch(task: Task | None, rows):
+  numbers, *columns = zip(*rows, strict=True)
+  tokens_bu, segments_bu, scored_bu = map(np.stack, columns)
+  if task is None:
+    return score_only(tokens_bu, segments_bu, scored_bu)
+  return task.batch(tokens_bu, segments_bu, [(0, number) for number in numbers])
 
 
 def compressor_bits_per_byte(documents: Sequence[Document]) -> dict:

@@ -1,91 +1,220 @@
-"""`ModelConfig`: the architecture, and what follows from it by arithmetic."""
+"""`ModelConfig`: an architecture as values. A well-known family is a row of such values."""
 
 import dataclasses
 
-from llmjax.core.errors import UserError, nearest
+from llmjax.core.choices import check_choice, check_least
+from llmjax.core.errors import UserError
+from llmjax.nn.attention import AttentionConfig
+from llmjax.nn.embed import EmbedConfig
+from llmjax.nn.mlp import ACTIVATIONS
+from llmjax.nn.norm import NormConfig
+from llmjax.nn.position import PositionConfig
 
+KINDS = ("decoder", "encoder", "encoder_decoder", "vision")
+BLOCKS = ("sequential", "parallel", "parallel_shared")
 DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "full", "dots")
+REMAT = ("none", "full", "dots", "save_projections", "offload")
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """Images: cut into patches; in a decoder, also the tower that reads them.
+
+  Attributes:
+    image_size: side of an image in pixels; 0 means a model without images.
+    patch: side of a patch in pixels, a divisor of `image_size`.
+    channels: numbers a pixel.
+    class_token: a learned vector before the patches.
+    patch_bias: a bias on the patch projection.
+    image_token: in a decoder: id whose occurrences are replaced by patches, in order.
+    layers: in a decoder: blocks of the tower; likewise width, heads, mlp_width, activation, eps.
+    input_norm: in a decoder: a norm before the tower's first block (CLIP).
+  """
+
+  image_size: int = 0
+  patch: int = 16
+  channels: int = 3
+  class_token: bool = True
+  patch_bias: bool = True
+  image_token: int = -1
+  layers: int = 0
+  width: int = 0
+  heads: int = 0
+  mlp_width: int = 0
+  activation: str = "quick_gelu"
+  eps: float = 1e-5
+  input_norm: bool = True
+
+  def __post_init__(self):
+    check_least("model.vision", self, image_size=0, patch=1, channels=1)
+    check_choice("model.vision.activation", self.activation, ACTIVATIONS)
+    if self.image_size % self.patch:
+      raise UserError(
+        f"model.vision.image_size {self.image_size} is not a multiple of patch {self.patch}"
+      )
+
+  @property
+  def patches(self) -> int:
+    """Patches of one image."""
+    return (self.image_size // self.patch) ** 2
+
+  @property
+  def patch_numbers(self) -> int:
+    """Numbers of one patch (i)."""
+    return self.patch**2 * self.channels
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A Llama-type decoder.
+  """A transformer.
 
   Attributes:
-    layers: blocks (l).
+    kind: decoder; encoder (BERT-type); encoder_decoder (T5-type); vision (ViT, an image's class).
+    layers: blocks (l); of the decoder where there are two stacks.
+    encoder_layers: blocks of an encoder_decoder's encoder; 0 means `layers`.
     width: residual width (d).
     heads: query heads (n).
-    kv_heads: key/value heads (k), a divisor of `heads`.
-    head_dim: head width (h), even; 0 means width / heads.
+    kv_heads: key/value heads (k), a divisor of `heads`; 0 means `heads`.
+    head_dim: head width (h); 0 means width / heads.
     mlp_width: feed-forward width (f).
-    vocab_size: tokens (v); 0 means the tokenizer's.
+    activation: swiglu, geglu, geglu_tanh, reglu (gated), relu, relu2, gelu, gelu_tanh, quick_gelu,
+      silu.
+    mlp_bias: biases in the feed-forward layer.
+    block: attention then mlp (sequential), or both of one input (parallel), with a shared norm
+      (parallel_shared).
+    vocab_size: tokens (v); 0 means the tokenizer's. Classes of a vision model.
     context: positions of a training row, and the most a prompt and its continuation may fill.
-    rope_theta: base of the rotary angles.
-    norm_eps: added to the mean square in RMSNorm.
     tie_embeddings: the output head reads the embedding.
+    dropout: share of the embedding's and of every sublayer's output that training zeroes.
     dtype: compute dtype; weights are always kept in float32.
     scan: run the layers as one `lax.scan` (compiles fast) instead of unrolled (runs fast on CPU).
-    remat: what the backward pass recomputes: none, full, or all but matrix products (dots).
+    remat: what the backward pass recomputes: none; full; all but matrix products (dots); all but
+      projections and attention's result (save_projections); as that, kept in host memory (offload).
   """
 
+  kind: str = "decoder"
   layers: int = 4
+  encoder_layers: int = 0
   width: int = 256
   heads: int = 4
-  kv_heads: int = 4
+  kv_heads: int = 0
   head_dim: int = 0
   mlp_width: int = 768
+  activation: str = "swiglu"
+  mlp_bias: bool = False
+  block: str = "sequential"
   vocab_size: int = 0
   context: int = 256
-  rope_theta: float = 10_000.0
-  norm_eps: float = 1e-5
   tie_embeddings: bool = True
+  dropout: float = 0.0
   dtype: str = "bfloat16"
   scan: bool = True
   remat: str = "none"
+  attention: AttentionConfig = AttentionConfig()
+  position: PositionConfig = PositionConfig()
+  norm: NormConfig = NormConfig()
+  embed: EmbedConfig = EmbedConfig()
+  vision: VisionConfig = VisionConfig()
 
   def __post_init__(self):
-    for key, known in (("dtype", DTYPES), ("remat", REMAT)):
-      if getattr(self, key) not in known:
-        raise UserError(
-          f"model.{key} {getattr(self, key)!r} is unknown; {nearest(getattr(self, key), known)}"
-        )
-    for key in ("layers", "width", "heads", "kv_heads", "mlp_width", "context"):
-      if getattr(self, key) < 1:
-        raise UserError(f"model.{key} {getattr(self, key)} is less than 1")
-    if self.heads % self.kv_heads:
-      raise UserError(
-        f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}"
-      )
-    if not self.head_dim and self.width % self.heads:
-      raise UserError(
-        f"model.width {self.width} is not a multiple of model.heads {self.heads}; set head_dim"
-      )
-    if self.dims["h"] % 2:
-      raise UserError(f"head width {self.dims['h']} is odd; rotary positions need it even")
+    for key, known in (
+      ("kind", KINDS), ("activation", ACTIVATIONS), ("block", BLOCKS), ("dtype", DTYPES),
+      ("remat", REMAT),
+    ):
+      check_choice(f"model.{key}", getattr(self, key), known)
+    check_least("model", self, layers=1, width=1, heads=1, mlp_width=1, context=1, kv_heads=0)
+    check_least("model", self, head_dim=0, encoder_layers=0, vocab_size=0)
+    if not 0 <= self.dropout < 1:
+      raise UserError(f"model.dropout {self.dropout} is not in [0, 1)")
+    _check_heads(self)
+    _check_kind(self)
 
   @property
   def dims(self) -> dict[str, int]:
     """Size of every letter of the model's weights."""
+    k = self.kv_heads or self.heads
     return {
       "l": self.layers,
       "d": self.width,
       "n": self.heads,
-      "k": self.kv_heads,
-      "g": self.heads // self.kv_heads,
+      "k": k,
+      "g": self.heads // k,
       "h": self.head_dim or self.width // self.heads,
       "f": self.mlp_width,
       "v": self.vocab_size,
+      "t": self.context,
     }
 
+  @property
+  def causal(self) -> bool:
+    """Whether a token's result depends on those before it alone (a prefix apart)."""
+    if self.attention.mask == "auto":
+      return self.kind in ("decoder", "encoder_decoder")
+    return self.attention.mask != "bidirectional"
 
-def forward_flops_per_token(config: ModelConfig, length: int) -> float:
-  """Counts the multiply-adds (×2) of one token's forward pass in a causal row of `length`.
 
-  Matrix products and attention's two products only; a token sees (length + 1) / 2 keys on average.
-  A training step costs three times as much.
-  """
-  d, n, k, h, f, v, l = (config.dims[letter] for letter in "dnkhfvl")
-  layer = 2 * d * h * (2 * n + 2 * k) + 2 * 3 * d * f
-  attention = 2 * 2 * n * h * (length + 1) / 2
-  return l * (layer + attention) + 2 * d * v
+def _check_heads(config: ModelConfig):
+  if config.heads % (config.kv_heads or config.heads):
+    raise UserError(
+      f"model.heads {config.heads} is not a multiple of model.kv_heads {config.kv_heads}"
+    )
+  if not config.head_dim and config.width % config.heads:
+    raise UserError(
+      f"model.width {config.width} is not a multiple of model.heads {config.heads}; set head_dim"
+    )
+  if config.position.kind == "rope":
+    h = config.dims["h"]
+    if h % 2:
+      raise UserError(f"head width {h} is odd; rotary positions need it even")
+    if not config.position.rotary_dim(h):
+      raise UserError(f"model.position.fraction {config.position.fraction} of {h} turns nothing")
+    if config.position.scaling == "ntk" and config.position.rotary_dim(h) < 4:
+      raise UserError("model.position.scaling=ntk needs at least 4 rotary channels a head, not 2")
+
+
+def _check_kind(config: ModelConfig):
+  if config.block != "sequential" and config.norm.place not in ("pre", "sandwich"):
+    raise UserError(
+      f"model.block={config.block} needs model.norm.place pre or sandwich, "
+      f"not {config.norm.place}"
+    )
+  if config.kind == "encoder_decoder":
+    if config.embed.types:
+      raise UserError("an encoder_decoder has no token types: set model.embed.types to 0")
+    if config.attention.mask != "auto":
+      raise UserError("an encoder_decoder decides its masks itself: leave model.attention.mask")
+    if config.block != "sequential":
+      raise UserError("an encoder_decoder has sequential blocks: leave model.block")
+  if config.kind == "vision":
+    _check_vision(config)
+  if config.kind in ("encoder", "encoder_decoder") and config.vision.image_size:
+    raise UserError(f"model.kind={config.kind} takes no images: set model.vision.image_size to 0")
+  if config.kind == "decoder" and config.vision.image_size:
+    _check_tower(config.vision)
+
+
+def _check_vision(config: ModelConfig):
+  """Refuses what a model of images alone would not read."""
+  if not config.vision.image_size:
+    raise UserError("model.kind=vision needs model.vision.image_size")
+  if config.position.kind != "learned":
+    raise UserError(
+      "a vision model has learned positions: set model.position.kind to learned, "
+      f"not {config.position.kind}"
+    )
+  if config.attention.mask not in ("auto", "bidirectional"):
+    raise UserError(
+      f"a vision model is bidirectional, not model.attention.mask={config.attention.mask}"
+    )
+  if dataclasses.replace(config.embed, norm=False) != EmbedConfig():
+    raise UserError("a vision model has no token table: of model.embed, set norm alone")
+
+
+def _check_tower(vision: VisionConfig):
+  check_least("model.vision", vision, layers=1, width=1, heads=1, mlp_width=1, image_token=0)
+  if vision.eps <= 0:
+    raise UserError(f"model.vision.eps {vision.eps} is not positive")
+  if vision.width % vision.heads:
+    raise UserError(
+      f"model.vision.width {vision.width} is not a multiple of model.vision.heads {vision.heads}"
+    )

@@ -1,21 +1,20 @@
-"""The decoder: one function for training, scoring, prefill and decoding."""
+"""The decoder: one function for training, scoring, prefill and decoding, with or without images."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmjax.models.block import Block
+from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
-from llmjax.models.stack import run_layers
-from llmjax.nn.cache import KVCache
+from llmjax.models.stack import Stack
+from llmjax.models.vision import Projector, Tower, tower_config
+from llmjax.nn.cache import Cache
+from llmjax.nn.dropout import dropout
 from llmjax.nn.embed import Embed
-from llmjax.nn.mask import cache_mask, causal_mask
-from llmjax.nn.norm import RmsNorm
-from llmjax.nn.position import rope_angles
 
 
 class Decoder(nnx.Module):
-  """A causal language model.
+  """A causal (or prefix) language model.
 
   Args:
     key: PRNG key of the whole model.
@@ -23,59 +22,77 @@ class Decoder(nnx.Module):
   """
 
   def __init__(self, key, config: ModelConfig):
-    embed_key, blocks_key, norm_key = jax.random.split(key, 3)
+    keys = jax.random.split(key, 4)
     self.config = config
-    self.embed = Embed(embed_key, config.dims, config.tie_embeddings)
-    self.blocks = nnx.data(
-      jax.vmap(lambda key: Block(key, config))(jax.random.split(blocks_key, config.layers))
+    self.embed = Embed(
+      keys[0], config.dims, config.embed, config.position, config.norm, config.tie_embeddings
     )
-    self.norm = RmsNorm(norm_key, config.dims, config.norm_eps)
+    self.decoder = Stack(keys[1], config, config.causal)
+    if config.vision.image_size:
+      self.vision = Tower(keys[2], tower_config(config))
+      self.projector = Projector(keys[3], config)
 
-  def __call__(self, tokens_bt, segments_bt=None, positions_bt=None, cache: KVCache | None = None):
-    """Scores the next token at every position.
+  def __call__(self, tokens_bt, segments_bt=None, positions_bt=None, cache: Cache | None = None):
+    """Scores the next token at every position: (logits_btv in fp32, cache); see `hidden`."""
+    batch = Batch(tokens_bt, segments_bt=segments_bt, positions_bt=positions_bt)
+    x_btd, cache = self.hidden(batch, cache)
+    return self.logits(x_btd), cache
+
+  def hidden(self, batch: Batch, cache: Cache | None = None, key=None):
+    """Runs everything before the head.
 
     Args:
-      tokens_bt: int32 ids.
-      segments_bt: int32 documents of a packed row, 0 for padding; one document by default.
-      positions_bt: int32 places within the document; 0, 1, 2 … by default.
-      cache: keys and values so far, stacked over layers; new ones go to slot `positions_bt`.
+      batch: tokens, and whatever else the config knows: segments, positions, prefix, patches.
+      cache: keys and values so far; new ones go to slot `positions_bt`.
+      key: PRNG key of dropout; None drops nothing.
     Returns:
-      (logits_btv in fp32, the cache with these positions in it or None).
+      (x_btd, the cache with these positions in it or None).
     """
-    config = self.config
-    if positions_bt is None:
-      positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
-    if segments_bt is None:
-      segments_bt = jnp.ones_like(tokens_bt)
-    if cache is None:
-      mask_bts = causal_mask(segments_bt, positions_bt)
-    else:
-      mask_bts = cache_mask(positions_bt, cache.key_bskh.shape[2])
-    x_btd, cache = run_layers(
-      self.blocks,
-      self.embed(tokens_bt, jnp.dtype(config.dtype)),
-      cache,
-      scan=config.scan,
-      remat=config.remat,
-      rope=rope_angles(positions_bt, config.dims["h"], config.rope_theta),
-      mask_bts=mask_bts,
-      positions_bt=positions_bt,
+    keys = [None] * 3 if key is None else jax.random.split(key, 3)
+    positions_bt = default_positions(batch.tokens_bt, batch.positions_bt)
+    x_btd = self.embed(
+      batch.tokens_bt,
+      positions_bt,
+      jnp.dtype(self.config.dtype),
+      batch.types_bt,
+      self._images(batch, keys[2]),
     )
-    return self.embed.logits(self.norm(x_btd)), cache
+    x_btd = dropout(x_btd, self.config.dropout, keys[0])
+    prefix_bt = batch.prefix_bt if self.config.attention.mask == "prefix" else None
+    return self.decoder(x_btd, positions_bt, batch.segments_bt, prefix_bt, cache, key=keys[1])
 
-  def empty_cache(self, batch: int, length: int) -> KVCache:
-    """Makes a cache of `length` slots for `batch` rows, in the compute dtype."""
-    dims = self.config.dims
-    shape = (dims["l"], batch, length, dims["k"], dims["h"])
-    zeros = jnp.zeros(shape, jnp.dtype(self.config.dtype))
-    return KVCache(zeros, zeros)
+  @property
+  def head(self) -> Embed:
+    """The module whose `logits(x_btd)` scores every token."""
+    return self.embed
+
+  def logits(self, x_btd):
+    """Scores every token: logits_btv, fp32."""
+    return self.head.logits(x_btd)
+
+  def empty_cache(self, batch: int, slots: int) -> Cache:
+    """Makes a cache of `slots` positions for `batch` rows, in the compute dtype."""
+    prefix_bs = None
+    if self.config.attention.mask == "prefix":
+      prefix_bs = jnp.zeros((batch, slots), bool)
+    return Cache(self.decoder.empty_cache(batch, slots), prefix_bs=prefix_bs)
+
+  def start(self, batch: Batch, slots: int) -> Cache:
+    """Makes the empty cache of a batch; every kind that decodes has this function."""
+    return self.empty_cache(len(batch.tokens_bt), slots)
+
+  def _images(self, batch: Batch, key):
+    """(where image tokens stand, their patches' vectors there), or None."""
+    if batch.patches_bsi is None:
+      return None
+    made_bsd = self.projector(self.vision.features(batch.patches_bsi, key))
+    here_bt = batch.tokens_bt == self.config.vision.image_token
+    number_bt = jnp.clip(jnp.cumsum(here_bt, axis=1) - 1, 0, made_bsd.shape[1] - 1)
+    return here_bt, jnp.take_along_axis(made_bsd, number_bt[..., None], axis=1)
 
 
-def abstract(config: ModelConfig) -> Decoder:
-  """Builds the model's tree of shapes without making an array, whatever its size."""
-  return jax.eval_shape(lambda: Decoder(jax.random.key(0), config))
-
-
-def count_parameters(config: ModelConfig) -> int:
-  """Counts the weights of a config, from their declarations."""
-  return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)))
+def default_positions(tokens_bt, positions_bt):
+  """Counts 0, 1, 2 … along each row where no positions are given."""
+  if positions_bt is not None:
+    return positions_bt
+  return jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)

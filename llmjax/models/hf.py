@@ -1,133 +1,200 @@
-"""Hugging Face folders: one table a family, read by one function.
+"""Hugging Face folders, read and written: `config.json`, safetensors, a tokenizer.
 
-A row says where a tensor comes from and how: our path, their name, and the einsum-like letters of
-theirs, from which the transposition and the split of heads follow.
+The families are tables (`hf_decoders`, `hf_encoders`, `hf_vision`), which `hf_family` and
+`hf_layout` read in both directions.
 """
 
-import json
+import dataclasses
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
 
 from llmjax.core import tree
-from llmjax.core.errors import UserError
+from llmjax.core.errors import UserError, nearest
 from llmjax.models.config import ModelConfig
-from llmjax.models.decoder import Decoder, abstract
+from llmjax.models.hf_decoders import DECODERS
+from llmjax.models.hf_encoders import BERT, ROBERTA, T5
+from llmjax.models.hf_family import Family, canonical, misfits, note, read_config, write_config
+from llmjax.models.hf_files import DTYPES, Chosen, Files, read_json, save_tensors, write_json
+from llmjax.models.hf_layout import from_tensors, to_tensors
+from llmjax.models.hf_vision import GEMMA3_SHELL, LLAVA, VIT
 from llmjax.models.model import Model
+from llmjax.text.folder import load_tokenizer
+from llmjax.text.tokenizer import start_id
 
-# our path → (their name, their letters); parentheses join what they keep as one dimension.
-LLAMA = {
-  "embed/token_vd": ("model.embed_tokens.weight", "vd"),
-  "embed/head_dv": ("lm_head.weight", "vd"),
-  "norm/scale_d": ("model.norm.weight", "d"),
-  "blocks/attention_norm/scale_d": ("model.layers.{l}.input_layernorm.weight", "d"),
-  "blocks/attention/query_dnh": ("model.layers.{l}.self_attn.q_proj.weight", "(nh)d"),
-  "blocks/attention/key_dkh": ("model.layers.{l}.self_attn.k_proj.weight", "(kh)d"),
-  "blocks/attention/value_dkh": ("model.layers.{l}.self_attn.v_proj.weight", "(kh)d"),
-  "blocks/attention/out_nhd": ("model.layers.{l}.self_attn.o_proj.weight", "d(nh)"),
-  "blocks/mlp_norm/scale_d": ("model.layers.{l}.post_attention_layernorm.weight", "d"),
-  "blocks/mlp/gate_df": ("model.layers.{l}.mlp.gate_proj.weight", "fd"),
-  "blocks/mlp/up_df": ("model.layers.{l}.mlp.up_proj.weight", "fd"),
-  "blocks/mlp/down_fd": ("model.layers.{l}.mlp.down_proj.weight", "df"),
-}
-
-
-def llama_config(config: dict) -> ModelConfig:
-  """Translates a Llama `config.json`; weights stay fp32 and so does the arithmetic."""
-  rope = config.get("rope_parameters") or {}
-  if config.get("rope_scaling") or rope.get("rope_type", "default") != "default":
-    raise UserError("this Llama folder scales its rotary positions, which is not supported yet")
-  for key in ("attention_bias", "mlp_bias"):
-    if config.get(key):
-      raise UserError(f"this Llama folder sets {key}, which is not supported yet")
-  return ModelConfig(
-    layers=config["num_hidden_layers"],
-    width=config["hidden_size"],
-    heads=config["num_attention_heads"],
-    kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-    head_dim=config.get("head_dim") or 0,
-    mlp_width=config["intermediate_size"],
-    vocab_size=config["vocab_size"],
-    context=config["max_position_embeddings"],
-    rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-    norm_eps=config["rms_norm_eps"],
-    tie_embeddings=config.get("tie_word_embeddings", False),
-    dtype="float32",
-  )
-
-
-FAMILIES = {"llama": (llama_config, LLAMA)}
+ALL = (*DECODERS, BERT, ROBERTA, T5, VIT, LLAVA, GEMMA3_SHELL)
+FAMILIES = {family.name: family for family in ALL}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
 def is_folder(path) -> bool:
-  """Tells a Hugging Face folder by its `config.json` with a `model_type`."""
-  try:
-    return "model_type" in json.loads((Path(path) / "config.json").read_text())
-  except (OSError, json.JSONDecodeError):
-    return False
+  """Tells a Hugging Face folder by its `config.json`."""
+  return (Path(path) / "config.json").is_file()
 
 
 def load_folder(path) -> Model:
-  """Loads a folder of `config.json` and safetensors.
+  """Loads a folder of `config.json` and safetensors; weights become fp32.
 
+  Args:
+    path: the folder; a tokenizer in it is read as well.
+  Returns:
+    The model, computing in fp32.
   Raises:
-    UserError: a family without a table, or a tensor that is missing or of another shape.
+    UserError: no such family, a config llmjax cannot compute with, a damaged file, a tensor that is
+      missing, left over or of another shape.
   """
   path = Path(path)
-  config = json.loads((path / "config.json").read_text())
-  if config["model_type"] not in FAMILIES:
-    raise UserError(f"model_type {config['model_type']!r} is not one of {', '.join(FAMILIES)}")
-  translate, table = FAMILIES[config["model_type"]]
-  tensors = {}
-  for file in sorted(path.glob("*.safetensors")):
-    tensors.update(load_file(file))
-  model_config = translate(config)
-  return Model(model_config, from_tensors(model_config, tensors, table))
+  theirs = read_json(path / "config.json")
+  family = family_of(theirs)
+  tensors = Files(path, family.aliases)
+  config = _tied(family, read_config(family, theirs), tensors)
+  parameters = read_tensors(family, config, tensors)
+  return Model(config, parameters, _tokenizer(path))
 
 
-def from_tensors(config: ModelConfig, tensors: dict, table: dict) -> Decoder:
-  """Builds a decoder from tensors under another project's names.
+def family_of(theirs: dict) -> Family:
+  """Finds the family that a `config.json` names."""
+  name = theirs.get("model_type")
+  if name not in FAMILIES:
+    raise UserError(f"model_type {name!r} is not one of llmjax's; {nearest(str(name), FAMILIES)}")
+  return FAMILIES[name]
+
+
+def read_tensors(family: Family, config: ModelConfig, tensors: Mapping):
+  """Builds a family's model from tensors under its names, copies and buffers left out."""
+  dropped = [name for name in tensors if _matches(name, family.dropped)]
+  if dropped:
+    note(f"{len(dropped)} tensors have no place in llmjax and are left out, such as {dropped[0]!r}")
+  kept = {
+    name
+    for name in tensors
+    if not _matches(name, family.dropped + family.ignore)
+    and not family.skip(name, config)
+    and not _is_copy(family, name, tensors)
+  }
+  return from_tensors(
+    config, Chosen(tensors, kept), family.table(config), family.offset, family.optional
+  )
+
+
+def _matches(name, patterns) -> bool:
+  return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _is_copy(family, name, tensors) -> bool:
+  original = family.twins.get(name)
+  return original in tensors and np.array_equal(tensors[name], tensors[original])
+
+
+def _tied(family: Family, config: ModelConfig, tensors: Mapping) -> ModelConfig:
+  """Decides by the tensors whether the head reads the embedding, as transformers does."""
+  head = next((name for name, row in family.tensors.items() if row[1] == "embed/head_dv"), None)
+  if config.tie_embeddings and head in tensors and not _is_copy(family, head, tensors):
+    note(f"{head} differs from the embedding, so they are not tied, whatever config.json says")
+    return dataclasses.replace(config, tie_embeddings=False)
+  if not config.tie_embeddings and family.head_optional and head not in tensors:
+    return dataclasses.replace(config, tie_embeddings=True)
+  return config
+
+
+def _tokenizer(path: Path):
+  if not any((path / name).is_file() for name in TOKENIZER_FILES):
+    return None
+  return load_tokenizer(path)
+
+
+def save_folder(model: Model, path, dtype: str = "float32", family: str = ""):
+  """Writes a folder that transformers loads unchanged, but for the tokenizer's own files.
+
+  Args:
+    model: any model that one of the families can hold.
+    path: folder, made if it is missing.
+    dtype: of the tensors: float32, bfloat16 or float16.
+    family: `model_type` to write; by default the first that fits.
+  Raises:
+    UserError: no family holds this architecture; the message says what the nearest one lacks.
+  """
+  if dtype not in DTYPES:
+    raise UserError(f"dtype {dtype!r} is unknown; {nearest(dtype, DTYPES)}")
+  model = _begun(model)
+  chosen = choose(model.config, family)
+  config, leaves = half_layout(model)
+  tensors = to_tensors(config, leaves, chosen.table(config), chosen.offset)
+  for name, (value, like) in chosen.constants.items():
+    tensors[name] = np.full_like(tensors[like], value)
+  theirs = write_config(chosen, config) | {"torch_dtype": dtype}
+  ids = _token_ids(model)
+  theirs = ids | theirs
+  path = Path(path)
+  path.mkdir(parents=True, exist_ok=True)
+  write_json(path / "config.json", theirs)
+  ids |= {key: theirs[key] for key in ("decoder_start_token_id",) if key in theirs}
+  if any(value is not None for value in ids.values()):
+    write_json(path / "generation_config.json", ids)
+  # safetensors writes an array's memory as it lies, so it has to lie in C order.
+  cast = {name: array.astype(DTYPES[dtype], order="C") for name, array in tensors.items()}
+  save_tensors(cast, path)
+
+
+def _begun(model: Model) -> Model:
+  """Writes down the id that an encoder_decoder begins with, where that is the tokenizer's BOS."""
+  embed = model.config.embed
+  if model.config.kind != "encoder_decoder" or embed.start_token >= 0 or model.tokenizer is None:
+    return model
+  embed = dataclasses.replace(embed, start_token=start_id(model.tokenizer))
+  return dataclasses.replace(model, config=dataclasses.replace(model.config, embed=embed))
+
+
+def choose(config: ModelConfig, name: str = "") -> Family:
+  """Finds a family that holds an architecture: writing and reading its config gives it back.
 
   Args:
     config: the architecture.
-    tensors: numpy arrays by their name.
-    table: our path → (their name, their letters).
-  Returns:
-    The module, fp32.
+    name: take this family and no other.
   Raises:
-    UserError: a tensor is missing, is of another shape, or is left over.
+    UserError: there is none; the message names what the nearest one lacks.
   """
-  left = dict(tensors)
-  if config.tie_embeddings:
-    left.pop("lm_head.weight", None)
-
-  def take(path, like):
-    name, letters = table[path]
-    if "{l}" not in name:
-      return _fit(left, name, letters, path, like.shape, config)
-    layers = [
-      _fit(left, name.format(l=i), letters, path, like.shape[1:], config)
-      for i in range(config.layers)
-    ]
-    return np.stack(layers)
-
-  made = tree.map_with_path(take, abstract(config))
-  if left:
-    names = ", ".join(sorted(left)[:4])
-    raise UserError(f"{len(left)} tensors have no place in the model: {names}")
-  return jax.tree.map(jnp.asarray, made)
+  if name and name not in FAMILIES:
+    raise UserError(f"family {name!r} is unknown; {nearest(name, FAMILIES)}")
+  tried = [FAMILIES[name]] if name else [each for each in FAMILIES.values() if each.written]
+  wrong = {each.name: misfits(each, config) for each in tried}
+  for family in tried:
+    if not wrong[family.name]:
+      return family
+  near = min(wrong, key=lambda each: len(wrong[each]))
+  reasons = "; ".join(wrong[near][:3])
+  raise UserError(f"no family of transformers holds this architecture; nearest {near}: {reasons}")
 
 
-def _fit(tensors, name, letters, path, shape, config):
-  if name not in tensors:
-    raise UserError(f"tensor {name!r} (for {path!r}) is missing")
-  array = np.asarray(tensors.pop(name), np.float32)
-  flat = letters.replace("(", "").replace(")", "")
-  split = [config.dims[letter] for letter in flat]
-  if array.size != int(np.prod(split)):
-    raise UserError(f"tensor {name!r} has shape {array.shape}, which is not {letters} = {split}")
-  ours = path.rsplit("_", 1)[-1]
-  return array.reshape(split).transpose([flat.index(letter) for letter in ours]).reshape(shape)
+def half_layout(model: Model) -> tuple[ModelConfig, dict]:
+  """Writes a model's rotary positions in half layout: the config, and the weights by path.
+
+  Channels 2i and 2i + 1 of queries and keys become i and i + r/2; products of the two stay as they
+  were.
+  """
+  config = canonical(model.config)
+  leaves = tree.flatten(model.parameters)
+  position = model.config.position
+  if position.kind == "rope" and position.layout == "interleaved":
+    r, h = position.rotary_dim(config.dims["h"]), config.dims["h"]
+    order = np.concatenate([np.arange(0, r, 2), np.arange(1, r, 2), np.arange(r, h)])
+    turned = re.compile(r"/attention/(query|key)(_norm/scale)?_(bias_)?\w*h$")
+    leaves = {
+      path: np.asarray(leaf)[..., order] if turned.search(path) else leaf
+      for path, leaf in leaves.items()
+    }
+  return config, leaves
+
+
+def _token_ids(model: Model) -> dict:
+  """The tokenizer's special ids. A decoder without one says null, where transformers would assume
+  the ids of the published model, which a smaller vocabulary may not have."""
+  names = ("bos", "eos", "pad") if model.config.kind == "decoder" else ()
+  made: dict = {f"{name}_token_id": None for name in names}
+  for name in ("bos", "eos", "pad"):
+    number = getattr(model.tokenizer, f"{name}_id", None)
+    if number is not None and 0 <= number < model.config.vocab_size:
+      made[f"{name}_token_id"] = number
+  return made

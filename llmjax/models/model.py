@@ -1,13 +1,16 @@
 """`Model`: a config, its parameters and a tokenizer, as `llmjax.load` returns them."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
+from flax import nnx
 
 from llmjax.core.errors import UserError
+from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
-from llmjax.models.decoder import Decoder
+from llmjax.models.stack import apart
 from llmjax.text.tokenizer import Tokenizer
 
 
@@ -22,8 +25,13 @@ class Model:
   """
 
   config: ModelConfig
-  parameters: Decoder
+  parameters: nnx.Module
   tokenizer: Tokenizer | None = None
+
+  @functools.cached_property
+  def decoding(self) -> nnx.Module:
+    """The parameters with every layer by itself, made at the first use: what decoding reads."""
+    return jax.jit(apart)(self.parameters)
 
   def logits(self, tokens_bt):
     """Scores the next token at every position.
@@ -33,8 +41,11 @@ class Model:
     Returns:
       logits_btv, fp32.
     Raises:
-      UserError: rows longer than the context, or an id outside the vocabulary.
+      UserError: rows longer than the context, an id outside the vocabulary, or a kind of model
+        that does not read tokens alone.
     """
+    if self.config.kind in ("encoder_decoder", "vision"):
+      raise UserError(f"logits wants a decoder or an encoder, not model.kind={self.config.kind}")
     tokens_bt = np.asarray(tokens_bt, np.int32)
     if tokens_bt.ndim != 2:
       raise UserError(f"tokens_bt has rank {tokens_bt.ndim}; logits wants [batch, positions]")
@@ -47,9 +58,9 @@ class Model:
         f"token ids run from {tokens_bt.min()} to {tokens_bt.max()}, "
         f"the vocabulary from 0 to {self.config.vocab_size - 1}"
       )
-    return _logits(self.parameters, tokens_bt)
+    return _logits(self.parameters, Batch(tokens_bt))
 
 
 @jax.jit
-def _logits(decoder: Decoder, tokens_bt):
-  return decoder(tokens_bt)[0]
+def _logits(model: nnx.Module, batch: Batch):
+  return model.logits(model.hidden(batch)[0])

@@ -1,74 +1,205 @@
 """Grouped-query attention: n query heads share k key/value heads, g = n / k queries to each."""
 
+import dataclasses
+
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from llmjax.core.dot import contract, dot
+from llmjax.core.choices import check_choice, check_least
+from llmjax.core.dot import dot
+from llmjax.core.errors import UserError
 from llmjax.nn.cache import KVCache
-from llmjax.nn.param import fan_in, param
-from llmjax.nn.position import rotate
+from llmjax.nn.dropout import named
+from llmjax.nn.kernels import KERNELS, Scores, attend
+from llmjax.nn.mask import Mask, Rule
+from llmjax.nn.norm import Norm, NormConfig
+from llmjax.nn.param import constant, fan_in, param
+from llmjax.nn.position import Bias, rotate
 from llmjax.parallel.rules import shard
 
+MASKS = ("auto", "causal", "bidirectional", "prefix")
+LAYERS = ("full", "window", "sparse")
+QK_NORMS = ("none", "head", "all")
+BIASES = ("none", "qkv", "all")
 
-def attend(q_btnh, k_bskh, v_bskh, mask_bts):
-  """Computes softmax(q kᵀ / √h) v within the mask, softmax in fp32.
 
-  Args:
-    q_btnh: queries, compute dtype.
-    k_bskh: keys; n is a multiple of k, and query head i reads key head i // g.
-    v_bskh: values.
-    mask_bts: bool, true where a query may look; each query that matters has at least one.
-  Returns:
-    o_btnh, dtype of `q_btnh`.
-  Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; Ainslie et al. 2023, arXiv:2305.13245.
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+  """Who looks at whom, and how scores are made.
+
+  Attributes:
+    mask: causal; bidirectional; prefix (causal, but all see a document's prefix); auto is causal in
+      a decoder, bidirectional in an encoder.
+    pattern: kinds of successive layers, repeated: full, window, sparse.
+    window: positions a window layer sees on each side it may look to, its own counted.
+    sparse_block: positions of a block in sparse layers.
+    sparse_local: blocks a sparse layer sees: its own and the (sparse_local - 1) next to it.
+    sparse_global: so many first blocks of a document see all and are seen by all.
+    sparse_stride: every so many-th block away is seen as well; 0 is none.
+    softcap: scores become softcap · tanh(score / softcap); 0 leaves them.
+    sinks: a learned score a head that takes weight and gives no value.
+    qk_norm: norm of queries and keys: none, each head by itself, all heads as one vector.
+    bias: biases on none, on qkv, on all four projections.
+    scale: factor on q · k; 0 means 1 / √h.
+    kernel: auto, direct, blockwise, splash (TPU), cudnn (GPU).
+    block: queries a strip of blockwise attention.
   """
-  b, t, n, h = q_btnh.shape
-  k = k_bskh.shape[2]
-  g = n // k
-  # Head-major, with a key head's g queries in one axis q = g·t: each (b, k) is then two plain
-  # matrix products on contiguous operands, twice as fast on CPU as contracting "btkgh,bskh".
-  q_bkqh = (q_btnh * h**-0.5).reshape(b, t, k, g, h).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, h)
-  scores = contract("bkqh,bksh->bkqs", q_bkqh, k_bskh.swapaxes(1, 2), jnp.float32)
-  scores = scores.reshape(b, k, g, t, -1)
-  scores = jnp.where(mask_bts[:, None, None], scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(q_btnh.dtype).reshape(b, k, g * t, -1)
-  o_bkqh = contract("bkqs,bksh->bkqh", weights, v_bskh.swapaxes(1, 2))
-  return o_bkqh.reshape(b, k, g, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+  mask: str = "auto"
+  pattern: tuple = ("full",)
+  window: int = 0
+  sparse_block: int = 64
+  sparse_local: int = 2
+  sparse_global: int = 1
+  sparse_stride: int = 0
+  softcap: float = 0.0
+  sinks: bool = False
+  qk_norm: str = "none"
+  bias: str = "none"
+  scale: float = 0.0
+  kernel: str = "auto"
+  block: int = 128
+
+  def __post_init__(self):
+    for key, known in (
+      ("mask", MASKS), ("qk_norm", QK_NORMS), ("bias", BIASES), ("kernel", KERNELS)
+    ):
+      check_choice(f"model.attention.{key}", getattr(self, key), known)
+    for kind in self.pattern:
+      check_choice("model.attention.pattern", kind, LAYERS)
+    check_least(
+      "model.attention", self, window=0, sparse_block=1, sparse_local=1, sparse_global=0,
+      sparse_stride=0, softcap=0, scale=0, block=16,
+    )
+    if not self.pattern:
+      raise UserError("model.attention.pattern is empty; write ('full',)")
+    if ("window" in self.pattern) != (self.window > 0):
+      raise UserError(
+        f"model.attention.window {self.window} and pattern {self.pattern} do not go together: "
+        "a window needs window layers, and they need a window"
+      )
+
+  def rule(self, layer: str, causal: bool) -> Rule:
+    """The mask's rule in a kind of layer."""
+    if layer == "window":
+      return Rule(causal, window=self.window)
+    if layer == "sparse":
+      return Rule(
+        causal, 0, self.sparse_block, self.sparse_local, self.sparse_global, self.sparse_stride
+      )
+    return Rule(causal)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class View:
+  """What a layer sees from where: alike for all layers of one kind.
+
+  Attributes:
+    mask: who may look at whom; its keys are the cache's slots where there is a cache.
+    rope: (cos, sin) of the positions, or None.
+    bias: added to scores by distance, or None.
+  """
+
+  mask: Mask
+  rope: tuple | None = None
+  bias: Bias | None = None
 
 
 class Attention(nnx.Module):
-  """Causal self-attention with rotary positions.
+  """Attention of a row to itself, to a cache, or to another row's keys and values.
 
   Args:
     key: PRNG key of this module.
     dims: sizes of d, n, k and h.
+    config: scores, biases and kernel.
+    norm: kind and eps of the norm of queries and keys.
+    layout: channel pairs that rope turns.
     out_scale: factor on the output projection's initial standard deviation.
   """
 
-  def __init__(self, key, dims, out_scale: float):
+  def __init__(
+    self, key, dims, config: AttentionConfig, norm: NormConfig, layout: str, out_scale: float
+  ):
+    self.config = config
+    self.layout = layout
     self.query_dnh = param(key, "query_dnh", dims, fan_in(dims, "d"))
     self.key_dkh = param(key, "key_dkh", dims, fan_in(dims, "d"))
     self.value_dkh = param(key, "value_dkh", dims, fan_in(dims, "d"))
     self.out_nhd = param(key, "out_nhd", dims, fan_in(dims, "nh", out_scale))
+    if config.bias != "none":
+      self.query_bias_nh = param(key, "query_bias_nh", dims, constant(0.0))
+      self.key_bias_kh = param(key, "key_bias_kh", dims, constant(0.0))
+      self.value_bias_kh = param(key, "value_bias_kh", dims, constant(0.0))
+    if config.bias == "all":
+      self.out_bias_d = param(key, "out_bias_d", dims, constant(0.0))
+    if config.sinks:
+      self.sinks_n = param(key, "sinks_n", dims, constant(0.0))
+    if config.qk_norm != "none":
+      together = ("h", "h") if config.qk_norm == "head" else ("nh", "kh")
+      norm = dataclasses.replace(norm, bias=False)
+      self.query_norm = Norm(key, dims, norm, together[0])
+      self.key_norm = Norm(key, dims, norm, together[1])
 
-  def __call__(self, x_btd, rope, mask_bts, positions_bt, cache: KVCache | None = None):
-    """Mixes positions.
+  def __call__(self, x_btd, view: View, positions_bt, cache: KVCache | None = None):
+    """Mixes a row's positions.
 
     Args:
       x_btd: normed residual stream.
-      rope: (cos, sin) of the positions.
-      mask_bts: who may look at whom; s is the cache's slots where there is a cache.
+      view: mask, rope and bias.
       positions_bt: slots that new keys and values are written to.
       cache: this layer's keys and values so far.
     Returns:
       (y_btd, the cache with the new positions in it).
     """
-    q_btnh = shard(rotate(dot("btd,dnh->btnh", x_btd, self.query_dnh), *rope), "btnh")
-    k_btkh = shard(rotate(dot("btd,dkh->btkh", x_btd, self.key_dkh), *rope), "btkh")
-    v_btkh = shard(dot("btd,dkh->btkh", x_btd, self.value_dkh), "btkh")
+    q_btnh = self._query(x_btd, view)
+    new = self.keys_and_values(x_btd, view)
     if cache is not None:
-      cache = cache.write(k_btkh, v_btkh, positions_bt)
-      k_btkh, v_btkh = cache.key_bskh, cache.value_bskh
-    o_btnh = shard(attend(q_btnh, k_btkh, v_btkh, mask_bts), "btnh")
-    return shard(dot("btnh,nhd->btd", o_btnh, self.out_nhd), "btd"), cache
+      cache = new = cache.write(new, positions_bt)
+    return self._mix(q_btnh, new, view), cache
+
+  def look_at(self, x_btd, source: KVCache, view: View):
+    """Mixes another row's values into each position (cross attention): y_btd."""
+    return self._mix(self._query(x_btd, view), source, view)
+
+  def keys_and_values(self, x_bsd, view: View | None = None) -> KVCache:
+    """Projects what is looked at; keys come out normed and rotated."""
+    k_bskh = self._project(x_bsd, "key", "k")
+    v_bskh = self._project(x_bsd, "value", "k")
+    if self.config.qk_norm != "none":
+      k_bskh = self.key_norm(k_bskh)
+    if view is not None and view.rope is not None:
+      k_bskh = rotate(k_bskh, *view.rope, self.layout)
+    k_bskh, v_bskh = shard(k_bskh, "btkh"), shard(v_bskh, "btkh")
+    return KVCache.of(named(k_bskh, "key"), named(v_bskh, "value"))
+
+  def _query(self, x_btd, view: View):
+    q_btnh = self._project(x_btd, "query", "n")
+    if self.config.qk_norm != "none":
+      q_btnh = self.query_norm(q_btnh)
+    if view.rope is not None:
+      q_btnh = rotate(q_btnh, *view.rope, self.layout)
+    return named(shard(q_btnh, "btnh"), "query")
+
+  def _project(self, x_btd, name, heads):
+    y = dot(f"btd,d{heads}h->bt{heads}h", x_btd, getattr(self, f"{name}_d{heads}h"))
+    if self.config.bias == "none":
+      return y
+    return y + getattr(self, f"{name}_bias_{heads}h").astype(y.dtype)
+
+  def _mix(self, q_btnh, source: KVCache, view: View):
+    config = self.config
+    scores = Scores(
+      config.scale or q_btnh.shape[-1] ** -0.5,
+      config.softcap,
+      view.bias,
+      self.sinks_n if config.sinks else None,
+    )
+    o_btnh = attend(
+      q_btnh, source.key_bskh, source.value_bskh, view.mask, scores, config.kernel, config.block
+    )
+    o_btnh = named(shard(o_btnh, "btnh"), "attention")
+    y_btd = dot("btnh,nhd->btd", o_btnh, self.out_nhd)
+    if config.bias == "all":
+      y_btd = y_btd + self.out_bias_d.astype(y_btd.dtype)
+    return shard(y_btd, "btd")

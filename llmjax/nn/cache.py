@@ -5,24 +5,100 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+_ROWS = 32  # of a batch up to which each row is written by itself
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-  """Keys and values of one layer, or stacked over layers (`lbskh`).
+  """Keys and values of one layer, or stacked over layers (`lbksh`).
+
+  Heads stand before slots: each head's keys are then one matrix in memory, which decoding reads as
+  it lies.
 
   Attributes:
-    key_bskh: keys, already rotated.
-    value_bskh: values.
+    key_bksh: keys, already rotated.
+    value_bksh: values.
   """
 
-  key_bskh: jax.Array
-  value_bskh: jax.Array
+  key_bksh: jax.Array
+  value_bksh: jax.Array
 
-  def write(self, key_btkh, value_btkh, positions_bt) -> "KVCache":
-    """Returns the cache with each row's new keys and values at their positions."""
-    rows = jnp.arange(positions_bt.shape[0])[:, None]
-    return KVCache(
-      self.key_bskh.at[rows, positions_bt].set(key_btkh.astype(self.key_bskh.dtype)),
-      self.value_bskh.at[rows, positions_bt].set(value_btkh.astype(self.value_bskh.dtype)),
+  @classmethod
+  def of(cls, key_bskh, value_bskh) -> "KVCache":
+    """Takes what projections give."""
+    return cls(key_bskh.swapaxes(1, 2), value_bskh.swapaxes(1, 2))
+
+  @property
+  def key_bskh(self) -> jax.Array:
+    """Keys of one layer, slots first."""
+    return self.key_bksh.swapaxes(-3, -2)
+
+  @property
+  def value_bskh(self) -> jax.Array:
+    """Values of one layer, slots first."""
+    return self.value_bksh.swapaxes(-3, -2)
+
+  def write(self, new: "KVCache", positions_bt) -> "KVCache":
+    """Returns the cache with each row's new keys and values at their positions.
+
+    Positions must be slots of the cache.
+    """
+    put = _put_one if positions_bt.shape[1] == 1 and len(positions_bt) <= _ROWS else _put
+    return jax.tree.map(
+      lambda old, new: put(old, new.astype(old.dtype), positions_bt), self, new
     )
+
+
+def _put(old_bksh, new_bkth, positions_bt):
+  rows = jnp.arange(positions_bt.shape[0])[:, None]
+  return old_bksh.at[rows, :, positions_bt].set(new_bkth.swapaxes(1, 2))
+
+
+def _put_one(old_bksh, new_bk1h, positions_b1):
+  """Writes one position a row, in place; a scatter would copy the cache on CPU."""
+  if len(old_bksh) == 1:  # in the form that `Cache.alone` has it carried in
+    start = (0, positions_b1[0, 0], 0)
+    return jax.lax.dynamic_update_slice(old_bksh[0], new_bk1h[0], start)[None]
+  for row in range(len(old_bksh)):
+    start = (row, 0, positions_b1[row, 0], 0)
+    old_bksh = jax.lax.dynamic_update_slice(old_bksh, new_bk1h[row : row + 1], start)
+  return old_bksh
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """All that decoding keeps of a stack of layers.
+
+  Attributes:
+    own: keys and values of the row itself, stacked over layers or a tuple of them.
+    source: likewise of what cross attention looks at; None without it.
+    source_segments_bs: int32 numbers of the source's documents; None without it.
+    prefix_bs: bool, slots that every query sees (prefix-LM); None without them.
+  """
+
+  own: KVCache | tuple[KVCache, ...]
+  source: KVCache | tuple[KVCache, ...] | None = None
+  source_segments_bs: jax.Array | None = None
+  prefix_bs: jax.Array | None = None
+
+  @property
+  def slots(self) -> int:
+    """Positions there is room for."""
+    return jax.tree.leaves(self.own)[0].shape[-2]
+
+  def alone(self) -> "Cache":
+    """Drops the batch dimension of a lone row's cache, for a loop to carry; `batched` restores it.
+
+    That is the form attention multiplies. Carried in the other, XLA's CPU backend writes the cache
+    once for the loop and once for attention, each time into a copy. More rows are left as they are.
+    """
+    return self._each(lambda leaf: leaf[0] if leaf.ndim == 4 and len(leaf) == 1 else leaf)
+
+  def batched(self) -> "Cache":
+    """Undoes `alone`."""
+    return self._each(lambda leaf: leaf[None] if leaf.ndim == 3 else leaf)
+
+  def _each(self, change) -> "Cache":
+    return dataclasses.replace(self, own=jax.tree.map(change, self.own))

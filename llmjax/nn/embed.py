@@ -1,11 +1,46 @@
-"""Token embedding and output head."""
+"""Token embedding, with what is added to it before the first block, and the output head."""
+
+import dataclasses
 
 import jax.numpy as jnp
 from flax import nnx
 
+from llmjax.core.choices import check_least
 from llmjax.core.dot import dot
-from llmjax.nn.param import fan_in, normal, param
+from llmjax.core.errors import UserError
+from llmjax.nn.norm import Norm, NormConfig
+from llmjax.nn.param import constant, fan_in, normal, param
+from llmjax.nn.position import PositionConfig, sinusoids
 from llmjax.parallel.rules import shard
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedConfig:
+  """What surrounds the token table.
+
+  Attributes:
+    scale: factor on token vectors.
+    types: rows of a table of token types (BERT's segments); 0 for none.
+    norm: a norm before the first block.
+    head_bias: a bias on the logits.
+    logit_scale: factor on the logits.
+    logit_softcap: logits become softcap · tanh(logit / softcap); 0 leaves them.
+    start_token: id that what an encoder_decoder writes begins with (T5: 0); -1 means the
+      tokenizer's BOS.
+  """
+
+  scale: float = 1.0
+  types: int = 0
+  norm: bool = False
+  head_bias: bool = False
+  logit_scale: float = 1.0
+  logit_softcap: float = 0.0
+  start_token: int = -1
+
+  def __post_init__(self):
+    check_least("model.embed", self, types=0, logit_softcap=0)
+    if self.scale == 0 or self.logit_scale == 0:
+      raise UserError("model.embed.scale and logit_scale must not be 0")
 
 
 class Embed(nnx.Module):
@@ -13,24 +48,71 @@ class Embed(nnx.Module):
 
   Args:
     key: PRNG key of this module.
-    dims: sizes of v and d.
+    dims: sizes of v and d, of t (rows of a learned position table) and i (token types).
+    config: what surrounds the table.
+    position: learned and sinusoidal positions are added here.
+    norm: kind of the embedding norm.
     tied: the head reads the embedding itself.
   """
 
-  def __init__(self, key, dims, tied: bool):
+  def __init__(
+    self, key, dims, config: EmbedConfig, position: PositionConfig, norm: NormConfig, tied: bool
+  ):
+    self.config = config
+    self.position = position
     self.tied = tied
     self.token_vd = param(key, "token_vd", dims, normal(0.02))
+    if position.kind == "learned":
+      self.position_td = param(key, "position_td", dims, normal(0.02))
+    if config.types:
+      self.type_id = param(key, "type_id", dims | {"i": config.types}, normal(0.02))
+    if config.norm:
+      self.norm = Norm(key, dims, norm)
     if not tied:
       self.head_dv = param(key, "head_dv", dims, fan_in(dims, "d"))
+    if config.head_bias:
+      self.head_bias_v = param(key, "head_bias_v", dims, constant(0.0))
 
-  def __call__(self, tokens_bt, dtype):
-    """Looks tokens up: x_btd in `dtype`."""
-    return shard(jnp.take(self.token_vd, tokens_bt, axis=0).astype(dtype), "btd")
+  def __call__(self, tokens_bt, positions_bt, dtype, types_bt=None, replace=None):
+    """Looks tokens up and adds what the config says.
+
+    Args:
+      tokens_bt: int32 ids.
+      positions_bt: int32 places within the document.
+      dtype: of the result.
+      types_bt: int32 token types; all 0 by default.
+      replace: (bool [b, t], x_btd): vectors that stand in for tokens, such as an image's.
+    Returns:
+      x_btd in `dtype`.
+    """
+    config = self.config
+    x_btd = jnp.take(self.token_vd, tokens_bt, axis=0).astype(dtype)
+    if config.scale != 1:
+      x_btd = x_btd * jnp.asarray(config.scale, dtype)
+    if replace is not None:
+      x_btd = jnp.where(replace[0][..., None], replace[1].astype(dtype), x_btd)
+    if self.position.kind == "learned":
+      x_btd += jnp.take(self.position_td, positions_bt, axis=0).astype(dtype)
+    elif self.position.kind == "sinusoidal":
+      x_btd += sinusoids(positions_bt, x_btd.shape[-1], self.position.theta).astype(dtype)
+    if config.types:
+      types_bt = jnp.zeros_like(tokens_bt) if types_bt is None else types_bt
+      x_btd += jnp.take(self.type_id, types_bt, axis=0).astype(dtype)
+    if config.norm:
+      x_btd = self.norm(x_btd)
+    return shard(x_btd, "btd")
 
   def logits(self, x_btd):
     """Scores every token: logits_btv, fp32."""
+    config = self.config
     if self.tied:
       logits_btv = dot("btd,vd->btv", x_btd, self.token_vd, jnp.float32)
     else:
       logits_btv = dot("btd,dv->btv", x_btd, self.head_dv, jnp.float32)
+    if config.logit_scale != 1:
+      logits_btv *= config.logit_scale
+    if config.head_bias:
+      logits_btv += self.head_bias_v
+    if config.logit_softcap:
+      logits_btv = config.logit_softcap * jnp.tanh(logits_btv / config.logit_softcap)
     return shard(logits_btv, "btv")

@@ -1,30 +1,78 @@
-"""SwiGLU: a gated feed-forward layer."""
+"""Feed-forward layers: one hidden projection and an activation, or two of them, gated."""
+
+import functools
 
 import jax
 from flax import nnx
 
 from llmjax.core.dot import dot
-from llmjax.nn.param import fan_in, param
+from llmjax.nn.dropout import named
+from llmjax.nn.param import constant, fan_in, param
 from llmjax.parallel.rules import shard
 
 
-class SwiGlu(nnx.Module):
-  """Computes (silu(x gate) · (x up)) down.
+def quick_gelu(x):
+  """x · sigmoid(1.702 x), the GELU of CLIP (Hendrycks & Gimpel 2016, arXiv:1606.08415, sec. 2)."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+PLAIN = {
+  "relu": jax.nn.relu,
+  "relu2": lambda x: jax.nn.relu(x) ** 2,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "quick_gelu": quick_gelu,
+  "silu": jax.nn.silu,
+}
+GATED = {
+  "swiglu": PLAIN["silu"],
+  "geglu": PLAIN["gelu"],
+  "geglu_tanh": PLAIN["gelu_tanh"],
+  "reglu": PLAIN["relu"],
+}
+ACTIVATIONS = (*PLAIN, *GATED)
+
+
+class Mlp(nnx.Module):
+  """Computes act(x up) down, or (act(x gate) · (x up)) down.
 
   Args:
     key: PRNG key of this module.
     dims: sizes of d and f.
+    activation: a name of `PLAIN` or of `GATED`.
+    bias: a bias after every product.
     out_scale: factor on the down projection's initial standard deviation.
 
-  Source: Shazeer 2020, arXiv:2002.05202, eq. 6.
+  Source: gated: Shazeer 2020, arXiv:2002.05202, eq. 6; relu2: So et al. 2021, arXiv:2109.08668;
+    GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415.
   """
 
-  def __init__(self, key, dims, out_scale: float):
-    self.gate_df = param(key, "gate_df", dims, fan_in(dims, "d"))
+  def __init__(self, key, dims, activation: str, bias: bool, out_scale: float):
+    self.activation = activation
+    if activation in GATED:
+      self.gate_df = param(key, "gate_df", dims, fan_in(dims, "d"))
     self.up_df = param(key, "up_df", dims, fan_in(dims, "d"))
     self.down_fd = param(key, "down_fd", dims, fan_in(dims, "f", out_scale))
+    self.bias = bias
+    if bias:
+      if activation in GATED:
+        self.gate_bias_f = param(key, "gate_bias_f", dims, constant(0.0))
+      self.up_bias_f = param(key, "up_bias_f", dims, constant(0.0))
+      self.down_bias_d = param(key, "down_bias_d", dims, constant(0.0))
 
   def __call__(self, x_btd):
-    gate_btf = shard(dot("btd,df->btf", x_btd, self.gate_df), "btf")
-    up_btf = shard(dot("btd,df->btf", x_btd, self.up_df), "btf")
-    return shard(dot("btf,fd->btd", jax.nn.silu(gate_btf) * up_btf, self.down_fd), "btd")
+    up_btf = self._hidden(x_btd, "up")
+    if self.activation in GATED:
+      hidden_btf = GATED[self.activation](self._hidden(x_btd, "gate")) * up_btf
+    else:
+      hidden_btf = PLAIN[self.activation](up_btf)
+    y_btd = dot("btf,fd->btd", hidden_btf, self.down_fd)
+    return shard(_plus(y_btd, getattr(self, "down_bias_d", None)), "btd")
+
+  def _hidden(self, x_btd, name):
+    y_btf = dot("btd,df->btf", x_btd, getattr(self, f"{name}_df"))
+    return named(shard(_plus(y_btf, getattr(self, f"{name}_bias_f", None)), "btf"), name)
+
+
+def _plus(x, bias):
+  return x if bias is None else x + bias.astype(x.dtype)

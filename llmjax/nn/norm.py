@@ -1,34 +1,103 @@
-"""RMSNorm."""
+"""RMSNorm and LayerNorm, over one dimension or over several taken as one."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmjax.core.choices import check_choice
+from llmjax.core.errors import UserError
 from llmjax.nn.param import constant, param
 
+KINDS = ("rms", "layer")
+PLACES = ("pre", "post", "output", "sandwich")
 
-def rms_norm(x_btd, scale_d, eps: float):
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+  """Which norm, and where in a block it stands.
+
+  Attributes:
+    kind: rms, or layer (subtracts the mean as well).
+    place: around a sublayer f: pre x + f(norm x), post norm(x + f x), output x + norm(f x),
+      sandwich x + norm(f(norm x)).
+    eps: added to the mean square or to the variance, > 0.
+    bias: a bias after the scale; layer only.
+    final: a norm after the last block; where place is post each block ends in one anyway.
+  """
+
+  kind: str = "rms"
+  place: str = "pre"
+  eps: float = 1e-5
+  bias: bool = False
+  final: bool = True
+
+  def __post_init__(self):
+    check_choice("model.norm.kind", self.kind, KINDS)
+    check_choice("model.norm.place", self.place, PLACES)
+    if self.eps <= 0:
+      raise UserError(f"model.norm.eps {self.eps} is not positive")
+    if self.bias and self.kind == "rms":
+      raise UserError("model.norm.bias needs model.norm.kind=layer; RMSNorm has no bias")
+
+
+def rms_norm(x, scale, eps: float):
   """Divides by the root mean square and scales: x / √(mean(x²) + eps) · scale, in fp32.
 
   Args:
-    x_btd: any float dtype.
-    scale_d: fp32.
+    x: any float dtype; its last dimensions, as many as `scale` has, are taken as one.
+    scale: fp32.
     eps: added to the mean square, > 0.
   Returns:
-    y_btd, dtype of `x_btd`.
+    y, shape and dtype of `x`.
   Source: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
   """
-  x = x_btd.astype(jnp.float32)
-  inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-  return (x * inverse * scale_d).astype(x_btd.dtype)
+  axes = tuple(range(-scale.ndim, 0))
+  wide = x.astype(jnp.float32)
+  inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + eps)
+  return (wide * inverse * scale).astype(x.dtype)
 
 
-class RmsNorm(nnx.Module):
-  """RMSNorm with its scale, initialized to one."""
+def layer_norm(x, scale, bias, eps: float):
+  """Standardizes, scales and shifts: (x - mean) / √(var + eps) · scale + bias, in fp32.
 
-  def __init__(self, key, dims, eps: float):
-    self.scale_d = param(key, "scale_d", dims, constant(1.0))
-    self.eps = eps
+  Args:
+    x: any float dtype; its last dimensions, as many as `scale` has, are taken as one.
+    scale: fp32.
+    bias: fp32, or None.
+    eps: added to the variance, > 0.
+  Returns:
+    y, shape and dtype of `x`.
+  Source: Ba et al. 2016, arXiv:1607.06450, eq. 4.
+  """
+  axes = tuple(range(-scale.ndim, 0))
+  wide = x.astype(jnp.float32)
+  wide = wide - jnp.mean(wide, axis=axes, keepdims=True)
+  inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + eps)
+  y = wide * inverse * scale
+  return (y if bias is None else y + bias).astype(x.dtype)
 
-  def __call__(self, x_btd):
-    return rms_norm(x_btd, self.scale_d, self.eps)
+
+class Norm(nnx.Module):
+  """A norm with its scale, initialized to one, and its bias, initialized to zero.
+
+  Args:
+    key: PRNG key of this module.
+    dims: sizes of the letters.
+    config: kind, eps and bias.
+    letters: the dimensions that are normed together, the last ones of what it is called on.
+  """
+
+  def __init__(self, key, dims, config: NormConfig, letters: str = "d"):
+    self.config = config
+    self.letters = letters
+    setattr(self, f"scale_{letters}", param(key, f"scale_{letters}", dims, constant(1.0)))
+    if config.bias:
+      setattr(self, f"bias_{letters}", param(key, f"bias_{letters}", dims, constant(0.0)))
+
+  def __call__(self, x):
+    scale = getattr(self, f"scale_{self.letters}")
+    if self.config.kind == "rms":
+      return rms_norm(x, scale, self.config.eps)
+    return layer_norm(x, scale, getattr(self, f"bias_{self.letters}", None), self.config.eps)

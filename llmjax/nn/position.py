@@ -1,35 +1,274 @@
-"""Rotary position embedding, half layout: channel i turns with channel i + h/2."""
+"""Positions: rotary angles and their scalings, sinusoids, and the biases of ALiBi and T5.
 
+Learned tables live in `nn/embed.py`; what is here follows from the config and the positions alone,
+but for the relative bias, whose table is a weight.
+"""
+
+import dataclasses
+import math
+
+import jax
 import jax.numpy as jnp
+import numpy as np
+
+from llmjax.core.choices import check_choice, check_least
+from llmjax.core.errors import UserError
+
+KINDS = ("rope", "learned", "sinusoidal", "alibi", "relative", "none")
+LAYOUTS = ("half", "interleaved")
+SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
 
 
-def rope_angles(positions_bt, head_dim: int, theta: float):
-  """Computes the rotation of every position: angle_i = position · theta^(-2i/h).
+@dataclasses.dataclass(frozen=True)
+class PositionConfig:
+  """How a model knows where a token stands.
+
+  Attributes:
+    kind: rope; learned (a table of `model.context` rows); sinusoidal; alibi; relative (T5's
+      learned bias by distance); none.
+    theta: base of the rotary angles.
+    local_theta: base in the window layers of `model.attention.pattern`, unscaled; 0 means theta.
+    fraction: share of a head's channels that rope turns, from its first on.
+    layout: rope turns channels i and i + r/2 (half), or 2i and 2i + 1 (interleaved).
+    scaling: stretch of rope to longer texts: none, linear, ntk, yarn, llama3.
+    factor: how many times longer.
+    original_context: positions before the stretch; yarn and llama3.
+    low_freq_factor: llama3: turns within the original context below which a channel is stretched.
+    high_freq_factor: llama3: turns above which it is left alone.
+    beta_fast: yarn: turns above which a channel is left alone.
+    beta_slow: yarn: turns below which it is stretched.
+    attention_factor: yarn: factor on the angles' cosine and sine; 0 means 0.1 ln(factor) + 1.
+    buckets: relative: rows of the table.
+    max_distance: relative: distance from which on all share the last bucket.
+  """
+
+  kind: str = "rope"
+  theta: float = 10_000.0
+  local_theta: float = 0.0
+  fraction: float = 1.0
+  layout: str = "half"
+  scaling: str = "none"
+  factor: float = 1.0
+  original_context: int = 0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  attention_factor: float = 0.0
+  buckets: int = 32
+  max_distance: int = 128
+
+  def __post_init__(self):
+    check_choice("model.position.kind", self.kind, KINDS)
+    check_choice("model.position.layout", self.layout, LAYOUTS)
+    check_choice("model.position.scaling", self.scaling, SCALINGS)
+    check_least(
+      "model.position", self, factor=1, attention_factor=0, buckets=4,
+      max_distance=self.buckets // 2 + 1,
+    )
+    if self.theta <= 1:
+      raise UserError(f"model.position.theta {self.theta} is not above 1")
+    if self.local_theta and self.local_theta <= 1:
+      raise UserError(f"model.position.local_theta {self.local_theta} is neither 0 nor above 1")
+    if not 0 < self.fraction <= 1:
+      raise UserError(f"model.position.fraction {self.fraction} is not in (0, 1]")
+    if self.scaling in ("yarn", "llama3") and self.original_context < 1:
+      raise UserError(f"model.position.scaling={self.scaling} needs original_context")
+    if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+      raise UserError(
+        f"model.position.high_freq_factor {self.high_freq_factor} is not above "
+        f"low_freq_factor {self.low_freq_factor}"
+      )
+    if self.scaling == "yarn" and not self.beta_fast > self.beta_slow > 0:
+      raise UserError(
+        f"model.position.beta_fast {self.beta_fast} and beta_slow {self.beta_slow} are not "
+        "in order: beta_fast > beta_slow > 0"
+      )
+
+  def rotary_dim(self, head_dim: int) -> int:
+    """Channels of a head that rope turns, an even number."""
+    return int(head_dim * self.fraction) // 2 * 2
+
+
+def rope_frequencies(config: PositionConfig, head_dim: int, local: bool = False) -> np.ndarray:
+  """Computes the angle each channel pair turns by per position: theta^(-2i/r), scaled.
+
+  Args:
+    config: base, fraction and scaling.
+    head_dim: h.
+    local: of a window layer: `local_theta`, where there is one, and no scaling.
+  Returns:
+    float64 [r/2], radians a position.
+  Raises:
+    UserError: ntk where a single pair turns, whose angle does not depend on the base.
+  Source: Su et al. 2021, arXiv:2104.09864, sec. 3.2.2; linear: Chen et al. 2023,
+    arXiv:2306.15595; ntk and yarn: Peng et al. 2023, arXiv:2309.00071, sec. 3; llama3: Llama team
+    2024, arXiv:2407.21783, and the scaling its release computes.
+  """
+  r = config.rotary_dim(head_dim)
+  exponents = np.arange(0, r, 2) / r
+  if local and config.local_theta:
+    return config.local_theta**-exponents
+  frequencies = config.theta**-exponents
+  if config.scaling == "linear":
+    return frequencies / config.factor
+  if config.scaling == "ntk":
+    if r == 2:
+      raise UserError("model.position.scaling=ntk needs more than 2 channels of a head to turn")
+    return (config.theta * config.factor ** (r / (r - 2))) ** -exponents
+  if config.scaling == "yarn":
+    return _blend(frequencies, config.factor, _yarn_kept(config, r))
+  if config.scaling == "llama3":
+    turns = config.original_context * frequencies / (2 * math.pi)
+    low, high = config.low_freq_factor, config.high_freq_factor
+    return _blend(frequencies, config.factor, np.clip((turns - low) / (high - low), 0, 1))
+  return frequencies
+
+
+def _blend(frequencies, factor, kept):
+  return frequencies * kept + frequencies / factor * (1 - kept)
+
+
+def _yarn_kept(config: PositionConfig, r: int):
+  """How far each pair is left alone: a ramp between the channels that turn beta times."""
+
+  def channel(turns):
+    ratio = config.original_context / (turns * 2 * math.pi)
+    return r * math.log(ratio) / (2 * math.log(config.theta))
+
+  low = max(math.floor(channel(config.beta_fast)), 0)
+  high = min(math.ceil(channel(config.beta_slow)), r - 1)
+  ramp = (np.arange(r // 2) - low) / max(high - low, 0.001)
+  return 1 - np.clip(ramp, 0, 1)
+
+
+def rope_angles(positions_bt, config: PositionConfig, head_dim: int, local: bool = False):
+  """Computes the rotation of every position.
 
   Args:
     positions_bt: int32.
-    head_dim: h, even.
-    theta: base, dimensionless, > 0.
+    config: see `rope_frequencies`.
+    head_dim: h.
+    local: of a window layer.
   Returns:
-    (cos, sin), fp32 [b, t, h/2].
-  Source: Su et al. 2021, arXiv:2104.09864, eq. 15.
+    (cos, sin), fp32 [b, t, r/2].
   """
-  exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  angles = positions_bt[..., None].astype(jnp.float32) * theta**-exponent
-  return jnp.cos(angles), jnp.sin(angles)
+  frequencies = jnp.asarray(rope_frequencies(config, head_dim, local), jnp.float32)
+  angles = positions_bt[..., None].astype(jnp.float32) * frequencies
+  factor = 1.0
+  if config.scaling == "yarn" and not (local and config.local_theta):
+    factor = config.attention_factor or 0.1 * math.log(config.factor) + 1
+  return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(x_btnh, cos, sin):
-  """Turns each pair (i, i + h/2) of a head by its position's angle, in fp32.
+def rotate(x_btnh, cos, sin, layout: str = "half"):
+  """Turns channel pairs of a head by their position's angle, in fp32; channels past r stay.
 
   Args:
     x_btnh: queries or keys.
-    cos: [b, t, h/2] from `rope_angles`.
+    cos: [b, t, r/2] from `rope_angles`.
     sin: likewise.
+    layout: half pairs i with i + r/2, interleaved 2i with 2i + 1.
   Returns:
     y_btnh, dtype of `x_btnh`.
+  Source: Su et al. 2021, arXiv:2104.09864, eq. 15.
   """
-  low, high = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
+  r = 2 * cos.shape[-1]
+  wide = x_btnh[..., :r].astype(jnp.float32)
   cos, sin = cos[:, :, None], sin[:, :, None]
-  turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-  return turned.astype(x_btnh.dtype)
+  if layout == "half":
+    low, high = jnp.split(wide, 2, axis=-1)
+    turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+  else:
+    low, high = wide[..., ::2], wide[..., 1::2]
+    turned = jnp.stack([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    turned = turned.reshape(wide.shape)
+  turned = turned.astype(x_btnh.dtype)
+  if r == x_btnh.shape[-1]:
+    return turned
+  return jnp.concatenate([turned, x_btnh[..., r:]], axis=-1)
+
+
+def sinusoids(positions_bt, width: int, theta: float):
+  """Computes fixed position vectors: sin and cos of position · theta^(-2i/d), in turn.
+
+  Args:
+    positions_bt: int32.
+    width: d.
+    theta: base, 10,000 in the paper.
+  Returns:
+    p_btd, fp32.
+  Source: Vaswani et al. 2017, arXiv:1706.03762, sec. 3.5.
+  """
+  frequencies = jnp.asarray(theta ** -(np.arange(0, width, 2) / width), jnp.float32)
+  angles = positions_bt[..., None].astype(jnp.float32) * frequencies
+  waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+  return waves.reshape(*positions_bt.shape, -1)[..., :width]
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+  """Gives each head its slope: 2^(-8i/n) for i = 1 … n where n is a power of two.
+
+  Otherwise the slopes of the next lower power of two, then every other one of the next higher.
+
+  Source: Press et al. 2021, arXiv:2108.12409, sec. 3, and the authors' released code.
+  """
+  power = 2 ** math.floor(math.log2(heads))
+  slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+  more = [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
+  return np.array(slopes + more)
+
+
+def relative_bucket(distance, buckets: int, max_distance: int, both_ways: bool):
+  """Sorts distances into buckets: exact ones when near, logarithmic when far.
+
+  Args:
+    distance: int32, key position minus query position, any shape.
+    buckets: how many there are.
+    max_distance: from here on all share the last bucket.
+    both_ways: half of the buckets are for keys after the query; else those share bucket 0.
+  Returns:
+    int32 in [0, buckets), shape of `distance`.
+  Source: Raffel et al. 2019, arXiv:1910.10683, sec. 2.1, and the authors' released code.
+  """
+  base = 0
+  if both_ways:
+    buckets //= 2
+    base = jnp.where(distance > 0, buckets, 0)
+    distance = jnp.abs(distance)
+  else:
+    distance = jnp.maximum(-distance, 0)
+  exact = buckets // 2
+  ratio = jnp.maximum(distance, exact).astype(jnp.float32) / exact
+  far = exact + (
+    jnp.log(ratio) / math.log(max_distance / exact) * (buckets - exact)
+  ).astype(jnp.int32)
+  return base + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bias:
+  """What is added to the scores by distance: ALiBi's slopes, or T5's table.
+
+  Attributes:
+    slopes_n: fp32; the bias is -slope · distance. None for a table.
+    relative_in: fp32 table [buckets, n]. None for slopes.
+    max_distance: of the table.
+    both_ways: of the table.
+  """
+
+  slopes_n: jax.Array | None = None
+  relative_in: jax.Array | None = None
+  max_distance: int = dataclasses.field(default=0, metadata={"static": True})
+  both_ways: bool = dataclasses.field(default=False, metadata={"static": True})
+
+  def scores(self, q_positions_bt, k_positions_bs):
+    """Computes bias_bnts, fp32, for queries and keys at these positions."""
+    distance_bts = k_positions_bs[:, None, :] - q_positions_bt[:, :, None]
+    if self.slopes_n is not None:
+      return -self.slopes_n[:, None, None] * jnp.abs(distance_bts)[:, None].astype(jnp.float32)
+    bucket_bts = relative_bucket(
+      distance_bts, len(self.relative_in), self.max_distance, self.both_ways
+    )
+    return jnp.moveaxis(jnp.take(self.relative_in, bucket_bts, axis=0), -1, 1)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.core.errors import UserError
-from llmjax.models.decoder import Decoder
+from llmjax.data.batch import Batch
 from llmjax.models.model import Model
+from llmjax.serve.prompt import Prompts, check_room, encode_prompts, end_ids
 from llmjax.serve.sample import Sampling, draw
-from llmjax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Completion:
 
   Attributes:
     text: the new text alone.
-    ids: its tokens, EOS left out.
-    finish: `stop` at EOS, `length` at `max_tokens` or the end of the context.
+    ids: its tokens, without what ended it.
+    finish: `stop` at EOS or the end of a turn, `length` at `max_tokens` or the end of the context.
   """
 
   text: str
@@ -35,91 +35,112 @@ class Completion:
 
 
 def generate(
-  model: Model, prompts: Sequence[str], sampling: Sampling | None = None
+  model: Model,
+  prompts: Sequence[str],
+  sampling: Sampling | None = None,
+  images=None,
+  chat: bool = False,
 ) -> list[Completion]:
   """Continues prompts.
 
   Args:
     model: as `llmjax.load` returns it, with a tokenizer.
-    prompts: texts; BOS is put before each.
+    prompts: texts; BOS is put before each, if the tokenizer is so made. An encoder_decoder reads
+      them and begins anew.
     sampling: how tokens are drawn.
+    images: for each prompt a sequence of image files or open images; None: no images. They stand
+      where the prompt spells the image token, or before it where it spells none.
+    chat: each prompt is a user's message, put into the tokenizer's chat template; the assistant's
+      answer comes back.
   Returns:
     One completion a prompt, in order.
   Raises:
-    UserError: a prompt leaves no room in the context, or the model has no tokenizer.
+    UserError: a prompt leaves no room in the context, or the model does not take it: no tokenizer,
+      no chat template, no images.
   """
   if model.tokenizer is None:
     raise UserError("this model has no tokenizer; generate from ids with generate_ids")
   tokenizer = model.tokenizer
-  rows = encode_prompts(tokenizer, prompts, model.config.context)
+  encoded = encode_prompts(model.config, tokenizer, prompts, images, chat)
+  ends = end_ids(tokenizer, chat)
   out = []
-  for ids in generate_ids(model, rows, sampling or Sampling(), tokenizer.eos_id):
-    stopped = bool(ids) and ids[-1] == tokenizer.eos_id
+  for ids in generate_ids(model, encoded, sampling or Sampling(), ends):
+    stopped = bool(ids) and ids[-1] in ends
     ids = ids[:-1] if stopped else ids
     out.append(Completion(tokenizer.decode(ids), ids, "stop" if stopped else "length"))
   return out
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], context: int) -> list[list[int]]:
-  """Encodes prompts, BOS first.
-
-  Raises:
-    UserError: a prompt leaves no room in the context.
-  """
-  rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-  _check_room(rows, context)
-  return rows
-
-
-def _check_room(rows: Sequence[Sequence[int]], context: int):
-  for number, row in enumerate(rows):
-    if not 0 < len(row) < context:
-      raise UserError(
-        f"prompt {number} has {len(row)} tokens (BOS counted); this model's context of {context} "
-        f"takes from 1 to {context - 1}"
-      )
-
-
 def generate_ids(
-  model: Model, rows: Sequence[Sequence[int]], sampling: Sampling, eos_id: int = -1
+  model: Model,
+  prompts: Prompts | Sequence[Sequence[int]],
+  sampling: Sampling,
+  ends: Sequence[int] = (),
 ) -> list[list[int]]:
   """Continues rows of token ids; `generate` without a tokenizer.
 
   Args:
-    model: the model.
-    rows: prompts, each with at least one id.
+    model: a decoder or an encoder_decoder.
+    prompts: rows, each with at least one id; as `Prompts` where there are sources or images.
     sampling: how tokens are drawn.
-    eos_id: ends a row, and is kept as its last id; -1 ends none.
+    ends: each ends a row, and is kept as its last id.
   Returns:
     The new ids of each row.
   Raises:
     UserError: a prompt is empty, or leaves no room in the context.
   """
+  if not isinstance(prompts, Prompts):
+    prompts = Prompts(prompts)
+  rows = prompts.rows
   if not rows:
     return []
   context = model.config.context
-  _check_room(rows, context)
+  check_room(prompts, context)
   lengths = np.array([len(row) for row in rows], np.int32)
   new_tokens = min(sampling.max_tokens, context - int(lengths.min()))
-  width = min(_bucket(int(lengths.max())), context)
-  slots = min(_bucket(width + new_tokens), context)
-  tokens_bt = np.zeros((len(rows), width), np.int32)
-  for number, row in enumerate(rows):
-    tokens_bt[number, : len(row)] = row
+  batch = _batch(model, prompts, lengths)
+  slots = min(_bucket(batch.tokens_bt.shape[1] + new_tokens), context)
   out_bt, count_b = _run(
-    model.parameters,
-    tokens_bt,
+    model.decoding,
+    batch,
     lengths,
     jax.random.key(sampling.seed),
     jnp.float32(sampling.temperature),
     jnp.float32(sampling.top_p),
     jnp.int32(new_tokens),
-    jnp.int32(eos_id),
+    jnp.array(ends, jnp.int32),
     top_k=sampling.top_k,
     slots=slots,
   )
   counts = np.minimum(np.asarray(count_b), context - lengths)
   return [[int(i) for i in row[:n]] for row, n in zip(np.asarray(out_bt), counts, strict=True)]
+
+
+def _batch(model: Model, prompts: Prompts, lengths) -> Batch:
+  """Lays prompts out as a batch; a prefix model sees the whole of each at once."""
+  context = model.config.context
+  tokens_bt = _rectangle(prompts.rows, context)
+  prefix_bt = np.arange(tokens_bt.shape[1]) < lengths[:, None]
+  source_bs = source_segments_bs = None
+  if prompts.sources is not None:
+    source_bs = _rectangle(prompts.sources, context)
+    source_lengths = np.array([len(row) for row in prompts.sources])
+    source_segments_bs = (np.arange(source_bs.shape[1]) < source_lengths[:, None]).astype(np.int32)
+  return Batch(
+    tokens_bt,
+    prefix_bt=prefix_bt,
+    source_bs=source_bs,
+    source_segments_bs=source_segments_bs,
+    patches_bsi=prompts.patches_bsi,
+  )
+
+
+def _rectangle(rows: Sequence[Sequence[int]], context: int) -> np.ndarray:
+  """Puts rows left-aligned into one array, its width one of few."""
+  made = np.zeros((len(rows), min(_bucket(max(map(len, rows))), context)), np.int32)
+  for number, row in enumerate(rows):
+    made[number, : len(row)] = row
+  return made
 
 
 def _bucket(length: int) -> int:
@@ -128,13 +149,17 @@ def _bucket(length: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("top_k", "slots"))
-def _run(decoder: Decoder, tokens_bt, lengths, key, temperature, top_p, most, eos_id, top_k, slots):
+def _run(model, batch, lengths, key, temperature, top_p, most, ends, top_k, slots):
   """Fills the cache with the prompts, then writes tokens until every row has ended."""
-  rows = jnp.arange(tokens_bt.shape[0])
-  logits_btv, cache = decoder(tokens_bt, cache=decoder.empty_cache(len(tokens_bt), slots))
+  rows = jnp.arange(len(lengths))
   pick = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
-  first = pick(jax.random.fold_in(key, 0), logits_btv[rows, lengths - 1])
-  out_bt = jnp.zeros((len(tokens_bt), slots), jnp.int32).at[:, 0].set(first)
+  x_btd, cache = model.hidden(batch, model.start(batch, slots))
+  last_btd = x_btd[rows, lengths - 1][:, None]
+  first = pick(jax.random.fold_in(key, 0), model.logits(last_btd)[:, 0])
+  out_bt = jnp.zeros((len(lengths), slots), jnp.int32).at[:, 0].set(first)
+
+  def at_end(drawn_b):
+    return (drawn_b[:, None] == ends).any(axis=1)
 
   def unfinished(carry):
     done, _, _, _, ended = carry
@@ -145,12 +170,12 @@ def _run(decoder: Decoder, tokens_bt, lengths, key, temperature, top_p, most, eo
     # A row whose context is full goes on in its last slot; what it writes there is cut off later.
     positions = jnp.minimum(lengths + done - 1, slots - 1)[:, None]
     token = jax.lax.dynamic_index_in_dim(out_bt, done - 1, axis=1)
-    logits_btv, cache = decoder(token, positions_bt=positions, cache=cache)
-    drawn = pick(jax.random.fold_in(key, done), logits_btv[:, 0])
+    x_btd, cache = model.hidden(Batch(token, positions_bt=positions), cache.batched())
+    drawn = pick(jax.random.fold_in(key, done), model.logits(x_btd)[:, 0])
     out_bt = jax.lax.dynamic_update_index_in_dim(out_bt, drawn, done, axis=1)
-    return done + 1, cache, out_bt, counts + ~ended, ended | (drawn == eos_id)
+    return done + 1, cache.alone(), out_bt, counts + ~ended, ended | at_end(drawn)
 
-  counts = jnp.ones(len(tokens_bt), jnp.int32)
-  carry = (jnp.int32(1), cache, out_bt, counts, first == eos_id)
+  counts = jnp.ones(len(lengths), jnp.int32)
+  carry = (jnp.int32(1), cache.alone(), out_bt, counts, at_end(first))
   _, _, out_bt, counts, _ = jax.lax.while_loop(unfinished, write_one, carry)
   return out_bt, counts

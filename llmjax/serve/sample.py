@@ -75,6 +75,9 @@ def draw(key, logits_bv, temperature, top_k: int, top_p):
   Returns:
     int32 [b].
   """
-  safe = jnp.where(temperature > 0, temperature, 1.0)
-  drawn = jax.random.categorical(key, filter_logits(logits_bv, safe, top_k, top_p), axis=-1)
-  return jnp.where(temperature > 0, drawn, jnp.argmax(logits_bv, axis=-1)).astype(jnp.int32)
+  greedy = lambda: jnp.argmax(logits_bv, axis=-1)  # noqa: E731
+
+  def drawn():
+    return jax.random.categorical(key, filter_logits(logits_bv, temperature, top_k, top_p), axis=-1)
+
+  return jax.lax.cond(temperature > 0, drawn, greedy).astype(jnp.int32)

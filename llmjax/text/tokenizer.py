@@ -1,17 +1,29 @@
 """The tokenizer interface, and the one place that knows which kinds there are.
 
-A tokenizer's whole state is (kind, bytes): that pair is what a workdir and a checkpoint keep, and
-its hash is what tokenized data is keyed by.
+A tokenizer's whole state is (kind, bytes) and the few settings that its model file does not hold:
+that is what a workdir and a checkpoint keep, and its hash is what tokenized data is keyed by.
 """
 
 import base64
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from llmjax.core.errors import UserError, nearest
-from llmjax.text.sentencepiece import SentencePiece
+from llmjax.text.base import Settings
+from llmjax.text.fast import ByteBPE, Fast, WordPiece
+from llmjax.text.folder import load_tokenizer
+from llmjax.text.ranks import Tiktoken
+from llmjax.text.raw import Bytes
+from llmjax.text.sentencepiece import SentencePiece, Unigram
+
+KINDS = {
+  made.kind: made for made in (SentencePiece, Unigram, ByteBPE, WordPiece, Bytes, Tiktoken, Fast)
+}
+_VOCAB_SIZE = 4096
+_TRAIN_BYTES = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,40 +31,58 @@ class TokenizerConfig:
   """Which tokenizer a run trains, or reads from a file.
 
   Attributes:
-    kind: `sentencepiece` (BPE with byte fallback, exact round trip).
-    vocab_size: tokens, counting the 256 bytes and the special ones.
-    path: a trained `tokenizer.model` to use as it is; empty trains one on the run's text.
+    kind: `sentencepiece` (BPE with byte fallback), `unigram` (SentencePiece's other algorithm),
+      `bpe` (byte-level), `wordpiece` (BERT's, lossy) or `bytes`; read from files only: `tiktoken`
+      (rank files) and `json` (any other `tokenizer.json`). With `path` it must be the file's.
+    vocab_size: tokens, counting the 256 bytes and the special ones. Where nothing is trained it
+      may be 0, the default, or the size that there is.
+    path: a tokenizer file, or a folder with one, to use as it is; empty trains one on the run's
+      text.
     train_bytes: at most so much of the training text is looked at, evenly spread.
+  Raises:
+    UserError: an unknown kind, or keys that contradict each other.
   """
 
   kind: str = "sentencepiece"
-  vocab_size: int = 4096
+  vocab_size: int = _VOCAB_SIZE
   path: str = ""
-  train_bytes: int = 50_000_000
+  train_bytes: int = _TRAIN_BYTES
+
+  def __post_init__(self):
+    kind = _kind(self.kind)
+    if not self.path and kind is not Bytes and not hasattr(kind, "train"):
+      raise UserError(f"a tokenizer of kind {self.kind!r} is read, not trained: set tokenizer.path")
+    if self.path and self.train_bytes != _TRAIN_BYTES:
+      raise UserError("tokenizer.train_bytes changes nothing beside tokenizer.path: leave it out")
 
 
 class Tokenizer(Protocol):
-  """What every kind offers."""
+  """What every kind offers; ids that do not exist are None."""
 
   kind: str
   vocab_size: int
-  bos_id: int
-  eos_id: int
+  bos_id: int | None
+  eos_id: int | None
+  pad_id: int | None
+  unk_id: int | None
+  special_tokens: Mapping[str, int]
+  chat_template: str | None
+  settings: Settings
 
-  def encode(self, text: str) -> list[int]:
-    """Turns text into ids, with neither BOS nor EOS."""
+  def encode(self, text: str, allow_special: bool = False) -> list[int]:
+    """Turns text into ids, with neither BOS nor EOS.
+
+    Special tokens spelled out in the text become their ids with `allow_special` alone.
+    """
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     """Encodes many texts, on all cores."""
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Turns ids back into text; special tokens vanish, broken UTF-8 becomes U+FFFD."""
+    """Turns any ids back into text; special tokens vanish, broken UTF-8 becomes U+FFFD."""
 
   def to_bytes(self) -> bytes:
-    """The trained model, enough to rebuild this tokenizer."""
-
-
-KINDS = {"sentencepiece": SentencePiece}
+    """The trained model; with `settings` enough to rebuild this tokenizer."""
 
 
 def _kind(name: str):
@@ -65,32 +95,75 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
   """Trains (or, given `config.path`, reads) the tokenizer a config asks for.
 
   Raises:
-    UserError: unknown kind, no such file, or more vocabulary than the text supports.
+    UserError: no such file, one of another kind or size than the config says, or more vocabulary
+      than the text supports.
   """
-  kind = _kind(config.kind)
+  if not config.path and config.kind != "bytes":
+    return _kind(config.kind).train(texts, config.vocab_size)
   if config.path:
-    try:
-      with open(config.path, "rb") as file:
-        return kind(file.read())
-    except OSError as error:
-      raise UserError(f"tokenizer file {config.path!r}: {error.strerror}") from error
-  return kind.train(texts, config.vocab_size)
+    made, where = load_tokenizer(config.path), f"in {config.path!r}"
+  else:
+    made, where = Bytes(), "of raw bytes"
+  if made.kind != config.kind:
+    raise UserError(
+      f"the tokenizer {where} is of kind {made.kind!r}; tokenizer.kind says {config.kind!r}"
+    )
+  if config.vocab_size not in (0, _VOCAB_SIZE, made.vocab_size):
+    raise UserError(
+      f"the tokenizer {where} has {made.vocab_size} tokens; tokenizer.vocab_size says "
+      f"{config.vocab_size}, set it to 0"
+    )
+  return made
+
+
+def frame(tokenizer: Tokenizer) -> tuple[int, int]:
+  """The ids before and after a document: BOS and EOS.
+
+  A tokenizer without BOS begins with EOS, as GPT-2's `<|endoftext|>` stands between documents.
+
+  Raises:
+    UserError: the tokenizer has no EOS.
+  """
+  if tokenizer.eos_id is None:
+    raise UserError(
+      f"this {tokenizer.kind} tokenizer has no EOS, so the ends of documents cannot be marked"
+    )
+  return start_id(tokenizer), tokenizer.eos_id
+
+
+def start_id(tokenizer: Tokenizer) -> int:
+  """The id before a document or a prompt: BOS, or EOS where there is no BOS.
+
+  Raises:
+    UserError: the tokenizer has neither.
+  """
+  for wanted in (tokenizer.bos_id, tokenizer.eos_id):
+    if wanted is not None:
+      return wanted
+  raise UserError(f"this {tokenizer.kind} tokenizer has neither BOS nor EOS to begin a text with")
 
 
 def to_state(tokenizer: Tokenizer) -> dict:
   """Packs a tokenizer into a JSON value."""
-  return {
+  state = {
     "kind": tokenizer.kind,
     "model": base64.b64encode(tokenizer.to_bytes()).decode(),
     "fingerprint": fingerprint(tokenizer),
   }
+  settings = tokenizer.settings.to_dict()
+  return {**state, "settings": settings} if settings else state
 
 
 def from_state(state: dict) -> Tokenizer:
   """Unpacks what `to_state` packed."""
-  return _kind(state["kind"])(base64.b64decode(state["model"]))
+  settings = Settings(**state.get("settings", {}))
+  return _kind(state["kind"])(base64.b64decode(state["model"]), settings)
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-  """Hashes a tokenizer's kind and model: 16 hex digits."""
-  return hashlib.sha256(tokenizer.kind.encode() + tokenizer.to_bytes()).hexdigest()[:16]
+  """Hashes all that decides a text's ids (what is put around it does not): 16 hex digits."""
+  around = ("chat_template", "add_bos")
+  settings = {k: v for k, v in tokenizer.settings.to_dict().items() if k not in around}
+  written = json.dumps(settings, sort_keys=True).encode() if settings else b""
+  made = hashlib.sha256(tokenizer.kind.encode() + tokenizer.to_bytes() + written)
+  return made.hexdigest()[:16]

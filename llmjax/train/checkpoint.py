@@ -16,8 +16,9 @@ import orbax.checkpoint as ocp
 from llmjax.core import tree
 from llmjax.core.config import config_hash, freeze, to_dict
 from llmjax.core.errors import UserError
+from llmjax.data.loader import DataConfig
+from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
-from llmjax.models.decoder import abstract
 from llmjax.models.model import Model
 from llmjax.text.tokenizer import Tokenizer, from_state, to_state
 from llmjax.train.config import Config
@@ -115,6 +116,26 @@ def make_meta(config: Config, tokenizer: Tokenizer, data_key: str) -> dict:
   }
 
 
+def save_model(model: Model, folder: Path):
+  """Writes a model as a checkpoint that training did not make: no optimizer, no text, step 0.
+
+  Args:
+    model: with or without a tokenizer.
+    folder: of the checkpoint; must not exist.
+  """
+  config = Config(model=model.config, data=DataConfig(sources=""))
+  tokenizer = None if model.tokenizer is None else to_state(model.tokenizer)
+  meta = {
+    "config": to_dict(config), "config_hash": config_hash(config), "seed": config.seed,
+    "data_key": "", "tokenizer": tokenizer, "step": 0,
+  }
+  args = ocp.args.Composite(
+    model=ocp.args.StandardSave(tree.flatten(model.parameters)), meta=ocp.args.JsonSave(meta)
+  )
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+    writer.save(Path(folder).absolute(), args)
+
+
 def read_meta(folder: Path) -> dict:
   """Reads a checkpoint's `meta`."""
   return json.loads((folder / "meta" / "metadata").read_text())
@@ -159,7 +180,8 @@ def _build(folder: Path, meta: dict) -> Model:
   like = abstract(config)
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), like)
-  return Model(config, _read(folder / "model", like), from_state(meta["tokenizer"]))
+  tokenizer = from_state(meta["tokenizer"]) if meta["tokenizer"] else None
+  return Model(config, _read(folder / "model", like), tokenizer)
 
 
 def _candidates(path: Path) -> list[Path]:

@@ -4,9 +4,11 @@ import dataclasses
 
 from llmjax.core.errors import UserError
 from llmjax.data.loader import DataConfig
+from llmjax.data.tasks import Task, TaskConfig
 from llmjax.models.config import ModelConfig
 from llmjax.parallel.mesh import MeshConfig
-from llmjax.text.tokenizer import TokenizerConfig
+from llmjax.text.tokenizer import Tokenizer, TokenizerConfig, start_id
+from llmjax.train.losses import LossConfig
 from llmjax.train.optim import OptimConfig
 
 
@@ -86,6 +88,15 @@ class SampleConfig:
   top_p: float = 0.95
 
 
+# What each kind of model can learn; the first is what `task.name=auto` means.
+SUITABLE = {
+  "decoder": ("language_model", "prefix_lm"),
+  "encoder": ("masked_lm",),
+  "encoder_decoder": ("span_corruption",),
+  "vision": (),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """A whole experiment; a run is a function of (config, seed, step)."""
@@ -94,6 +105,8 @@ class Config:
   model: ModelConfig = ModelConfig()
   tokenizer: TokenizerConfig = TokenizerConfig()
   data: DataConfig = DataConfig()
+  task: TaskConfig = TaskConfig()
+  loss: LossConfig = LossConfig()
   optim: OptimConfig = OptimConfig()
   train: TrainConfig = TrainConfig()
   mesh: MeshConfig = MeshConfig()
@@ -104,6 +117,33 @@ class Config:
   def __post_init__(self):
     if self.seed < 0:
       raise UserError(f"seed {self.seed} is negative")
+    name, suits = self.task.name, SUITABLE[self.model.kind]
+    if name not in ("auto", *suits):
+      raise UserError(
+        f"task.name={name} does not suit model.kind={self.model.kind}, which learns "
+        f"{' or '.join(suits) or 'from Python alone'}"
+      )
+    if name == "prefix_lm" and self.model.attention.mask != "prefix":
+      raise UserError("task.name=prefix_lm needs model.attention.mask=prefix")
+
+  def task_of(self, tokenizer: Tokenizer) -> Task:
+    """The run's task, for a tokenizer.
+
+    Raises:
+      UserError: `llmjax train` has no task for this kind of model.
+    """
+    suits = SUITABLE[self.model.kind]
+    if not suits:
+      raise UserError(
+        f"llmjax train reads text, which model.kind={self.model.kind} does not; "
+        "train it from Python with llmjax.train.step on batches of patches"
+      )
+    name = self.task.name
+    if name == "auto":
+      name = "prefix_lm" if self.model.attention.mask == "prefix" else suits[0]
+    start = self.model.embed.start_token
+    start = start_id(tokenizer) if start < 0 else start
+    return Task(dataclasses.replace(self.task, name=name), tokenizer.vocab_size, start)
 
 
 # What may differ when a run goes on: it changes where and how often, not what is learned.

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from llmjax.core.errors import UserError
 from llmjax.data.loader import batches
 from llmjax.data.pack import PackedRows
 from llmjax.data.prepare import TokenStore
-from llmjax.models.config import forward_flops_per_token
-from llmjax.models.decoder import Decoder, abstract
+from llmjax.models.build import abstract
+from llmjax.models.formulas import forward_flops_per_token
 from llmjax.parallel.rules import batch_sharding
 from llmjax.text.tokenizer import Tokenizer
 from llmjax.train.checkpoint import Checkpoints, make_meta
@@ -35,11 +36,11 @@ class Fitted:
   """A finished training run.
 
   Attributes:
-    decoder: the trained model.
+    model: the trained model.
     train_seconds: seconds in the loop, all sessions of the run added up.
   """
 
-  decoder: Decoder
+  model: nnx.Module
   train_seconds: float
 
 
@@ -49,7 +50,7 @@ def fit(
   tokenizer: Tokenizer,
   store: TokenStore,
   mesh: Mesh,
-  evaluate: Callable[[Decoder], dict] = lambda decoder: {},
+  evaluate: Callable[[nnx.Module], dict] = lambda model: {},
 ) -> Fitted:
   """Trains a model, going on from whatever checkpoint the workdir holds.
 
@@ -70,7 +71,13 @@ def fit(
   optimizer = make_optimizer(config.optim, steps, abstract(config.model))
   like = abstract_state(config.model, optimizer, mesh)
   train_step = compile_step(
-    like, mesh, optimizer, accumulation=config.train.accumulation, batch_size=batch_size
+    like,
+    mesh,
+    optimizer,
+    accumulation=config.train.accumulation,
+    batch_size=batch_size,
+    loss=config.loss,
+    seed=config.seed,
   )
   rows = PackedRows(store, config.model.context, config.seed)
   meta = make_meta(config, tokenizer, store.key)
@@ -83,7 +90,16 @@ def fit(
   report = Reporter(
     workdir, steps, start, config.train.log_every, flops_per_token, peak_flops
   )
-  feed = batches(rows, batch_sharding(mesh), batch_size, start, steps, config.data.read_ahead)
+  feed = batches(
+    rows,
+    config.task_of(tokenizer),
+    batch_sharding(mesh),
+    batch_size,
+    start,
+    steps,
+    config.seed,
+    config.data.read_ahead,
+  )
 
   with jax.set_mesh(mesh), _Signals() as stop:
     for step, batch in enumerate(feed, start + 1):

@@ -1,9 +1,46 @@
-"""Losses as small pure functions of arrays, returning (sum, count); division happens once."""
+"""Losses as small pure functions of arrays, returning sums and a count; division happens once.
 
+`head_loss` goes from the residual stream to the loss a chunk of positions at a time, and computes
+its gradient in the same pass, so that [b, t, v] logits never exist.
+"""
+
+import dataclasses
+import functools
+
+import jax
 import jax.numpy as jnp
-import optax
 
+from llmjax.core.choices import check_least
+from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """What is minimized beside the cross-entropy.
+
+  Attributes:
+    z_loss: weight of the squared log of the softmax's sum.
+    label_smoothing: share of the target's probability that is spread over all tokens.
+    chunk: positions of a row whose logits exist at a time; 0 means all.
+  """
+
+  z_loss: float = 0.0
+  label_smoothing: float = 0.0
+  chunk: int = 128
+
+  def __post_init__(self):
+    check_least("loss", self, z_loss=0, chunk=0)
+    if not 0 <= self.label_smoothing < 1:
+      raise UserError(f"loss.label_smoothing {self.label_smoothing} is not in [0, 1)")
+
+
+def token_nll(logits_btv, targets_bt):
+  """Computes -log p(target) at every position: nll_bt in nats, fp32."""
+  high_bt1 = jax.lax.stop_gradient(logits_btv.max(-1, keepdims=True))
+  sum_bt = jnp.sum(jnp.exp(logits_btv - high_bt1), axis=-1)
+  target_bt = jnp.take_along_axis(logits_btv, targets_bt[..., None], axis=-1)[..., 0]
+  return jnp.log(sum_bt) + high_bt1[..., 0] - target_bt
 
 
 def cross_entropy(logits_btv, batch: Batch):
@@ -19,6 +56,100 @@ def cross_entropy(logits_btv, batch: Batch):
   return jnp.sum(nll_bt * batch.loss_mask_bt), jnp.sum(batch.loss_mask_bt)
 
 
-def token_nll(logits_btv, targets_bt):
-  """Computes -log p(target) at every position: nll_bt in nats, fp32."""
-  return optax.softmax_cross_entropy_with_integer_labels(logits_btv, targets_bt)
+def objective(logits_btv, targets_bt, weights_bt, config: LossConfig):
+  """Sums the training objective of logits that exist.
+
+  nll + label_smoothing · (mean over tokens of -log p - nll) + z_loss · log²(Σ exp logits).
+
+  Args:
+    logits_btv: fp32.
+    targets_bt: int32.
+    weights_bt: fp32 weight of each prediction.
+    config: weights of the terms.
+  Returns:
+    (objective sum, cross-entropy sum), fp32 scalars.
+  Source: label smoothing: Szegedy et al. 2015, arXiv:1512.00567, sec. 7; z-loss: Chowdhery et al.
+    2022, arXiv:2204.02311, sec. 5.
+  """
+  nll_bt = token_nll(logits_btv, targets_bt)
+  total_bt = nll_bt
+  if config.label_smoothing or config.z_loss:
+    log_sum_bt = jax.nn.logsumexp(logits_btv, axis=-1)
+    smooth = config.label_smoothing
+    total_bt = total_bt + smooth * (log_sum_bt - logits_btv.mean(-1) - nll_bt)
+    total_bt = total_bt + config.z_loss * jnp.square(log_sum_bt)
+  return jnp.sum(total_bt * weights_bt), jnp.sum(nll_bt * weights_bt)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def head_loss(config: LossConfig, head, x_btd, targets_bt, weights_bt):
+  """Sums the training objective from the residual stream, `config.chunk` positions at a time.
+
+  Args:
+    config: weights of the terms, and the chunk.
+    head: module with `logits(x_btd)`; every leaf is differentiated.
+    x_btd: the last norm's result.
+    targets_bt: int32.
+    weights_bt: fp32 weight of each prediction; not differentiated.
+  Returns:
+    (objective sum, cross-entropy sum), fp32 scalars; the gradient is the first one's and exact.
+  """
+
+  def add(sums, x, targets, weights):
+    part = objective(head.logits(x), targets, weights, config)
+    return jax.tree.map(jnp.add, sums, part), None
+
+  zero = (jnp.float32(0), jnp.float32(0))
+  return _fold(add, zero, config.chunk, x_btd, targets_bt, weights_bt)[0]
+
+
+def _head_loss_forward(config, head, x_btd, targets_bt, weights_bt):
+  """Takes each chunk forward and at once backward, for an incoming gradient of one."""
+
+  def add(carry, x, targets, weights):
+    loss = lambda head, x: objective(head.logits(x), targets, weights, config)  # noqa: E731
+    total, pull, nll = jax.vjp(loss, head, x, has_aux=True)
+    grad_head, grad_x = pull(jnp.float32(1))
+    return jax.tree.map(jnp.add, carry, (total, nll, grad_head)), grad_x
+
+  zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, head))
+  carry, grad_x = _fold(add, zero, config.chunk, x_btd, targets_bt, weights_bt)
+  total, nll, grad_head = carry
+  return (total, nll), (grad_head, grad_x, weights_bt)
+
+
+def _head_loss_backward(config, residuals, grad):
+  grad_head, grad_x, weights_bt = residuals
+  scale = lambda leaf: (leaf * grad[0]).astype(leaf.dtype)  # noqa: E731
+  return *jax.tree.map(scale, (grad_head, grad_x)), None, jnp.zeros_like(weights_bt)
+
+
+head_loss.defvjp(_head_loss_forward, _head_loss_backward)
+
+
+def _fold(add, carry, chunk: int, *arrays):
+  """Folds `add(carry, *pieces) -> (carry, out)` over runs of `chunk` positions of [b, t, …] arrays.
+
+  The whole runs are a loop: written out they would all be alive at once (XLA's CPU backend orders
+  them so), and no faster. What is left over is a run by itself.
+  """
+  t = arrays[0].shape[1]
+  chunk = chunk or t
+  if t <= chunk:
+    return add(carry, *arrays)
+  whole = t // chunk * chunk
+  runs = tuple(_cut(a[:, :whole], chunk) for a in arrays)
+  carry, out = jax.lax.scan(lambda carry, run: add(carry, *run), carry, runs)
+  if out is not None:
+    out = jnp.moveaxis(out, 0, 1)
+    out = out.reshape(out.shape[0], whole, *out.shape[3:])
+  if whole < t:
+    carry, rest = add(carry, *(a[:, whole:] for a in arrays))
+    out = None if out is None else jnp.concatenate([out, rest], axis=1)
+  return carry, out
+
+
+def _cut(array, chunk: int):
+  """Cuts [b, t, …] into runs [t / chunk, b, chunk, …]."""
+  b, t, *rest = array.shape
+  return jnp.moveaxis(array.reshape(b, t // chunk, chunk, *rest), 1, 0)

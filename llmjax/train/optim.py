@@ -1,6 +1,7 @@
 """Optimizers and schedules: optax, put together from a config."""
 
 import dataclasses
+import re
 
 import optax
 
@@ -9,6 +10,7 @@ from llmjax.core.dims import letters_of
 from llmjax.core.errors import UserError, nearest
 
 KINDS = ("adamw", "muon")
+_VECTORS = re.compile(r"(^|[/_])(scale|bias|sinks)_\w+$")  # added or multiplied, channel by channel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,8 @@ class OptimConfig:
     beta2: decay of the second moment.
     eps: added to the root of the second moment.
     weight_decay: decoupled, times the learning rate.
-    no_decay: path patterns of weights that are not decayed; one that matches nothing is an error.
+    no_decay: path patterns of weights that are not decayed, beside scales, biases and sinks, which
+      never are; a pattern that matches nothing is an error.
     clip_norm: largest global gradient norm; 0 clips nothing.
   """
 
@@ -38,7 +41,7 @@ class OptimConfig:
   beta2: float = 0.95
   eps: float = 1e-8
   weight_decay: float = 0.1
-  no_decay: tuple = ("*/scale_d",)
+  no_decay: tuple = ()
   clip_norm: float = 1.0
 
   def __post_init__(self):
@@ -91,7 +94,7 @@ def make_optimizer(config: OptimConfig, steps: int, model) -> optax.GradientTran
   # Masks and labels go in as functions of the parameters: a module is itself callable, and optax
   # would take a module-shaped mask for a function.
   def decayed(params):
-    return tree.map_with_path(lambda path, _: not spared[path], params)
+    return tree.map_with_path(lambda path, _: not (spared[path] or _VECTORS.search(path)), params)
 
   adamw = optax.adamw(
     make_schedule(config, steps, config.learning_rate),
@@ -122,11 +125,12 @@ def _sides(path: str, leaf) -> optax.contrib.MuonDimensionNumbers | None:
   """Says which axes of a weight are a matrix's input and output; None where it is no matrix.
 
   The residual width `d` is one side, all but the layers `l` the other. Vocabulary tables are rows
-  of vectors, not maps between spaces, and keep AdamW.
+  of vectors, not maps between spaces, and keep AdamW; so do tables of positions and types, and what
+  reads pixels.
   """
   letters = letters_of(path, leaf.ndim)
   places = {letter: place for place, letter in enumerate(letters) if letter != "l"}
-  if len(places) < 2 or "v" in places or "d" not in places:
+  if len(places) < 2 or places.keys() & set("vti") or "d" not in places or _VECTORS.search(path):
     return None
   residual = (places.pop("d"),)
   other = tuple(places.values())

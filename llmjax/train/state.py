@@ -5,10 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llmjax.core.compat import same_bits_options
+from llmjax.models.build import build
 from llmjax.models.config import ModelConfig
-from llmjax.models.decoder import Decoder
 from llmjax.parallel.rules import optimizer_shardings, state_shardings
 
 
@@ -24,13 +26,13 @@ class TrainState:
   """
 
   step: jax.Array
-  model: Decoder
+  model: nnx.Module
   optimizer: optax.OptState
 
 
 def init_state(config: ModelConfig, seed: int, optimizer) -> TrainState:
   """Makes the state of step 0, a function of (config, seed)."""
-  model = Decoder(jax.random.key(seed), config)
+  model = build(jax.random.key(seed), config)
   return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
 
 
@@ -44,10 +46,14 @@ def train_shardings(mesh: Mesh, state: TrainState) -> TrainState:
 
 
 def init_sharded(config: ModelConfig, seed: int, optimizer, mesh: Mesh) -> TrainState:
-  """Makes the state of step 0 where it will live; no device ever holds the whole."""
+  """Makes the state of step 0 where it will live: the same bits on every mesh of a platform.
+
+  No device ever holds the whole.
+  """
   make = lambda: init_state(config, seed, optimizer)  # noqa: E731
   shardings = train_shardings(mesh, jax.eval_shape(make))
-  return jax.jit(make, out_shardings=shardings)()
+  options = same_bits_options(mesh.devices.flat[0].platform)
+  return jax.jit(make, out_shardings=shardings, compiler_options=options)()
 
 
 def abstract_state(config: ModelConfig, optimizer, mesh: Mesh) -> TrainState:

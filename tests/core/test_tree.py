@@ -23,7 +23,7 @@ def test_paths_join_the_parts_of_a_place():
 def test_a_models_paths_carry_module_and_attribute_names(tiny_decoder):
   paths = tree.flatten(tiny_decoder)
   assert "embed/token_vd" in paths
-  assert "blocks/attention/query_dnh" in paths
+  assert "decoder/blocks/attention/query_dnh" in paths
   assert len(paths) == len(jax.tree.leaves(tiny_decoder))
 
 

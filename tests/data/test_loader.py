@@ -9,7 +9,7 @@ from llmjax.data import loader
 from llmjax.data.pack import PackedRows
 from llmjax.data.prepare import TokenStore
 from llmjax.data.sources import Document
-from llmjax.data.tasks import language_model
+from llmjax.data.tasks import Task, language_model
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import batch_sharding
 from llmjax.text.tokenizer import TokenizerConfig
@@ -38,7 +38,7 @@ def assert_same(batch, other):
 def test_batches_hold_the_rows_of_their_steps_in_order(rows, sharding):
   steps = 2 * rows.rows_per_epoch // BATCH  # into the second epoch
   seen = 0
-  for step, batch in enumerate(loader.batches(rows, sharding, BATCH, 0, steps)):
+  for step, batch in enumerate(loader.batches(rows, Task(), sharding, BATCH, 0, steps)):
     made = [rows[step * BATCH + row] for row in range(BATCH)]
     assert_same(batch, language_model(*(np.stack(part) for part in zip(*made, strict=True))))
     assert batch.tokens_bt.sharding == sharding
@@ -48,15 +48,15 @@ def test_batches_hold_the_rows_of_their_steps_in_order(rows, sharding):
 
 @pytest.mark.parametrize("start", [1, 7, 11])
 def test_a_run_that_resumes_sees_the_tail_of_the_whole_one(rows, sharding, start):
-  whole = list(loader.batches(rows, sharding, BATCH, 0, 12, read_ahead=3))
-  tail = list(loader.batches(rows, sharding, BATCH, start, 12, read_ahead=1))
+  whole = list(loader.batches(rows, Task(), sharding, BATCH, 0, 12, read_ahead=3))
+  tail = list(loader.batches(rows, Task(), sharding, BATCH, start, 12, read_ahead=1))
   assert len(tail) == 12 - start
   for batch, other in zip(tail, whole[start:], strict=True):
     assert_same(batch, other)
 
 
 def test_a_finished_run_has_no_batches_left(rows, sharding):
-  assert list(loader.batches(rows, sharding, BATCH, 12, 12)) == []
+  assert list(loader.batches(rows, Task(), sharding, BATCH, 12, 12)) == []
 
 
 def test_one_process_holds_all_rows(sharding):

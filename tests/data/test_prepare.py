@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from llmjax.core.errors import UserError
 from llmjax.data import prepare as module
 from llmjax.data.prepare import prepare, store_key
 from llmjax.data.sources import Document
+from llmjax.text.base import NONE, Settings
 from llmjax.text.sentencepiece import SentencePiece
 
 DOCUMENTS = [
@@ -34,6 +36,20 @@ def test_documents_come_back_between_bos_and_eos(tmp_path, tokenizer):
     assert tokenizer.decode(ids[1:-1]) == document.text
     assert store.lengths[index] == len(ids)
   assert store.size_bytes == sum(len(document.text.encode()) for document in DOCUMENTS)
+
+
+def test_without_bos_a_document_begins_with_eos(tmp_path, tokenizer):
+  gpt2_like = SentencePiece(tokenizer.to_bytes(), Settings(bos_id=NONE))
+  store = prepare(DOCUMENTS, gpt2_like, tmp_path)
+  for number, document in enumerate(DOCUMENTS):
+    assert store[number].tolist() == [2, *tokenizer.encode(document.text), 2]
+
+
+def test_without_eos_nothing_is_written(tmp_path, tokenizer):
+  endless = SentencePiece(tokenizer.to_bytes(), Settings(eos_id=NONE))
+  with pytest.raises(UserError, match="no EOS"):
+    prepare(DOCUMENTS, endless, tmp_path)
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_more_documents_than_a_chunk_keep_their_order(tmp_path, tokenizer):
@@ -80,6 +96,7 @@ def test_an_interrupted_write_leaves_no_store_and_no_rubbish(tmp_path, tokenizer
     """The tokenizer, giving up at the second chunk, when the first is on its way to disk."""
 
     kind, bos_id, eos_id, to_bytes = "sentencepiece", 1, 2, tokenizer.to_bytes
+    settings = tokenizer.settings
     calls = 0
 
     def encode_batch(self, texts):

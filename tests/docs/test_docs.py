@@ -8,7 +8,6 @@ import re
 import shlex
 from pathlib import Path
 
-import jax
 import pytest
 
 from llmjax.cli import _parse
@@ -30,15 +29,6 @@ _ROW = re.compile(r"^\| `([\w.]+)` \| `([^`]*)` \| .+ \|$", re.M)
 every_page = pytest.mark.parametrize(
   "page", PAGES, ids=[path.relative_to(ROOT).as_posix() for path in PAGES]
 )
-
-
-@pytest.fixture
-def quick_compile():
-  """Compiles without most optimizations: the code on a page runs once."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
 
 
 def _place(page: Path, text: str, at: int) -> str:

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 from llmjax.data.prepare import prepare
 from llmjax.data.sources import Document
 from llmjax.eval.loss import compressor_bits_per_byte, evaluate_loss
-from llmjax.models.decoder import abstract
+from llmjax.models.build import abstract
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.text.sentencepiece import SentencePiece
 

@@ -9,7 +9,7 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2 as spm
 
 from llmjax.models.config import ModelConfig
-from llmjax.models.hf import from_tensors
+from llmjax.models.hf_layout import from_tensors
 from llmjax.models.model import Model
 from llmjax.serve.generate import generate
 from llmjax.serve.sample import Sampling
@@ -17,17 +17,17 @@ from llmjax.text.sentencepiece import SentencePiece
 
 # llama2.c's own order of tensors; layers stand together, so names have no layer number.
 TABLE = {
-  "embed/token_vd": ("embed", "vd"),
-  "blocks/attention_norm/scale_d": ("rms_att.{l}", "d"),
-  "blocks/attention/query_dnh": ("wq.{l}", "(nh)d"),
-  "blocks/attention/key_dkh": ("wk.{l}", "(kh)d"),
-  "blocks/attention/value_dkh": ("wv.{l}", "(kh)d"),
-  "blocks/attention/out_nhd": ("wo.{l}", "d(nh)"),
-  "blocks/mlp_norm/scale_d": ("rms_ffn.{l}", "d"),
-  "blocks/mlp/gate_df": ("w1.{l}", "fd"),
-  "blocks/mlp/down_fd": ("w2.{l}", "df"),
-  "blocks/mlp/up_df": ("w3.{l}", "fd"),
-  "norm/scale_d": ("rms_final", "d"),
+  "embed": ("vd", "embed/token_vd"),
+  "rms_att.{l}": ("d", "decoder/blocks/attention_norm/scale_d"),
+  "wq.{l}": ("(nh)d", "decoder/blocks/attention/query_dnh"),
+  "wk.{l}": ("(kh)d", "decoder/blocks/attention/key_dkh"),
+  "wv.{l}": ("(kh)d", "decoder/blocks/attention/value_dkh"),
+  "wo.{l}": ("d(nh)", "decoder/blocks/attention/out_nhd"),
+  "rms_ffn.{l}": ("d", "decoder/blocks/mlp_norm/scale_d"),
+  "w1.{l}": ("fd", "decoder/blocks/mlp/gate_df"),
+  "w2.{l}": ("df", "decoder/blocks/mlp/down_fd"),
+  "w3.{l}": ("fd", "decoder/blocks/mlp/up_df"),
+  "rms_final": ("d", "decoder/norm/scale_d"),
 }
 
 

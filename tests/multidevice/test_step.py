@@ -10,8 +10,8 @@ import pytest
 from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.data.tasks import language_model
+from llmjax.models.build import abstract, build
 from llmjax.models.config import ModelConfig
-from llmjax.models.decoder import Decoder, abstract
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import batch_sharding, state_shardings
 from llmjax.train.optim import OptimConfig, make_optimizer
@@ -43,7 +43,7 @@ def _batch(rows=16):
 
 
 def _one_device(config, accumulation):
-  model = jax.jit(lambda: Decoder(jax.random.key(0), config))()
+  model = jax.jit(lambda: build(jax.random.key(0), config))()
   return jax.jit(loss_and_grad, static_argnums=2)(model, _batch(), accumulation)
 
 
@@ -60,7 +60,7 @@ def test_loss_and_every_gradient_equal_one_device(sizes, accumulation, truth):
   mesh = make_mesh(MeshConfig(*sizes))
   shapes = abstract(config)
   shardings = state_shardings(mesh, shapes)
-  model = jax.jit(lambda: Decoder(jax.random.key(0), config), out_shardings=shardings)()
+  model = jax.jit(lambda: build(jax.random.key(0), config), out_shardings=shardings)()
   step = jax.jit(
     lambda model, batch: loss_and_grad(model, batch, accumulation),
     in_shardings=(shardings, batch_sharding(mesh)),

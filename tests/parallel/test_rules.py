@@ -11,7 +11,7 @@ from numpy.testing import assert_array_equal
 from llmjax.core import tree
 from llmjax.core.dims import LETTERS
 from llmjax.core.errors import UserError
-from llmjax.models.decoder import abstract
+from llmjax.models.build import abstract
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import (
   ACTIVATIONS,
@@ -63,12 +63,12 @@ def test_every_weight_of_a_model_gets_the_sharding_of_its_letters(tiny_config):
   mesh = abstract_mesh(2, 4, 2)
   found = tree.flatten(state_shardings(mesh, abstract(tiny_config)))
   assert found["embed/token_vd"].spec == P("tensor", "fsdp")
-  assert found["norm/scale_d"].spec == P("fsdp")
-  assert found["blocks/mlp_norm/scale_d"].spec == P(None, "fsdp")
-  assert found["blocks/attention/query_dnh"].spec == P(None, "fsdp", "tensor", None)
-  assert found["blocks/attention/key_dkh"].spec == P(None, "fsdp", "tensor", None)
-  assert found["blocks/attention/out_nhd"].spec == P(None, "tensor", None, "fsdp")
-  assert found["blocks/mlp/down_fd"].spec == P(None, "tensor", "fsdp")
+  assert found["decoder/norm/scale_d"].spec == P("fsdp")
+  assert found["decoder/blocks/mlp_norm/scale_d"].spec == P(None, "fsdp")
+  assert found["decoder/blocks/attention/query_dnh"].spec == P(None, "fsdp", "tensor", None)
+  assert found["decoder/blocks/attention/key_dkh"].spec == P(None, "fsdp", "tensor", None)
+  assert found["decoder/blocks/attention/out_nhd"].spec == P(None, "tensor", None, "fsdp")
+  assert found["decoder/blocks/mlp/down_fd"].spec == P(None, "tensor", "fsdp")
 
 
 def test_a_weight_the_mesh_does_not_divide_is_named_with_letter_size_and_axis(tiny_config):

@@ -35,3 +35,30 @@ def vjp(function, inputs, grad_out):
     return gradient(scalar, inputs[number])
 
   return [pulled(number) for number in range(len(inputs))]
+
+
+def assert_pulled(mine, function, inputs, grad_out, count=3, **tolerance):
+  """Asserts that gradients have the right component along a few random directions each.
+
+  Args:
+    mine: dict of gradients by name.
+    function: of a dict of float64 arrays, an array.
+    inputs: dict of the function's arrays, at least those of `mine`.
+    grad_out: gradient of its result.
+    count: directions an input; unit vectors, so that a component has the size of one coordinate.
+    tolerance: of `assert_allclose`.
+  """
+  inputs = {name: np.asarray(x, np.float64) for name, x in inputs.items()}
+  grad_out = np.asarray(grad_out, np.float64)
+  rng = np.random.default_rng(7)
+  for name, found in mine.items():
+    found = np.asarray(found, np.float64)
+    for _ in range(count):
+      direction = rng.normal(size=found.shape)
+      direction /= np.linalg.norm(direction)
+
+      def scalar(x, name=name):
+        return np.sum(function({**inputs, name: x}) * grad_out)
+
+      theirs = derivative(scalar, inputs[name], direction)
+      np.testing.assert_allclose(np.sum(found * direction), theirs, err_msg=name, **tolerance)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from llmjax.core.errors import UserError
-from llmjax.models.decoder import abstract
+from llmjax.models.build import abstract
 from llmjax.models.model import Model
 from llmjax.serve.generate import generate, generate_ids
+from llmjax.serve.prompt import encode_prompts
 from llmjax.serve.sample import Sampling
+from llmjax.text.base import NONE, Settings
 from llmjax.text.sentencepiece import SentencePiece
 
 CONTEXT = 40
@@ -87,7 +89,7 @@ def test_what_is_drawn_does_not_depend_on_the_neighbours(model):
 def test_a_row_stops_at_eos_and_its_neighbours_go_on(model, expected):
   eos_id = expected[0][4]
   cut = expected[0].index(eos_id) + 1
-  found = generate_ids(model, PROMPTS, GREEDY, eos_id)
+  found = generate_ids(model, PROMPTS, GREEDY, [eos_id])
   assert found[0] == expected[0][:cut]
   for ids, whole in zip(found, expected, strict=True):
     end = whole.index(eos_id) + 1 if eos_id in whole else 12
@@ -137,11 +139,30 @@ def test_text_is_continued_after_bos_without_eos(model, tokenizer):
     assert made.finish == ("stop" if stopped else "length")
 
 
+def test_without_bos_a_prompt_begins_with_eos(tokenizer, tiny_config):
+  gpt2_like = SentencePiece(tokenizer.to_bytes(), Settings(bos_id=NONE))
+  found = encode_prompts(tiny_config, gpt2_like, ["", "fox"]).rows
+  assert found == [[2], [2, *tokenizer.encode("fox")]]
+
+
+def test_a_tokenizer_that_goes_without_bos_puts_none_before_a_prompt(tokenizer, tiny_config):
+  without = SentencePiece(tokenizer.to_bytes(), Settings(add_bos=False))
+  found = encode_prompts(tiny_config, without, ["", "fox"]).rows
+  assert found == [[1], tokenizer.encode("fox")]
+
+
+def test_without_eos_a_row_ends_at_its_length(model, tokenizer):
+  endless = SentencePiece(tokenizer.to_bytes(), Settings(eos_id=NONE))
+  made = generate(dataclasses.replace(model, tokenizer=endless), ["the fox"], GREEDY)[0]
+  assert (made.finish, len(made.ids)) == ("length", GREEDY.max_tokens)
+
+
 def test_eos_finishes_with_stop_and_is_not_in_the_text(model, tokenizer):
   class Stops:
     """The tokenizer, with an EOS that the model is known to write."""
 
     bos_id, encode, decode = tokenizer.bos_id, tokenizer.encode, tokenizer.decode
+    settings = tokenizer.settings
     eos_id = naive(model, [tokenizer.bos_id, *tokenizer.encode("the fox")], 12)[3]
 
   made = generate(dataclasses.replace(model, tokenizer=Stops()), ["the fox"], GREEDY)[0]

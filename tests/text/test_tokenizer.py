@@ -3,6 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
+from sentencepiece import sentencepiece_model_pb2 as proto
 
 from llmjax.core.errors import UserError
 from llmjax.text.sentencepiece import SentencePiece
@@ -56,6 +57,14 @@ def test_text_never_becomes_a_special_token(text):
   assert all(0 <= i < TOKENIZER.vocab_size for i in ids)
 
 
+def test_a_model_of_others_is_left_its_own_way_with_the_space_mark():
+  spec = proto.ModelProto.FromString(TOKENIZER.to_bytes())
+  spec.trainer_spec.max_sentence_length = 4192  # SentencePiece's default; else as ours (Gemma's)
+  other = SentencePiece(spec.SerializeToString())
+  assert other.encode("a▁b") == other.encode("a b") == TOKENIZER.encode("a b")
+  assert TOKENIZER.encode("a▁b") != TOKENIZER.encode("a b")
+
+
 def test_special_tokens_vanish_in_decoding():
   ids = [TOKENIZER.bos_id, *TOKENIZER.encode("the fox"), TOKENIZER.eos_id]
   assert TOKENIZER.decode(ids) == "the fox"
@@ -89,8 +98,25 @@ def test_a_state_makes_the_same_tokenizer():
 def test_a_file_is_read_as_it_is(tmp_path):
   path = tmp_path / "tokenizer.model"
   path.write_bytes(TOKENIZER.to_bytes())
-  read = train_tokenizer(TokenizerConfig(path=str(path), vocab_size=999), [])
-  assert read.to_bytes() == TOKENIZER.to_bytes()
+  for vocab_size in (0, 320, 4096):  # whatever it is, said, left out
+    read = train_tokenizer(TokenizerConfig(path=str(path), vocab_size=vocab_size), [])
+    assert read.to_bytes() == TOKENIZER.to_bytes()
+
+
+def test_keys_that_contradict_a_file_are_user_errors(tmp_path):
+  path = str(tmp_path / "tokenizer.model")
+  (tmp_path / "tokenizer.model").write_bytes(TOKENIZER.to_bytes())
+  with pytest.raises(UserError, match=r"has 320 tokens; tokenizer.vocab_size says 999"):
+    train_tokenizer(TokenizerConfig(path=path, vocab_size=999), [])
+  with pytest.raises(UserError, match=r"is of kind 'sentencepiece'; tokenizer.kind says 'bpe'"):
+    train_tokenizer(TokenizerConfig(path=path, kind="bpe"), [])
+  with pytest.raises(UserError, match=r"train_bytes changes nothing beside tokenizer.path"):
+    TokenizerConfig(path=path, train_bytes=100)
+  with pytest.raises(UserError, match=r"'tiktoken' is read, not trained: set tokenizer.path"):
+    TokenizerConfig(kind="tiktoken")
+  with pytest.raises(UserError, match=r"has 259 tokens; tokenizer.vocab_size says 300"):
+    train_tokenizer(TokenizerConfig(kind="bytes", vocab_size=300), [])
+  assert train_tokenizer(TokenizerConfig(kind="bytes"), []).vocab_size == 259
 
 
 def test_an_unknown_kind_is_a_user_error_that_names_the_nearest():
@@ -121,7 +147,7 @@ def test_a_missing_file_is_a_user_error_that_names_it(tmp_path):
   path = str(tmp_path / "none.model")
   with pytest.raises(UserError, match=r"none.model.*No such file"):
     train_tokenizer(TokenizerConfig(path=path), TEXTS)
-  with pytest.raises(UserError, match=r"Is a directory"):
+  with pytest.raises(UserError, match=r"holds none of tokenizer.json, tokenizer.model"):
     train_tokenizer(TokenizerConfig(path=str(tmp_path)), TEXTS)
 
 

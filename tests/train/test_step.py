@@ -12,7 +12,7 @@ from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.data.tasks import language_model
-from llmjax.models.decoder import abstract
+from llmjax.models.build import abstract
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.train.optim import OptimConfig, make_optimizer
 from llmjax.train.state import abstract_state, init_sharded

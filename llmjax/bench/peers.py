@@ -1,0 +1,93 @@
+"""Who is measured: every peer's name, the packages it needs, and the function that prepares it."""
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from llmjax.core.errors import UserError, nearest
+
+INSTALL = "see requirements-bench.txt: pip install --no-deps -r requirements-bench.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+  """One competitor.
+
+  Attributes:
+    where: `module:function`; the function takes a `Spec` and returns (facts, measure).
+    needs: importable packages without which it is left out.
+  """
+
+  where: str
+  needs: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """What a worker is to prepare.
+
+  Attributes:
+    where: the peer's function, as in `Peer`.
+    size: a name of `sizes.SIZES`.
+    dtype: compute dtype, float32 or bfloat16.
+    folder: the weights, and a place for files of the run.
+    cores: threads to use.
+    overrides: `--config.a.b=v` arguments for llmjax.
+  """
+
+  where: str
+  size: str
+  dtype: str
+  folder: str
+  cores: int
+  overrides: tuple[str, ...] = ()
+
+
+_TORCH = ("torch", "transformers")
+
+PEERS = {
+  "train": {
+    "llmjax": Peer("llmjax.bench.ours:train"),
+    "transformers": Peer("llmjax.bench.torch_train:transformers_eager", _TORCH),
+    "transformers-compile": Peer("llmjax.bench.torch_train:transformers_compile", _TORCH),
+    "litgpt": Peer("llmjax.bench.litgpt_train:train", (*_TORCH, "litgpt", "lightning")),
+  },
+  "decode": {
+    "llmjax": Peer("llmjax.bench.ours:decode"),
+    "transformers": Peer("llmjax.bench.torch_decode:dynamic_cache", _TORCH),
+    "transformers-static": Peer("llmjax.bench.torch_decode:static_cache", _TORCH),
+    "llama.cpp": Peer("llmjax.bench.ggml:decode", ("llama_cpp", "gguf")),
+  },
+  "data": {
+    "step": Peer("llmjax.bench.ours:train"),
+    "tokenize": Peer("llmjax.bench.ours_data:tokenize"),
+    "load": Peer("llmjax.bench.ours_data:load"),
+  },
+}
+
+
+def pick(bench: str, names: Sequence[str] = ()) -> dict[str, Peer]:
+  """Chooses peers by name and leaves out, with a line on standard error, what is not installed.
+
+  Args:
+    bench: a key of `PEERS`.
+    names: peers wanted; all by default.
+  Returns:
+    Peers by name, in the order of `PEERS`.
+  Raises:
+    UserError: a name is unknown.
+  """
+  known = PEERS[bench]
+  for name in names:
+    if name not in known:
+      raise UserError(f"unknown peer {name!r} of bench {bench}; {nearest(name, known)}")
+  chosen = {name: peer for name, peer in known.items() if not names or name in names}
+  for name, peer in list(chosen.items()):
+    missing = [package for package in peer.needs if importlib.util.find_spec(package) is None]
+    if missing:
+      print(
+        f"llmjax: {name} is left out, {missing[0]} is not installed; {INSTALL}", file=sys.stderr
+      )
+      del chosen[name]
+  return chosen

@@ -1,0 +1,117 @@
+"""From rounds to figures: medians, spreads, ratios, a table, and the machine they are of."""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_PACKAGES = (
+  "jax",
+  "jaxlib",
+  "flax",
+  "numpy",
+  "torch",
+  "transformers",
+  "litgpt",
+  "llama-cpp-python",
+)
+
+
+def summary(rounds: Sequence[dict]) -> dict:
+  """Sums up one peer's rounds.
+
+  Args:
+    rounds: answers, in order; every number that all of them hold is summed up.
+  Returns:
+    The median of each number; for `tokens_per_s` also `least_per_s` and `most_per_s`; for
+    `peak_bytes` the largest.
+  """
+  made = {}
+  for key in rounds[0]:
+    values = [answer[key] for answer in rounds]
+    if all(isinstance(value, int | float) for value in values):
+      made[key] = statistics.median(values)
+  rates = [answer["tokens_per_s"] for answer in rounds]
+  made |= {"least_per_s": min(rates), "most_per_s": max(rates)}
+  if "peak_bytes" in made:
+    made["peak_bytes"] = max(answer["peak_bytes"] for answer in rounds)
+  return made
+
+
+def ratio(ours: Sequence[dict], theirs: Sequence[dict], key: str = "tokens_per_s") -> float:
+  """Computes the median over rounds of ours ÷ theirs; rounds of one number ran side by side."""
+  pairs = zip(ours, theirs, strict=True)
+  return statistics.median(mine[key] / other[key] for mine, other in pairs)
+
+
+def compare(rounds: Mapping[str, Sequence[dict]], base: str) -> list[dict]:
+  """Makes one row a peer, with `ratio` = base ÷ peer where the base was measured.
+
+  Args:
+    rounds: answers by peer.
+    base: the peer that others are compared with.
+  Returns:
+    Rows in the order given: `peer`, what `summary` says, `ratio`; `decode_ratio` where there are
+    decoding rates.
+  """
+  rows = []
+  for name, made in rounds.items():
+    row = {"peer": name, **summary(made)}
+    if base in rounds:
+      row["ratio"] = ratio(rounds[base], made)
+      if "decode_tokens_per_s" in row:
+        row["decode_ratio"] = ratio(rounds[base], made, "decode_tokens_per_s")
+    rows.append(row)
+  return rows
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+  """Lays rows out under their columns: the first to the left, numbers to the right."""
+  shown = [list(columns), *([_cell(value) for value in row] for row in rows)]
+  widths = [max(len(row[i]) for row in shown) for i in range(len(columns))]
+  lines = []
+  for row in shown:
+    cells = [row[0].ljust(widths[0])]
+    cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+    lines.append("  ".join(cells).rstrip())
+  return "\n".join(lines)
+
+
+def _cell(value) -> str:
+  if value is None:
+    return "–"
+  if isinstance(value, str):
+    return value
+  return f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.2f}"
+
+
+def machine() -> dict:
+  """Describes where figures come from: processor, cores, load before, versions."""
+  info = Path("/proc/cpuinfo")
+  models = [
+    line.partition(":")[2].strip()
+    for line in (info.read_text().splitlines() if info.exists() else ())
+    if line.startswith("model name")
+  ]
+  versions = {}
+  for name in _PACKAGES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return {
+    "cpu": models[0] if models else platform.processor(),
+    "cores": cores(),
+    "system": platform.platform(),
+    "python": platform.python_version(),
+    "load_before": os.getloadavg()[0],
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    "versions": versions,
+  }
+
+
+def cores() -> int:
+  """Counts the cores this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

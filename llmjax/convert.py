@@ -1,0 +1,79 @@
+"""`convert`: any model that `load` reads, written as a Hugging Face folder or as a checkpoint.
+
+The folder appears whole or not at all: it is written beside its place and renamed.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import jax
+
+from llmjax.core.errors import UserError, nearest
+from llmjax.models import hf
+from llmjax.models.model import Model
+from llmjax.run import load
+from llmjax.text.folder import save as save_tokenizer
+from llmjax.train.checkpoint import save_model
+
+FORMATS = ("huggingface", "checkpoint")
+
+
+def convert(
+  source: str | Path,
+  target: str | Path,
+  format: str = "huggingface",
+  dtype: str = "float32",
+  family: str = "",
+) -> dict:
+  """Writes a model in another format, its tokenizer and chat template along with it.
+
+  Args:
+    source: whatever `load` reads: a workdir, a checkpoint, a Hugging Face folder, a GGUF file.
+    target: folder to write; must be empty or not exist.
+    format: huggingface (config.json, safetensors, tokenizer files), or checkpoint (what training
+      writes, without optimizer).
+    dtype: of the tensors of a Hugging Face folder: float32, bfloat16 or float16.
+    family: `model_type` of a Hugging Face folder; empty takes the first that fits.
+  Returns:
+    `family` (`llmjax` for a checkpoint), `parameters`, `bytes` on disk and `path`.
+  Raises:
+    UserError: nothing to read, a target that is not empty, or a model that the format cannot hold.
+  """
+  if format not in FORMATS:
+    raise UserError(f"format {format!r} is unknown; {nearest(format, FORMATS)}")
+  if format == "checkpoint" and (dtype != "float32" or family):
+    raise UserError("a checkpoint is float32 and of no family: leave out --dtype and --family")
+  if dtype not in hf.DTYPES:
+    raise UserError(f"dtype {dtype!r} is unknown; {nearest(dtype, hf.DTYPES)}")
+  target = Path(target).expanduser().absolute()
+  if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    raise UserError(f"{str(target)!r} is there already and not empty; convert writes a new folder")
+  model = load(source)
+  partial = target.with_name(f".{target.name}.partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  try:
+    written = _write(model, partial, format, dtype, family)
+    os.replace(partial, target)
+  except OSError as error:
+    raise UserError(f"{str(target)!r} cannot be written: {error.strerror or error}") from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  return {
+    "family": written,
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.parameters)),
+    "bytes": sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
+    "path": str(target),
+  }
+
+
+def _write(model: Model, folder: Path, format: str, dtype: str, family: str) -> str:
+  """Writes a model; returns its family."""
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  if format == "checkpoint":
+    save_model(model, folder)
+    return "llmjax"
+  hf.save_folder(model, folder, dtype, family)
+  if model.tokenizer is not None:
+    save_tokenizer(model.tokenizer, folder)
+  return hf.choose(model.config, family).name

@@ -1,0 +1,39 @@
+"""From a config to a model: the table of kinds, and what can be told without making an array."""
+
+import jax
+from flax import nnx
+
+from llmjax.models.config import ModelConfig
+from llmjax.models.decoder import Decoder
+from llmjax.models.encdec import EncoderDecoder
+from llmjax.models.encoder import Encoder
+from llmjax.models.vision import Vision
+
+KINDS = {
+  "decoder": Decoder,
+  "encoder": Encoder,
+  "encoder_decoder": EncoderDecoder,
+  "vision": Vision,
+}
+
+
+def build(key, config: ModelConfig) -> nnx.Module:
+  """Makes a model with random weights.
+
+  Args:
+    key: PRNG key of the whole model.
+    config: the architecture, `vocab_size` filled in.
+  Returns:
+    A module with `hidden(batch, cache, key) -> (x_btd, cache)` and `logits(x_btd)`.
+  """
+  return KINDS[config.kind](key, config)
+
+
+def abstract(config: ModelConfig) -> nnx.Module:
+  """Builds the model's tree of shapes without making an array, whatever its size."""
+  return jax.eval_shape(lambda: build(jax.random.key(0), config))
+
+
+def count_parameters(config: ModelConfig) -> int:
+  """Counts the weights of a config, from their declarations."""
+  return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)))

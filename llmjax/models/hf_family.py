@@ -1,0 +1,290 @@
+"""What a family of published models is: a row of values and tables, read in both directions.
+
+Nothing here knows a particular family. `read_config` turns a `config.json` into a `ModelConfig`,
+`write_config` does the reverse, and a family can hold a config if writing and reading give it back.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+
+from llmjax.core import config as configs
+from llmjax.core.errors import UserError
+from llmjax.models.config import ModelConfig, VisionConfig
+from llmjax.nn.attention import AttentionConfig
+from llmjax.nn.position import PositionConfig
+
+# Keys that change no number an evaluation computes.
+_HARMLESS = (
+  "_attn_implementation _attn_implementation_autoset _name_or_path architectures "
+  "attention_dropout attention_probs_dropout_prob attn_pdrop auto_map bos_token_id "
+  "cache_implementation classifier_dropout decoder_start_token_id dropout_rate dtype "
+  "embd_pdrop eos_token_id finetuning_task forced_bos_token_id forced_eos_token_id "
+  "gradient_checkpointing hidden_dropout hidden_dropout_prob id2label initializer_factor "
+  "initializer_range label2id max_length model_type n_ctx num_labels output_attentions "
+  "output_hidden_states output_past pad_token_id predict_special_tokens prefix pretraining_tp "
+  "problem_type resid_pdrop return_dict sep_token_id summary_activation summary_first_dropout "
+  "summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class "
+  "torch_dtype torchscript transformers_version unsloth_version use_bfloat16 use_cache "
+  "vocab_file "
+)
+HARMLESS = frozenset(_HARMLESS.split())
+# How a model is run, not what it computes.
+RUN_KEYS = ("dtype", "scan", "remat", "dropout", "attention.kernel", "attention.block")
+REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+  """What one key of their `config.json` means.
+
+  Attributes:
+    ours: our dotted key; empty for a key that is only checked.
+    default: their value where the key is absent.
+    values: their value → ours, the first of several being the one written; None: as it is.
+    null: what their null means, and what is written as null; by default it is as if absent.
+  """
+
+  ours: str
+  default: object = REQUIRED
+  values: dict | None = None
+  null: object = REQUIRED
+
+
+def only(*values) -> Key:
+  """A key that has to have one of these values, the first of which is its default."""
+  return Key("", values[0], dict.fromkeys(values))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """What a table of keys cannot say.
+
+  Attributes:
+    keys: their keys that `read` looks at.
+    read: (their config, our values so far) → more of our values.
+    write: our config → some of their keys; raises `UserError` where they have no word for it.
+  """
+
+  keys: tuple
+  read: Callable[[dict, dict], dict] = lambda theirs, values: {}
+  write: Callable[[ModelConfig], dict] = lambda config: {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A family: its words for our config, and its names for our weights.
+
+  Attributes:
+    name: their `model_type`.
+    architecture: the class that transformers builds.
+    keys: their key → `Key`.
+    fixed: our dotted key → the value that the family implies.
+    parts: what tables cannot say.
+    tensors: their name → (letters, our path or paths); see `hf_layout`.
+    rows: further rows that depend on the architecture.
+    offset: norm scales are stored less this number.
+    aliases: (pattern, replacement): other spellings of their names.
+    ignore: patterns of their names that hold nothing a model needs.
+    dropped: patterns of their names that llmjax has no place for; reading says so.
+    skip: (their name, config) → whether this config leaves the tensor out.
+    twins: name of a copy → its original; equal copies are dropped.
+    optional: patterns of our paths that a folder may lack.
+    constants: name written beside ours → (value, name of the tensor whose shape it has).
+    head_optional: a folder without a head is one of tied embeddings, whatever its config says.
+    written: whether models are exported as this family.
+  """
+
+  name: str
+  architecture: str
+  keys: dict
+  fixed: dict
+  parts: tuple
+  tensors: dict
+  rows: Callable[[ModelConfig], dict] = lambda config: {}
+  offset: float = 0.0
+  aliases: tuple = ()
+  ignore: tuple = ()
+  dropped: tuple = ()
+  skip: Callable[[str, ModelConfig], bool] = lambda name, config: False
+  twins: dict = dataclasses.field(default_factory=dict)
+  optional: tuple = ()
+  constants: dict = dataclasses.field(default_factory=dict)
+  head_optional: bool = False
+  written: bool = True
+
+  def table(self, config: ModelConfig) -> dict:
+    """The rows of an architecture."""
+    return self.tensors | self.rows(config)
+
+
+def note(text: str):
+  """Tells the user what was decided for them."""
+  print(f"llmjax: note: {text}", file=sys.stderr)
+
+
+def read_config(family: Family, theirs: dict, quiet: bool = False) -> ModelConfig:
+  """Translates a `config.json`.
+
+  Args:
+    family: whose it is.
+    theirs: its values.
+    quiet: say nothing of unknown keys.
+  Returns:
+    The architecture; arithmetic in fp32.
+  Raises:
+    UserError: a key is missing, or has a value that llmjax cannot compute with.
+  """
+  values = {"dtype": "float32", **read_values(family, theirs, quiet)}
+  return configs.freeze(_nest(values), ModelConfig, "model.")
+
+
+def read_values(family: Family, theirs: dict, quiet: bool = False) -> dict:
+  """Translates a `config.json` (or a section of one) into our dotted keys; see `read_config`."""
+  values = dict(family.fixed)
+  for name, key in family.keys.items():
+    value = theirs.get(name, key.default)
+    if value is None:
+      value = key.default if key.null is REQUIRED else key.null
+    if value is REQUIRED:
+      raise UserError(f"config.json of this {family.name} model has no {name!r}")
+    if key.values is not None:
+      if isinstance(value, list | dict) or value not in key.values:
+        known = ", ".join(repr(each) for each in key.values)
+        raise UserError(f"{family.name} with {name}={value!r} is not supported; known: {known}")
+      value = key.values[value]
+    if key.ours:
+      values[key.ours] = value
+  for part in family.parts:
+    values |= part.read(theirs, values)
+  if theirs.get("quantization_config"):
+    raise UserError(f"this {family.name} folder is quantized (quantization_config); not supported")
+  known = HARMLESS.union(family.keys, *(part.keys for part in family.parts))
+  unknown = [name for name in theirs if name not in known]
+  if unknown and not quiet:
+    note(f"config.json has keys that llmjax does not know and leaves out: {', '.join(unknown)}")
+  return values
+
+
+def _nest(values: dict) -> dict:
+  nested: dict = {}
+  for dotted, value in values.items():
+    *sections, name = dotted.split(".")
+    at = nested
+    for section in sections:
+      at = at.setdefault(section, {})
+    at[name] = value
+  return nested
+
+
+def write_config(family: Family, config: ModelConfig) -> dict:
+  """Translates an architecture into a family's keys, `model_type` and `architectures` among them.
+
+  Raises:
+    UserError: the family has no word for a value.
+  """
+  flat = configs.flat(config)
+  theirs = {"model_type": family.name, "architectures": [family.architecture]}
+  for name, key in family.keys.items():
+    value = flat[key.ours] if key.ours else None
+    if key.values is not None:
+      words = [word for word, ours in key.values.items() if ours == value]
+      if not words:
+        raise UserError(f"{family.name} has no {key.ours}={value!r}")
+      value = words[0]
+    theirs[name] = None if value == key.null and key.ours else value
+  for part in family.parts:
+    theirs |= part.write(config)
+  return theirs
+
+
+def misfits(family: Family, config: ModelConfig) -> list[str]:
+  """Says what of an architecture a family cannot hold: sentences, none if it holds all of it."""
+  config = canonical(config)
+  try:
+    back = canonical(read_config(family, write_config(family, config), quiet=True))
+  except UserError as error:
+    if config.kind != family.fixed.get("kind", "decoder"):
+      return [f"its kind is {family.fixed.get('kind', 'decoder')}"] * 9
+    return [str(error)] * 2
+  have, want = configs.flat(back), configs.flat(config)
+  return [
+    f"its {key} is {have[key]!r}, not {want[key]!r}"
+    for key in want
+    if have[key] != want[key] and key not in RUN_KEYS
+  ]
+
+
+def canonical(config: ModelConfig) -> ModelConfig:
+  """Writes an architecture one way: sizes filled in, values that change nothing at their defaults.
+
+  Rotary positions come out in half layout; see `hf.half_layout` for the weights.
+  """
+  dims, attention = config.dims, config.attention
+  layers = [attention.pattern[i % len(attention.pattern)] for i in range(config.layers)]
+  changed = {
+    "pattern": shortest_pattern(layers),
+    "mask": "auto" if config.causal == (config.kind == "decoder") else attention.mask,
+    "scale": 0.0 if attention.scale == dims["h"] ** -0.5 else attention.scale,
+  }
+  if config.kind == "encoder_decoder":
+    changed["mask"] = "auto"
+  if "window" not in layers:
+    changed["window"] = 0
+  if "sparse" not in layers:
+    changed |= _defaults(AttentionConfig, ("sparse_",))
+  attention = dataclasses.replace(attention, **changed)
+  encoder_layers = config.encoder_layers or config.layers
+  if config.kind != "encoder_decoder":
+    encoder_layers = 0
+  vision = config.vision
+  if not vision.image_size:
+    vision = VisionConfig()
+  return dataclasses.replace(
+    config,
+    kv_heads=dims["k"],
+    head_dim=dims["h"],
+    encoder_layers=encoder_layers,
+    attention=attention,
+    position=_canonical_position(config.position, dims["h"], "window" in layers),
+    norm=dataclasses.replace(config.norm, final=config.norm.final or config.norm.place == "post"),
+    vision=vision,
+    **({"context": 1, "tie_embeddings": True} if config.kind == "vision" else {}),
+  )
+
+
+def _canonical_position(position: PositionConfig, head_dim: int, windows: bool) -> PositionConfig:
+  keep = {
+    "rope": ("theta", "fraction", "scaling", *(["local_theta"] if windows else [])),
+    "sinusoidal": ("theta",),
+    "relative": ("buckets", "max_distance"),
+  }.get(position.kind, ())
+  if position.kind == "rope":
+    stretch = ("factor", "original_context")
+    keep += {
+      "linear": ("factor",),
+      "ntk": ("factor",),
+      "yarn": (*stretch, "beta_fast", "beta_slow", "attention_factor"),
+      "llama3": (*stretch, "low_freq_factor", "high_freq_factor"),
+    }.get(position.scaling, ())
+  made = PositionConfig(kind=position.kind, **{key: getattr(position, key) for key in keep})
+  if made.local_theta == made.theta and made.scaling == "none":
+    made = dataclasses.replace(made, local_theta=0.0)
+  if made.scaling == "ntk":  # the same angles as a larger base
+    r = made.rotary_dim(head_dim)
+    theta = made.theta * made.factor ** (r / (r - 2))
+    made = dataclasses.replace(made, theta=theta, scaling="none", factor=1.0)
+  return made
+
+
+def _defaults(section: type, prefixes: tuple) -> dict:
+  fields = dataclasses.fields(section)
+  return {field.name: field.default for field in fields if field.name.startswith(prefixes)}
+
+
+def shortest_pattern(layers: list) -> tuple:
+  """Finds the shortest pattern whose repetition begins with these kinds of layers."""
+  for period in range(1, len(layers) + 1):
+    if all(kind == layers[i % period] for i, kind in enumerate(layers)):
+      return tuple(layers[:period])
+  return ("full",)

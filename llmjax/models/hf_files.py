@@ -1,0 +1,138 @@
+"""The files of a Hugging Face folder: JSON, and safetensors in one file or in shards."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from llmjax.core.errors import UserError
+
+DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}
+SHARD_BYTES = 5_000_000_000
+
+
+class Files(Mapping):
+  """The tensors of a folder, each read when it is asked for.
+
+  Args:
+    path: folder of `model.safetensors`, or of shards with an index.
+    aliases: (pattern, replacement) that turn other spellings of names into the usual one.
+  """
+
+  def __init__(self, path: Path, aliases: tuple = ()):
+    self._at = {}
+    for file in tensor_files(path):
+      try:
+        opened = safe_open(file, "np")
+      except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read as safetensors: {error}") from error
+      for spelled in opened.keys():  # noqa: SIM118
+        name = spelled
+        for pattern, usual in aliases:
+          name = re.sub(pattern, usual, name)
+        self._at[name] = (opened, spelled)
+
+  def __getitem__(self, name):
+    opened, spelled = self._at[name]
+    try:
+      array = opened.get_tensor(spelled)
+    except (SafetensorError, TypeError, AttributeError) as error:
+      raise UserError(f"tensor {spelled!r} cannot be read: {error}") from error
+    if array.dtype.name not in (*DTYPES, "float64"):
+      raise UserError(f"tensor {spelled!r} is of {array.dtype.name}; known: {', '.join(DTYPES)}")
+    return array
+
+  def __iter__(self):
+    return iter(self._at)
+
+  def __len__(self):
+    return len(self._at)
+
+
+class Chosen(Mapping):
+  """Some of a mapping's entries."""
+
+  def __init__(self, tensors: Mapping, names: set):
+    self._tensors, self._names = tensors, names
+
+  def __getitem__(self, name):
+    return self._tensors[name]
+
+  def __iter__(self):
+    return iter(self._names)
+
+  def __len__(self):
+    return len(self._names)
+
+
+def tensor_files(path: Path) -> list[Path]:
+  """Lists a folder's safetensors files.
+
+  Raises:
+    UserError: there are none, or one of its index is missing.
+  """
+  index = path / "model.safetensors.index.json"
+  if (path / "model.safetensors").is_file():
+    return [path / "model.safetensors"]
+  if index.is_file():
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    for name in names:
+      if not (path / name).is_file():
+        raise UserError(f"{index} names {name}, which is not there")
+    return [path / name for name in names]
+  found = sorted(path.glob("*.safetensors"))
+  if found:
+    return found
+  others = [file.name for file in (*path.glob("*.bin"), *path.glob("*.pt*"), *path.glob("*.h5"))]
+  if others:
+    raise UserError(
+      f"{path} holds {others[0]}, which can run code and is not opened; save it as safetensors"
+    )
+  raise UserError(f"{path} has a config.json but no safetensors")
+
+
+def read_json(path: Path) -> dict:
+  """Reads a JSON object; a missing or damaged file is a `UserError`."""
+  try:
+    made = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror}") from error
+  except ValueError as error:
+    raise UserError(f"{path} is not JSON: {error}") from error
+  if not isinstance(made, dict):
+    raise UserError(f"{path} holds no JSON object")
+  return made
+
+
+def write_json(path: Path, values: dict):
+  """Writes a JSON object, a key a line."""
+  path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: dict, path: Path):
+  """Writes one file, or shards and their index where it would be too large."""
+  shards, size = [{}], 0
+  for name, array in tensors.items():
+    if shards[-1] and size + array.nbytes > SHARD_BYTES:
+      shards.append({})
+      size = 0
+    shards[-1][name] = array
+    size += array.nbytes
+  for old in path.glob("model*.safetensors*"):
+    old.unlink()
+  if len(shards) == 1:
+    save_file(shards[0], path / "model.safetensors", metadata={"format": "pt"})
+    return
+  weight_map = {}
+  for number, shard in enumerate(shards, 1):
+    name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    save_file(shard, path / name, metadata={"format": "pt"})
+    weight_map |= dict.fromkeys(shard, name)
+  total = sum(array.nbytes for array in tensors.values())
+  index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+  write_json(path / "model.safetensors.index.json", index)

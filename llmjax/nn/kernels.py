@@ -1,0 +1,318 @@
+"""Attention's inner product, computed four ways: direct, blockwise, splash (TPU), cudnn (GPU).
+
+All compute softmax(cap(q kᵀ · scale) + bias) v within the mask, softmax in fp32. `direct` keeps the
+[t, s] weights for the backward pass; `blockwise` recomputes them a strip of queries at a time and
+needs O(t) memory in both directions; the other two are the platforms' own kernels.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.core.dot import contract
+from llmjax.core.errors import UserError
+from llmjax.nn.mask import Mask
+from llmjax.nn.position import Bias
+from llmjax.parallel.rules import ACTIVATIONS, spec
+
+KERNELS = ("auto", "direct", "blockwise", "splash", "cudnn")
+_DIRECT_POSITIONS = 1024  # up to here `auto` keeps the weights: faster, and small
+_GROUPS = 8  # of query blocks that share a range of keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """How scores are made of q and k, beyond their product.
+
+  Attributes:
+    scale: factor on q kᵀ.
+    softcap: scores become softcap · tanh(score / softcap); 0 leaves them.
+    bias: added by distance; None adds nothing.
+    sinks_n: fp32 score of one more key that has no value; None for none.
+  """
+
+  scale: float
+  softcap: float = 0.0
+  bias: Bias | None = None
+  sinks_n: jax.Array | None = None
+
+
+def attend(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, kernel="auto", block=128):
+  """Computes softmax(q kᵀ · scale) v within the mask.
+
+  Args:
+    q_btnh: queries, compute dtype.
+    k_bskh: keys; n is a multiple of k, and query head i reads key head i // g.
+    v_bskh: values.
+    mask: who may look at whom; each query that matters sees at least one key.
+    scores: scale, soft cap, bias and sinks.
+    kernel: one of `KERNELS`; auto takes the platform's where it can do what is asked.
+    block: queries a strip of blockwise attention, and the tile of splash.
+  Returns:
+    o_btnh, dtype of `q_btnh`.
+  Raises:
+    UserError: a kernel that was asked for by name cannot do this.
+  Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped: Ainslie et al. 2023,
+    arXiv:2305.13245; blockwise: Rabe & Staats 2021, arXiv:2112.05682; soft cap: Gemma team 2024,
+    arXiv:2408.00118, sec. 2; sinks: OpenAI 2025, arXiv:2508.10925, sec. 2.
+  """
+  chosen = choose(
+    kernel, jax.default_backend(), q_btnh.shape, k_bskh.shape, mask, scores, q_btnh.dtype
+  )
+  if chosen == "splash":
+    return _splash(q_btnh, k_bskh, v_bskh, mask, scores, block)
+  if chosen == "cudnn":
+    return _cudnn(q_btnh, k_bskh, v_bskh, mask, scores)
+  block = block if chosen == "blockwise" else None
+  return _strips(q_btnh, k_bskh, v_bskh, mask, scores, block)
+
+
+def choose(
+  kernel: str, platform: str, q_shape, k_shape, mask: Mask, scores: Scores, dtype=jnp.bfloat16
+) -> str:
+  """Names the kernel that `attend` runs.
+
+  Args:
+    kernel: what was asked for.
+    platform: jax's name of it: cpu, gpu, tpu.
+    q_shape: of q_btnh.
+    k_shape: of k_bskh.
+    mask: see `attend`.
+    scores: see `attend`.
+    dtype: of q_btnh.
+  Raises:
+    UserError: the named kernel cannot do this, with the reason.
+  """
+  reasons = {
+    "splash": _splash_cannot(platform, q_shape, k_shape, mask, scores),
+    "cudnn": _cudnn_cannot(platform, q_shape, k_shape, mask, scores, dtype),
+  }
+  if kernel == "auto":
+    for name, reason in reasons.items():
+      if reason is None:
+        return name
+    long = q_shape[1] * k_shape[1] > _DIRECT_POSITIONS**2
+    return "blockwise" if long else "direct"
+  if reasons.get(kernel):
+    raise UserError(f"model.attention.kernel={kernel} {reasons[kernel]}")
+  return kernel
+
+
+def _strips(q_btnh, k_bskh, v_bskh, mask, scores, block):
+  """Direct attention (`block` None), or the same a strip of queries after another."""
+  b, t, n, h = q_btnh.shape
+  k = k_bskh.shape[2]
+  # Head-major: each (b, k) is then two plain matrix products on contiguous operands, twice as fast
+  # on CPU as contracting "btkgh,bskh".
+  q_bkgth = (q_btnh * scores.scale).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
+  k_bksh, v_bksh = k_bskh.swapaxes(1, 2), v_bskh.swapaxes(1, 2)
+  if block is None or t <= block:
+    o_bkgth = _strip(q_bkgth, k_bksh, v_bksh, mask, scores)
+  else:
+    o_bkgth = _blockwise(q_bkgth, k_bksh, v_bksh, mask, scores, block)
+  return o_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def _strip(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores):
+  b, k, g, t, h = q_bkgth.shape
+  # A key head's g queries go into one axis of g·t.
+  q_bkqh = q_bkgth.reshape(b, k, g * t, h)
+  s_bkgts = contract("bkqh,bksh->bkqs", q_bkqh, k_bksh, jnp.float32).reshape(b, k, g, t, -1)
+  if scores.softcap:
+    s_bkgts = scores.softcap * jnp.tanh(s_bkgts / scores.softcap)
+  if scores.bias is not None:
+    bias_bnts = scores.bias.scores(mask.q_positions_bt, mask.k_positions_bs)
+    s_bkgts += bias_bnts.reshape(bias_bnts.shape[0], k, g, t, -1)
+  s_bkgts = jnp.where(mask.allowed()[:, None, None], s_bkgts, jnp.finfo(jnp.float32).min)
+  if scores.sinks_n is None:
+    weights = jax.nn.softmax(s_bkgts, axis=-1)
+  else:
+    weights = _softmax_with_sink(s_bkgts, scores.sinks_n.reshape(k, g, 1, 1))
+  weights = weights.astype(q_bkgth.dtype).reshape(b, k, g * t, -1)
+  return contract("bkqs,bksh->bkqh", weights, v_bksh).reshape(b, k, g, t, h)
+
+
+def _softmax_with_sink(scores, sink):
+  """Softmax over the last axis and one more entry, whose weight is dropped."""
+  high = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sink))
+  grown = jnp.exp(scores - high)
+  return grown / (grown.sum(-1, keepdims=True) + jnp.exp(sink - high))
+
+
+def _blockwise(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores, block: int):
+  """Strips of `block` queries; a few groups of strips, each with the keys that its rule leaves."""
+  t, s = q_bkgth.shape[3], k_bksh.shape[2]
+  strip = jax.checkpoint(functools.partial(_strip, scores=scores))
+  strips = -(-t // block)
+  size = -(-strips // _GROUPS) * block  # queries of a group
+  made = []
+  for start in range(0, t, size):
+    stop = min(t, start + size)
+    first, end = mask.key_range(start, stop, s)
+    queries, keys = slice(start, stop), slice(first, end)
+    part = mask.tile(queries, keys)
+    made.append(
+      _group(strip, q_bkgth[:, :, :, queries], k_bksh[:, :, keys], v_bksh[:, :, keys], part, block)
+    )
+  return jnp.concatenate(made, axis=3)
+
+
+def _group(strip, q_bkgth, k_bksh, v_bksh, mask: Mask, block: int):
+  """Runs the strips of one group: the whole ones as a loop, what is left over by itself."""
+  t = q_bkgth.shape[3]
+  whole = t // block * block
+  made = []
+  if whole > block:
+
+    def run(piece):
+      queries, positions, segments = piece
+      part = dataclasses.replace(mask, q_positions_bt=positions, q_segments_bt=segments)
+      return strip(queries, k_bksh, v_bksh, part)
+
+    pieces = (
+      _cut(q_bkgth, 3, block), _cut(mask.q_positions_bt, 1, block),
+      _cut(mask.q_segments_bt, 1, block),
+    )
+    out = jax.lax.map(run, pieces)
+    made.append(jnp.moveaxis(out, 0, 3).reshape(*q_bkgth.shape[:3], whole, -1))
+  else:
+    whole = 0
+  if whole < t:
+    rest = mask.tile(slice(whole, t), slice(None))
+    made.append(strip(q_bkgth[:, :, :, whole:], k_bksh, v_bksh, rest))
+  return jnp.concatenate(made, axis=3)
+
+
+def _cut(array, axis: int, block: int):
+  """Cuts an axis into whole blocks, which come to the front; what is left over is dropped."""
+  if array is None:
+    return None
+  blocks = array.shape[axis] // block
+  array = jax.lax.slice_in_dim(array, 0, blocks * block, axis=axis)
+  shape = (*array.shape[:axis], blocks, block, *array.shape[axis + 1 :])
+  return jnp.moveaxis(array.reshape(shape), axis, 0)
+
+
+def _splash_cannot(platform, q_shape, k_shape, mask: Mask, scores: Scores) -> str | None:
+  if platform != "tpu":
+    return f"runs on TPU only, and this is {platform}"
+  if not mask.aligned or mask.prefix_bs is not None:
+    return "needs self-attention without a cache and without a prefix"
+  if scores.bias is not None:
+    return "takes no bias by distance (alibi, relative)"
+  if mask.rule.sparse_block:
+    return "takes no block-sparse pattern"
+  if q_shape[1] % 128 or q_shape[3] % 64:
+    return f"wants positions in 128s and head widths in 64s, not {q_shape[1]} and {q_shape[3]}"
+  return None
+
+
+def _splash(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int):
+  """Splash attention, on each device's own rows and heads."""
+  mesh = jax.sharding.get_abstract_mesh()
+  run = functools.partial(
+    _splash_local, rule=mask.rule, scale=scores.scale, softcap=scores.softcap, block=block
+  )
+  arguments = (q_btnh, k_bskh, v_bskh, mask.q_segments_bt, scores.sinks_n)
+  if mesh.empty:
+    return run(*arguments)
+  letters = ("btnh", "btkh", "btkh", "bt", "n")
+  specs = tuple(
+    None if argument is None else spec(letter, ACTIVATIONS)
+    for argument, letter in zip(arguments, letters, strict=True)
+  )
+  # The kernel's outputs carry no record of which axes they vary over.
+  return jax.shard_map(
+    run, mesh=mesh, in_specs=specs, out_specs=spec("btnh", ACTIVATIONS), check_vma=False
+  )(*arguments)
+
+
+def _splash_local(
+  q_btnh, k_bskh, v_bskh, segments_bt, sinks_n, *, rule, scale, softcap, block, interpret=False
+):
+  # Here, because Pallas takes longer to import than the rest of the library.
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  t, n = q_btnh.shape[1:3]
+  if rule.window:
+    reach = rule.window - 1
+    one = masks.LocalMask((t, t), (reach, 0 if rule.causal else reach), 0)
+  elif rule.causal:
+    one = masks.CausalMask((t, t))
+  else:
+    one = masks.FullMask((t, t))
+  # The kernel wants tiles in 128s; t is a multiple of 128.
+  size = next(
+    width for width in (4 * block, 2 * block, block, 128) if width % 128 == 0 and t % width == 0
+  )
+  kernel = kernels.make_splash_mha(
+    masks.MultiHeadMask([one] * n),
+    block_sizes=kernels.BlockSizes(
+      block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, use_fused_bwd_kernel=True
+    ),
+    attn_logits_soft_cap=softcap or None,
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
+  )
+
+  def row(q_tnh, k_skh, v_skh, segments_t):
+    segments = None if segments_t is None else kernels.SegmentIds(segments_t, segments_t)
+    o_nth = kernel(
+      (q_tnh * scale).swapaxes(0, 1), k_skh.swapaxes(0, 1), v_skh.swapaxes(0, 1), segments, sinks_n
+    )
+    return o_nth.swapaxes(0, 1).astype(q_tnh.dtype)
+
+  return jax.vmap(row, in_axes=(0, 0, 0, None if segments_bt is None else 0))(
+    q_btnh, k_bskh, v_bskh, segments_bt
+  )
+
+
+def _cudnn_cannot(platform, q_shape, k_shape, mask: Mask, scores: Scores, dtype) -> str | None:
+  if platform not in ("gpu", "cuda"):
+    return f"runs on NVIDIA GPUs only, and this is {platform}"
+  if scores.softcap or scores.sinks_n is not None:
+    return "knows neither a soft cap nor sinks"
+  if q_shape[3] > 128 or q_shape[3] % 8:
+    return f"wants head widths up to 128 in 8s, not {q_shape[3]}"
+  if dtype not in (jnp.bfloat16, jnp.float16):
+    return f"computes in bfloat16 or float16, not {jnp.dtype(dtype)}"
+  # One query is a step of decoding, which has no backward pass.
+  t, s = q_shape[1], k_shape[1]
+  if (scores.bias is not None or not _by_rule(mask)) and t > 1 and (t % 2 or s % 2):
+    return f"wants even numbers of queries and keys with such a mask or bias, not {t} and {s}"
+  return None
+
+
+def _by_rule(mask: Mask) -> bool:
+  """Whether cuDNN can make the mask itself; it has windows beside causal masks only."""
+  rule = mask.rule
+  return (
+    mask.aligned
+    and mask.q_segments_bt is None
+    and mask.prefix_bs is None
+    and not rule.sparse_block
+    and (rule.causal or not rule.window)
+  )
+
+
+def _cudnn(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, implementation="cudnn"):
+  """`jax.nn.dot_product_attention`; the mask goes in as a rule where it can, else as an array."""
+  rule, by_rule = mask.rule, _by_rule(mask)
+  bias = None
+  if scores.bias is not None:
+    bias = scores.bias.scores(mask.q_positions_bt, mask.k_positions_bs).astype(q_btnh.dtype)
+  return jax.nn.dot_product_attention(
+    q_btnh,
+    k_bskh,
+    v_bskh,
+    bias,
+    None if by_rule else mask.allowed()[:, None],
+    scale=scores.scale,
+    is_causal=by_rule and rule.causal,
+    local_window_size=(rule.window - 1, 0) if by_rule and rule.window else None,
+    implementation=implementation,
+  )

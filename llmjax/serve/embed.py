@@ -1,0 +1,80 @@
+"""Texts as vectors: an encoder's tokens pooled, in batches of texts of like lengths."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from llmjax.core.errors import UserError
+from llmjax.data.batch import Batch
+from llmjax.models.model import Model
+
+_ROWS = 32  # texts a batch
+
+
+def embed(
+  model: Model, texts: Sequence[str], pooling: str = "mean", normalize: bool = True
+) -> np.ndarray:
+  """Turns texts into vectors.
+
+  Args:
+    model: an encoder with a tokenizer.
+    texts: each is framed with BOS and EOS ([CLS] and [SEP]) where the tokenizer has them.
+    pooling: mean or max over a text's tokens; first; pooler, BERT's own.
+    normalize: vectors of length one, so that their products are cosines.
+  Returns:
+    fp32 [texts, d], in order.
+  Raises:
+    UserError: not an encoder, no tokenizer, an unknown pooling, or a text longer than the context.
+  Source: mean pooling: Reimers & Gurevych 2019, arXiv:1908.10084, sec. 3.
+  """
+  if model.config.kind != "encoder":
+    raise UserError(f"a model of kind {model.config.kind!r} has no text vectors; it takes encoder")
+  if model.tokenizer is None:
+    raise UserError("this model has no tokenizer")
+  rows = _encode(model, texts)
+  made = np.zeros((len(rows), model.config.width), np.float32)
+  shortest_first = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+  for first in range(0, len(rows), _ROWS):
+    chosen = shortest_first[first : first + _ROWS]
+    batch = _batch([rows[number] for number in chosen], model.config.context)
+    made[chosen] = _pooled(model.parameters, batch, pooling)[: len(chosen)]
+  if normalize:
+    made /= np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-12)
+  return made
+
+
+def _encode(model: Model, texts: Sequence[str]) -> list[list[int]]:
+  tokenizer, context = model.tokenizer, model.config.context
+  before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+  rows = [[*before, *ids, *after] for ids in tokenizer.encode_batch(list(texts))]
+  for number, row in enumerate(rows):
+    if not 0 < len(row) <= context:
+      raise UserError(
+        f"text {number} has {len(row)} tokens (special ones counted); this model takes from 1 to "
+        f"{context}"
+      )
+  return rows
+
+
+def _batch(rows: Sequence[Sequence[int]], context: int) -> Batch:
+  """Pads rows on the right; all sizes are powers of two, so that few shapes are compiled."""
+  width = min(_bucket(max(map(len, rows))), context)
+  tokens_bt = np.zeros((_bucket(len(rows)), width), np.int32)
+  segments_bt = np.zeros_like(tokens_bt)
+  for number, row in enumerate(rows):
+    tokens_bt[number, : len(row)] = row
+    segments_bt[number, : len(row)] = 1
+  return Batch(tokens_bt, segments_bt=segments_bt)
+
+
+def _bucket(count: int) -> int:
+  return 1 << (count - 1).bit_length()
+
+
+@functools.partial(jax.jit, static_argnames="pooling")
+def _pooled(model: nnx.Module, batch: Batch, pooling: str):
+  return model.pool(model.features(batch), batch.segments_bt, pooling)

@@ -1,0 +1,165 @@
+"""Prompts as ids: what a model's kind, its tokenizer and the field's habits put around a text.
+
+A decoder continues the text itself; an encoder-decoder reads it and begins anew. Each image stands
+in a row as one image token for every patch; chats are rendered with the tokenizer's template.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmjax.core.errors import UserError
+from llmjax.models.config import ModelConfig
+from llmjax.serve.image import read_image
+from llmjax.text.chat import encode_chat, render
+from llmjax.text.tokenizer import Tokenizer, start_id
+
+_ANSWER = "this is what the assistant says"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """What is to be continued.
+
+  Attributes:
+    rows: ids that the decoder begins with, one row a prompt.
+    sources: ids that the encoder of an encoder_decoder reads; None for other kinds.
+    patches_bsi: fp32 images of each row, in the order of its image tokens; None without images.
+  """
+
+  rows: Sequence[Sequence[int]]
+  sources: Sequence[Sequence[int]] | None = None
+  patches_bsi: np.ndarray | None = None
+
+
+def encode_prompts(
+  config: ModelConfig, tokenizer: Tokenizer, texts: Sequence[str], images=None, chat: bool = False
+) -> Prompts:
+  """Turns texts into what a model continues.
+
+  Args:
+    config: the model's.
+    tokenizer: its tokenizer.
+    texts: prompts.
+    images: for each prompt a sequence of image files or open images; None: no images.
+    chat: each prompt is a user's message, put into the tokenizer's chat template.
+  Returns:
+    The prompts as ids. A decoder's begin with BOS (EOS where there is none), unless the tokenizer
+    was made to go without or a template writes it; a source ends with EOS.
+  Raises:
+    UserError: a prompt leaves no room in the context, or the model takes no such prompts.
+  """
+  if not texts:
+    return Prompts([])
+  if config.kind not in ("decoder", "encoder_decoder"):
+    raise UserError(f"a model of kind {config.kind!r} writes no text")
+  images = [()] * len(texts) if images is None else images
+  _check_images(config, texts, images)
+  rows = [
+    _encode(config, tokenizer, text, len(own), chat)
+    for text, own in zip(texts, images, strict=True)
+  ]
+  if config.kind == "encoder_decoder":
+    prompts = _as_sources(config, tokenizer, rows)
+  else:
+    prompts = Prompts(rows, patches_bsi=_patches(config, images))
+  check_room(prompts, config.context)
+  return prompts
+
+
+def check_room(prompts: Prompts, context: int):
+  """Demands at least one id in every row and source, and room for one more in every row.
+
+  Raises:
+    UserError: a prompt is empty or too long.
+  """
+  for name, rows, most in (
+    ("prompt", prompts.rows, context - 1), ("source", prompts.sources or (), context)
+  ):
+    for number, row in enumerate(rows):
+      if not 0 < len(row) <= most:
+        raise UserError(
+          f"{name} {number} has {len(row)} tokens (special ones counted); this model's context of "
+          f"{context} takes from 1 to {most}"
+        )
+
+
+def end_ids(tokenizer: Tokenizer, chat: bool = False) -> list[int]:
+  """The ids that end what a model writes: EOS, and in a chat what ends the assistant's turn.
+
+  The latter is the first special token after an answer, as the tokenizer's template writes one.
+  """
+  found = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+  if chat:
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    names = {i: text for text, i in tokenizer.special_tokens.items()}
+    bos, eos = names.get(tokenizer.bos_id, ""), names.get(tokenizer.eos_id, "")
+    after = render(tokenizer.chat_template, turns, bos_token=bos, eos_token=eos)
+    ids = tokenizer.encode(after.rpartition(_ANSWER)[2], allow_special=True)
+    found += [i for i in ids if i in names][:1]
+  return list(dict.fromkeys(found))
+
+
+def _encode(config, tokenizer, text: str, images: int, chat: bool) -> list[int]:
+  """One prompt's ids, an image token for every patch."""
+  if chat:
+    parts = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+    message = {"role": "user", "content": parts if images else text}
+    ids = encode_chat(tokenizer, [message], add_generation_prompt=True)
+  else:
+    ids = _with_image_tokens(config, tokenizer, text, images)
+    if config.kind == "decoder" and (tokenizer.settings.add_bos is not False or not ids):
+      ids = [start_id(tokenizer), *ids]
+  return _expand(config, ids, images)
+
+
+def _with_image_tokens(config, tokenizer, text: str, images: int) -> list[int]:
+  """Encodes a text whose image tokens are spelled out, or all stand before it."""
+  if not images:
+    return tokenizer.encode(text)
+  image_token = config.vision.image_token
+  names = [name for name, i in tokenizer.special_tokens.items() if i == image_token]
+  pieces = text.split(names[0]) if names else [text]
+  ids = [image_token] * images if len(pieces) == 1 else []
+  for number, piece in enumerate(pieces):
+    ids += [image_token] * (number > 0) + tokenizer.encode(piece)
+  return ids
+
+
+def _expand(config, ids: list[int], images: int) -> list[int]:
+  if not images:
+    return ids
+  vision = config.vision
+  there = ids.count(vision.image_token)
+  if there != images:
+    raise UserError(f"the prompt has {there} image tokens for {images} images")
+  return [i for i in ids for _ in range(vision.patches if i == vision.image_token else 1)]
+
+
+def _check_images(config: ModelConfig, texts, images):
+  if len(images) != len(texts):
+    raise UserError(f"{len(images)} lists of images for {len(texts)} prompts")
+  if any(images) and not (config.kind == "decoder" and config.vision.image_size):
+    raise UserError("this model takes no images")
+
+
+def _patches(config: ModelConfig, images) -> np.ndarray | None:
+  """Reads all images; rows with fewer than others are filled up with what no token stands for."""
+  most = max(map(len, images))
+  if not most:
+    return None
+  vision = config.vision
+  made = np.zeros((len(images), most * vision.patches, vision.patch_numbers), np.float32)
+  for row, own in enumerate(images):
+    for number, image in enumerate(own):
+      start = number * vision.patches
+      made[row, start : start + vision.patches] = read_image(image, vision)
+  return made
+
+
+def _as_sources(config: ModelConfig, tokenizer: Tokenizer, rows) -> Prompts:
+  first = config.embed.start_token
+  first = start_id(tokenizer) if first < 0 else first
+  end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+  return Prompts([[first] for _ in rows], [[*row, *end] for row in rows])

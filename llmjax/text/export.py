@@ -1,0 +1,120 @@
+"""Any tokenizer as a `tokenizer.json`, which other libraries read.
+
+SentencePiece keeps scores and tiktoken ranks where `tokenizers` wants a list of merges; both tell
+the merges, and the normalisation is spelled out as the steps it consists of.
+"""
+
+import re
+
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2 as proto
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from llmjax.text.base import Base
+from llmjax.text.fast import Fast, byte_level
+from llmjax.text.ranks import Tiktoken, merges_of
+from llmjax.text.raw import Bytes
+from llmjax.text.sentencepiece import SentencePiece
+
+_SPACE = "▁"
+
+
+def to_json(tokenizer: Base) -> bytes:
+  """Writes a tokenizer as a `tokenizer.json`.
+
+  Ids are the same for every text with one exception: our own SentencePiece models spell a U+2581
+  in three bytes, for which the format has no means; there it comes back as a space.
+  """
+  if isinstance(tokenizer, Fast):
+    return tokenizer.to_bytes()
+  if isinstance(tokenizer, SentencePiece):
+    made = _from_pieces(tokenizer)
+  elif isinstance(tokenizer, Tiktoken):
+    made = _from_ranks(tokenizer)
+  elif isinstance(tokenizer, Bytes):
+    vocabulary = {letter: byte for byte, letter in enumerate(byte_letters())}
+    vocabulary |= tokenizer.special_tokens
+    cutting = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made = byte_level(models.BPE(vocabulary, []), [cutting])
+  by_id = sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.get)
+  made.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in by_id])
+  return made.to_str().encode()
+
+
+def byte_letters() -> list[str]:
+  """The letter that stands for each byte in GPT-2's and all later byte-level vocabularies.
+
+  Source: bytes_to_unicode in openai/gpt-2's encoder.py: printable Latin-1 stands for itself, the
+  others are numbered on from U+0100.
+  """
+  shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  hidden = iter(range(0x100, 0x200))
+  return [chr(byte if byte in shown else next(hidden)) for byte in range(256)]
+
+
+def _from_ranks(tokenizer: Tiktoken) -> tokenizers.Tokenizer:
+  letters = byte_letters()
+
+  def spell(token: bytes) -> str:
+    return "".join(letters[byte] for byte in token)
+
+  vocabulary = {spell(token): rank for token, rank in tokenizer.ranks.items()}
+  vocabulary |= tokenizer.special_tokens  # here they keep their ids, which may leave gaps
+  merges = [(spell(left), spell(right)) for left, right in merges_of(tokenizer.ranks)]
+  # A word that is a token is that token, also where no merge leads to it.
+  model = models.BPE(vocabulary, merges, ignore_merges=True)
+  # In Oniguruma a + after {1,3} repeats, elsewhere it only forbids going back.
+  pattern = re.sub(r"(?<=\d\})\+", "", tokenizer.pattern)
+  words = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+  return byte_level(
+    model, [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+  )
+
+
+def _from_pieces(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
+  spec = tokenizer.spec
+  fallback = any(piece.type == piece.BYTE for piece in spec.pieces)
+  if spec.trainer_spec.model_type == proto.TrainerSpec.UNIGRAM:
+    scores = [(piece.piece, piece.score) for piece in spec.pieces]
+    made = tokenizers.Tokenizer(models.Unigram(scores, tokenizer.unk_id, byte_fallback=fallback))
+  else:
+    vocabulary = {piece.piece: i for i, piece in enumerate(spec.pieces)}
+    vocabulary |= tokenizer.special_tokens
+    unknown = spec.pieces[tokenizer.unk_id].piece
+    made = tokenizers.Tokenizer(
+      models.BPE(
+        vocabulary, _merges(spec), unk_token=unknown, fuse_unk=True, byte_fallback=fallback
+      )
+    )
+  made.normalizer = normalizers.Sequence(_normalizing(spec.normalizer_spec))
+  after = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+  if spec.normalizer_spec.add_dummy_prefix:
+    after.append(decoders.Strip(" ", 1, 0))
+  made.decoder = decoders.Sequence(after)
+  own = [piece.piece for piece in spec.pieces if piece.type == piece.USER_DEFINED]
+  made.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in own])
+  return made
+
+
+def _normalizing(spec: proto.NormalizerSpec) -> list:
+  steps = []
+  if spec.precompiled_charsmap:
+    steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+  if spec.remove_extra_whitespaces:
+    edges, runs = tokenizers.Regex(r"\A +| +\z"), tokenizers.Regex(" {2,}")
+    steps += [normalizers.Replace(edges, ""), normalizers.Replace(runs, " ")]
+  if spec.add_dummy_prefix:
+    steps.append(normalizers.Prepend(_SPACE))
+  return [*steps, normalizers.Replace(" ", _SPACE)]
+
+
+def _merges(spec: proto.ModelProto) -> list[tuple[str, str]]:
+  """Every way to make a piece of two others, best score first."""
+  normal = {piece.piece: piece.score for piece in spec.pieces if piece.type == piece.NORMAL}
+  found = [
+    (-score, number, piece[:cut], piece[cut:])
+    for number, (piece, score) in enumerate(normal.items())
+    for cut in range(1, len(piece))
+    if piece[:cut] in normal and piece[cut:] in normal
+  ]
+  return [(left, right) for _, _, left, right in sorted(found)]

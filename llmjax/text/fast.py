@@ -1,0 +1,232 @@
+"""What the `tokenizers` library runs: byte-level BPE, WordPiece, and any other `tokenizer.json`.
+
+Ours are trained in here; files of the field are read as they are. The library would turn special
+tokens spelled out in text into their ids, so two copies are kept: one that does and one that not.
+"""
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Iterable
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from llmjax.core.errors import UserError
+from llmjax.text.base import PLAIN, Base, Settings, Vocabulary, too_large
+
+# Names by which files without a configuration beside them are understood, likeliest first.
+_BOS = ("<s>", "<|bos|>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
+_EOS = ("</s>", "<|eos|>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
+_PAD = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>")
+_SPECIAL = ("<|bos|>", "<|eos|>", "<|pad|>")
+_BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_BERT_CHARS = 1000  # most characters of a trained WordPiece; rarer ones are [UNK], as in BERT
+
+
+class Fast(Base):
+  """A `tokenizer.json` of any make.
+
+  Args:
+    model: the file's bytes.
+    settings: BOS, EOS and PAD where their names do not tell them.
+  Raises:
+    UserError: the bytes are no `tokenizer.json`.
+  """
+
+  kind = "json"
+
+  def __init__(self, model: bytes, settings: Settings = PLAIN):
+    self._plain = _read(model)
+    self._plain.encode_special_tokens = True  # as ordinary text, the name means
+    special = {
+      token.content: i
+      for i, token in sorted(self._plain.get_added_tokens_decoder().items())
+      if token.special
+    }
+    ids = self._plain.get_vocab(with_added_tokens=True)
+
+    def first(names):
+      return next((ids[name] for name in names if name in special), None)
+
+    unk = json.loads(model)["model"].get("unk_token")
+    size = 1 + max(ids.values(), default=-1)
+    found = Vocabulary(size, special, first(_BOS), first(_EOS), first(_PAD), ids.get(unk))
+    super().__init__(model, settings, found)
+
+  @functools.cached_property
+  def _parsing(self) -> tokenizers.Tokenizer:
+    return _read(self._model)
+
+  def find(self, token: str) -> int | None:
+    """The id of a token by the name it has in the file, or None."""
+    i = self._plain.token_to_id(token)
+    return super().find(token) if i is None else i
+
+  def encode(self, text: str, allow_special: bool = False) -> list[int]:
+    """Turns text into ids, with neither BOS nor EOS; see `Base.encode`."""
+    if allow_special and not self.settings.added:
+      return self._parsing.encode(text, add_special_tokens=False).ids
+    return super().encode(text, allow_special)
+
+  def _encode(self, text: str) -> list[int]:
+    return self._plain.encode(text, add_special_tokens=False).ids
+
+  def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+    found = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in found]
+
+  def _decode(self, ids: list[int]) -> str:
+    return self._plain.decode(ids)
+
+  @classmethod
+  def build(cls, tokenizer: tokenizers.Tokenizer, settings: Settings = PLAIN) -> "Fast":
+    """Wraps a tokenizer made with the library."""
+    return cls(tokenizer.to_str().encode(), settings)
+
+
+class ByteBPE(Fast):
+  """Byte-level BPE: GPT-2's cutting into words, any text comes back exactly when trained here."""
+
+  kind = "bpe"
+
+  @classmethod
+  def train(cls, texts: Iterable[str], vocab_size: int) -> "ByteBPE":
+    """Trains on documents.
+
+    Args:
+      texts: documents.
+      vocab_size: tokens, counting 256 bytes and 3 special ones.
+    Raises:
+      UserError: the text supports fewer tokens than asked for, or the bytes alone need more.
+    """
+    least = 256 + len(_SPECIAL)
+    if vocab_size < least:
+      raise UserError(
+        f"tokenizer.vocab_size {vocab_size} is too small: 256 bytes and 3 special tokens "
+        f"need {least}"
+      )
+    tokenizer = byte_level(models.BPE(), [pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    trainer = trainers.BpeTrainer(
+      vocab_size=vocab_size,
+      min_frequency=2,
+      special_tokens=list(_SPECIAL),
+      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+      show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _full(cls.build(tokenizer), vocab_size)
+
+
+class WordPiece(Fast):
+  """BERT's WordPiece. Lossy: case, accents and spacing go, and rare characters are [UNK]."""
+
+  kind = "wordpiece"
+
+  @classmethod
+  def train(cls, texts: Iterable[str], vocab_size: int) -> "WordPiece":
+    """Trains on documents, lower case.
+
+    The library numbers the characters in the order of a hash map, another one every time; given
+    them in order beforehand, equal text makes equal tokenizers.
+
+    Args:
+      texts: documents.
+      vocab_size: tokens, counting characters and 5 special ones.
+    Raises:
+      UserError: the text supports fewer tokens than asked for, or its characters need more.
+    """
+    texts = list(texts)
+    chars, inner = _characters(texts)
+    first = [*_BERT_SPECIAL, *chars, *(f"##{char}" for char in inner)]
+    if vocab_size < len(first):
+      raise UserError(
+        f"tokenizer.vocab_size {vocab_size} is too small: 5 special tokens and the text's own "
+        f"characters need {len(first)}"
+      )
+    trainer = trainers.WordPieceTrainer(
+      vocab_size=vocab_size,
+      min_frequency=2,
+      special_tokens=first,
+      limit_alphabet=0,
+      show_progress=False,
+    )
+    scratch = bert({}, lowercase=True)
+    scratch.train_from_iterator(texts, trainer)
+    vocabulary = scratch.get_vocab()
+    return _full(cls.build(bert(vocabulary, lowercase=True)), vocab_size)
+
+
+def byte_level(model, cutting: list, normalizer=None) -> tokenizers.Tokenizer:
+  """Makes a byte-level tokenizer.
+
+  Args:
+    model: a model of the library.
+    cutting: pre-tokenizers in order; the last one must turn text into byte letters.
+    normalizer: changes the text first, or None.
+  """
+  tokenizer = tokenizers.Tokenizer(model)
+  if normalizer is not None:
+    tokenizer.normalizer = normalizer
+  tokenizer.pre_tokenizer = cutting[0] if len(cutting) == 1 else pre_tokenizers.Sequence(cutting)
+  tokenizer.decoder = decoders.ByteLevel()
+  return tokenizer
+
+
+def bert(vocabulary: dict[str, int], lowercase: bool) -> tokenizers.Tokenizer:
+  """Makes BERT's tokenizer: words, then the longest pieces from the left.
+
+  Args:
+    vocabulary: piece → id; pieces inside a word begin with `##`.
+    lowercase: case and accents are dropped.
+  """
+  tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+  tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+  tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  tokenizer.decoder = decoders.WordPiece(prefix="##")
+  tokenizer.add_special_tokens([name for name in _BERT_SPECIAL if name in vocabulary])
+  return tokenizer
+
+
+def kind_of(model: bytes) -> type[Fast]:
+  """Tells the class of a `tokenizer.json`.
+
+  Raises:
+    UserError: the bytes are none.
+  """
+  try:
+    made_by = json.loads(model)["model"]["type"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError("the file is not a tokenizer.json") from error
+  return {"BPE": ByteBPE, "WordPiece": WordPiece}.get(made_by, Fast)
+
+
+def _read(model: bytes) -> tokenizers.Tokenizer:
+  try:
+    tokenizer = tokenizers.Tokenizer.from_str(model.decode())
+  except Exception as error:  # the library raises plain `Exception`
+    raise UserError("the file is not a tokenizer.json") from error
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  return tokenizer
+
+
+def _full(tokenizer: Fast, vocab_size: int) -> Fast:
+  if tokenizer.vocab_size < vocab_size:
+    raise too_large(vocab_size, tokenizer.vocab_size)
+  return tokenizer
+
+
+def _characters(texts: list[str]) -> tuple[list[str], list[str]]:
+  """The most frequent 1,000 characters, and those of them that stand inside words."""
+  normalizer, cutter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+  words = Counter()
+  for text in texts:
+    words.update(word for word, _ in cutter.pre_tokenize_str(normalizer.normalize_str(text)))
+  counts = Counter()
+  for word, times in words.items():
+    for char in word:
+      counts[char] += times
+  kept = {c for c, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:_BERT_CHARS]}
+  inner = {char for word in words for char in word[1:]} & kept
+  return sorted(kept), sorted(inner)

@@ -1,0 +1,190 @@
+"""Tokenizer files of the field: told by their content, read, and written so that others read them.
+
+A Hugging Face folder says beside the tokenizer which ids are BOS, EOS and PAD, and how a chat is
+written; all of that is read here.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from llmjax.core.errors import UserError
+from llmjax.text import fast, sentencepiece
+from llmjax.text.base import NONE, Base, Settings
+from llmjax.text.chat import read_template
+from llmjax.text.export import to_json
+from llmjax.text.ranks import Tiktoken
+from llmjax.text.raw import Bytes
+
+_CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+_MERGES = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt"}
+# What a folder is searched for, fullest description first.
+_NAMES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", *_MERGES, "vocab.txt")
+_RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s*\n")
+_GPT2_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>")
+# kind → the file that holds its model, where that is not tokenizer.json
+_FILES = {
+  "sentencepiece": "tokenizer.model",
+  "unigram": "tokenizer.model",
+  "tiktoken": "ranks.tiktoken",
+}
+
+
+def load_tokenizer(path: str | Path) -> Base:
+  """Reads a tokenizer.
+
+  Args:
+    path: `tokenizer.json`, a SentencePiece model, a tiktoken rank file, BERT's `vocab.txt`,
+      GPT-2's `encoder.json` or `vocab.json` with its merges beside it; or the folder of one.
+  Returns:
+    The tokenizer, with the BOS, EOS, PAD and chat template that files beside it name.
+  Raises:
+    UserError: nothing there, or nothing that is understood.
+  """
+  path = Path(path)
+  file = _in_folder(path) if path.is_dir() else path
+  folder = file.parent
+  described = any(file.match(name) for name in (*_NAMES, *_MERGES.values()))
+  config = _json(folder / _CONFIG) if described else {}
+  try:
+    model, kind = _recognize(file, config)
+    pattern = config.get("pattern") if kind is Tiktoken else None
+    plain = kind(model, Settings(pattern=pattern))
+    settings = _settings(folder, config, plain) if described else plain.settings
+    return plain if settings == plain.settings else kind(model, settings)
+  except OSError as error:
+    raise UserError(f"tokenizer file {str(file)!r}: {error.strerror}") from error
+  except UserError as error:
+    raise UserError(f"tokenizer file {str(file)!r}: {error}") from error
+  except Exception as error:  # what a broken file makes the libraries raise is not documented
+    why = " ".join(str(error).split()) or type(error).__name__
+    raise UserError(f"tokenizer file {str(file)!r} cannot be read: {why}") from error
+
+
+def save(tokenizer: Base, folder: str | Path):
+  """Writes a tokenizer so that `load_tokenizer` gives it back and transformers can read it.
+
+  Args:
+    tokenizer: of any kind.
+    folder: made if it is missing. Gets `tokenizer.json` and `tokenizer_config.json`, beside them
+      the model in its own format (`tokenizer.model`, `ranks.tiktoken`) and `chat_template.jinja`.
+  """
+  folder = Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  names = {i: text for text, i in tokenizer.special_tokens.items()}
+  ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad", "unk")}
+  settings, template = tokenizer.settings, tokenizer.chat_template
+  config = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "clean_up_tokenization_spaces": False,
+    **{f"{name}_token": names.get(i) for name, i in ids.items()},
+    "added_tokens_decoder": {
+      str(i): {"content": token, "special": True} for token, i in settings.added.items()
+    },
+    "model_file": _FILES.get(tokenizer.kind, "tokenizer.json"),
+    **({"pattern": settings.pattern} if settings.pattern else {}),
+    **({} if settings.add_bos is None else {"add_bos_token": settings.add_bos}),
+  }
+  (folder / "tokenizer.json").write_bytes(to_json(tokenizer))
+  (folder / _CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+  if tokenizer.kind in _FILES:
+    (folder / _FILES[tokenizer.kind]).write_bytes(tokenizer.to_bytes())
+  (folder / _TEMPLATE).unlink(missing_ok=True)
+  if template is not None:
+    (folder / _TEMPLATE).write_text(template, encoding="utf-8")
+
+
+def _in_folder(folder: Path) -> Path:
+  said = _json(folder / _CONFIG).get("model_file")  # a key of ours
+  ours = [name for name in _FILES.values() if name == said]
+  for name in (*ours, *_NAMES):
+    for file in sorted(folder.glob(name)):
+      return file
+  wanted = ", ".join(_NAMES)
+  raise UserError(f"tokenizer folder {str(folder)!r} holds none of {wanted}")
+
+
+def _recognize(file: Path, config: dict) -> tuple[bytes, type[Base]]:
+  """Reads a file: (model, its class); vocabularies become a `tokenizer.json` at once."""
+  data = file.read_bytes()
+  if data[:1] == b"{" or file.name in _MERGES.values():
+    if file.name in _MERGES or file.name in _MERGES.values():
+      return _gpt2(file, config).to_str().encode(), fast.ByteBPE
+    if data == to_json(Bytes(b"", Settings(added=_listed(config)))):
+      return b"", Bytes
+    return data, fast.kind_of(data)
+  if _RANK_LINE.match(data):
+    return data, Tiktoken
+  if {b"[UNK]", b"[CLS]"} <= set(data.splitlines()):
+    return _bert(data, config).to_str().encode(), fast.WordPiece
+  return data, sentencepiece.kind_of(data)
+
+
+def _gpt2(file: Path, config: dict) -> tokenizers.Tokenizer:
+  made_for = config.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
+  if made_for not in ("GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer"):
+    raise UserError(f"a vocabulary with merges of {made_for} is not known; give tokenizer.json")
+  name = {merges: vocab for vocab, merges in _MERGES.items()}.get(file.name, file.name)
+  vocabulary = json.loads((file.parent / name).read_text(encoding="utf-8"))
+  lines = (file.parent / _MERGES[name]).read_text(encoding="utf-8").split("\n")
+  merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+  cutting = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
+  made = fast.byte_level(models.BPE(vocabulary, merges), [cutting])
+  made.add_special_tokens([token for token in _GPT2_SPECIAL if token in vocabulary])
+  return made
+
+
+def _bert(data: bytes, config: dict) -> tokenizers.Tokenizer:
+  lines = data.decode().rstrip("\n").split("\n")  # splitlines would also cut at U+2028
+  vocabulary = {line.removesuffix("\r"): i for i, line in enumerate(lines)}
+  cased = any(line != line.lower() and not line.startswith("[") for line in vocabulary)
+  return fast.bert(vocabulary, config.get("do_lower_case", not cased))
+
+
+def _settings(folder: Path, config: dict, made: Base) -> Settings:
+  """Gathers what a Hugging Face folder says of special tokens, the most specific file first."""
+  added = _added(folder, config, made)
+
+  def chosen(name: str) -> int | None:
+    for said in (config, _json(folder / "special_tokens_map.json")):
+      if f"{name}_token" in said:
+        token = said[f"{name}_token"]
+        token = token["content"] if isinstance(token, dict) else token
+        return NONE if token is None else added.get(token, made.find(token))
+    for file in ("generation_config.json", "config.json"):
+      i = _json(folder / file).get(f"{name}_token_id")
+      i = i[0] if isinstance(i, list) and i else i
+      if isinstance(i, int) and 0 <= i < max(made.vocab_size, *added.values(), 0):
+        return i
+    return None
+
+  ids = chosen("bos"), chosen("eos"), chosen("pad")
+  template, pattern = read_template(folder), made.settings.pattern
+  return Settings(*ids, added, template, pattern, config.get("add_bos_token"))
+
+
+def _added(folder: Path, config: dict, made: Base) -> dict[str, int]:
+  """Tokens that stand beside the model file and not in it."""
+  tokens = {**_listed(config), **_json(folder / "added_tokens.json")}
+  return {token: i for token, i in tokens.items() if made.find(token) is None}
+
+
+def _listed(config: dict) -> dict[str, int]:
+  listed = config.get("added_tokens_decoder", {})
+  return {entry["content"]: int(i) for i, entry in listed.items()}
+
+
+def _json(file: Path) -> dict:
+  """Reads a JSON object; a file that is not there holds nothing."""
+  try:
+    found = json.loads(file.read_text(encoding="utf-8"))
+  except OSError:
+    return {}
+  except ValueError as error:
+    raise UserError(f"{str(file)!r} is not JSON: {error}") from error
+  if not isinstance(found, dict):
+    raise UserError(f"{str(file)!r} holds a JSON {type(found).__name__}, not an object")
+  return found

@@ -1,0 +1,133 @@
+"""The families and variants whose logits are held against transformers: class and config of each.
+
+Sizes are odd on purpose: heads share keys, head widths differ from width / heads, and windows are
+shorter than the rows.
+"""
+
+SMALL = {
+  "hidden_size": 16,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "intermediate_size": 24,
+  "vocab_size": 37,
+  "max_position_embeddings": 32,
+  "pad_token_id": None,
+  "bos_token_id": 3,
+  "eos_token_id": 2,
+}
+GROUPED = SMALL | {"num_key_value_heads": 2}
+WIDE_HEADS = GROUPED | {"head_dim": 6}
+TEXT = {"bos_token_id": 3, "eos_token_id": 2, "vocab_size": 37}
+T5 = TEXT | {
+  "d_model": 16,
+  "d_kv": 6,
+  "d_ff": 24,
+  "num_heads": 3,
+  "num_layers": 2,
+  "num_decoder_layers": 3,
+  "relative_attention_num_buckets": 8,
+  "relative_attention_max_distance": 10,
+  "pad_token_id": 0,
+}
+BERT = SMALL | {"pad_token_id": 0, "layer_norm_eps": 1e-12, "type_vocab_size": 3}
+VISION = {
+  "hidden_size": 12,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 3,
+  "intermediate_size": 20,
+  "image_size": 8,
+  "patch_size": 4,
+}
+
+
+def _rope(**values):
+  return {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"} | values}
+
+
+# name → (transformers' class, config); the class's name without its suffix is that of the config.
+CASES = {
+  "gpt2": (
+    "GPT2LMHeadModel",
+    TEXT | {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 24, "n_positions": 32},
+  ),
+  "llama": ("LlamaForCausalLM", WIDE_HEADS),
+  "llama_biases": (
+    "LlamaForCausalLM",
+    GROUPED | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+  ),
+  "llama3": (
+    "LlamaForCausalLM",
+    WIDE_HEADS
+    | _rope(
+      rope_type="llama3",
+      factor=4.0,
+      low_freq_factor=1.0,
+      high_freq_factor=4.0,
+      original_max_position_embeddings=16,
+    ),
+  ),
+  "llama_linear": ("LlamaForCausalLM", WIDE_HEADS | _rope(rope_type="linear", factor=2.0)),
+  "llama_yarn": (
+    "LlamaForCausalLM",
+    WIDE_HEADS
+    | _rope(
+      rope_type="yarn", factor=4.0, original_max_position_embeddings=8, beta_fast=4.0, beta_slow=0.5
+    ),
+  ),
+  "mistral": ("MistralForCausalLM", WIDE_HEADS | {"sliding_window": None}),
+  "mistral_window": ("MistralForCausalLM", WIDE_HEADS | {"sliding_window": 5}),
+  "qwen2": ("Qwen2ForCausalLM", GROUPED | {"tie_word_embeddings": True}),
+  "qwen2_window": (
+    "Qwen2ForCausalLM",
+    GROUPED
+    | {
+      "num_hidden_layers": 3,
+      "use_sliding_window": True,
+      "sliding_window": 5,
+      "max_window_layers": 2,
+    },
+  ),
+  "qwen3": ("Qwen3ForCausalLM", WIDE_HEADS),
+  "gemma2": (
+    "Gemma2ForCausalLM",
+    WIDE_HEADS | {"num_hidden_layers": 3, "sliding_window": 5, "query_pre_attn_scalar": 9},
+  ),
+  "gemma3": (
+    "Gemma3ForCausalLM",
+    WIDE_HEADS
+    | {
+      "num_hidden_layers": 5,
+      "sliding_window": 5,
+      "sliding_window_pattern": 3,
+      "query_pre_attn_scalar": 9,
+      "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 2000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+      },
+    },
+  ),
+  "olmo2": ("Olmo2ForCausalLM", GROUPED),
+  "gpt_neox": ("GPTNeoXForCausalLM", SMALL | {"rotary_pct": 0.5}),
+  "gpt_neox_sequential": (
+    "GPTNeoXForCausalLM",
+    SMALL | {"use_parallel_residual": False, "rotary_pct": 0.5},
+  ),
+  "phi3": ("Phi3ForCausalLM", GROUPED | {"sliding_window": 5}),
+  "phi3_partial": ("Phi3ForCausalLM", GROUPED | {"partial_rotary_factor": 0.5}),
+  "bert": ("BertForMaskedLM", BERT),
+  "roberta": ("RobertaForMaskedLM", BERT | {"pad_token_id": 1, "type_vocab_size": 1}),
+  "t5": ("T5ForConditionalGeneration", T5),
+  "t5_gated": (
+    "T5ForConditionalGeneration",
+    T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+  ),
+  "vit": ("ViTForImageClassification", VISION | {"num_labels": 5}),
+  "llava": (
+    "LlavaForConditionalGeneration",
+    {
+      "vision_config": VISION | {"model_type": "clip_vision_model"},
+      "text_config": GROUPED | {"model_type": "llama"},
+      "image_token_index": 36,
+    },
+  ),
+}

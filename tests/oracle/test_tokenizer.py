@@ -1,0 +1,99 @@
+"""transformers reads the folders we write and we read the ones it writes; chats render alike."""
+
+import pytest
+
+from llmjax.core.errors import UserError
+from llmjax.text import chat
+from llmjax.text.base import Settings
+from llmjax.text.folder import load_tokenizer, save
+from tests.text import chats
+from tests.text.test_kinds import EVERY
+
+pytestmark = pytest.mark.oracle
+
+TEXTS = [
+  "",
+  "the quick brown fox",
+  "  leading, trailing  ",
+  "def main():\n    return 'héllo wörld'  # 3333 ½\n\n\t\r\n",
+  "e\u0301 ﬁ 🦙 我想 don't WE'LL \U0010ffff",
+]
+FIELD = {
+  "gpt2": "gpt2",
+  "cl100k": "cl100k/cl100k_base.tiktoken",
+  "neox": "neox/20B_tokenizer.json",
+  "bert": "bert/vocab.txt",
+  "mistral v1": "mistral/tokenizer.model.v1",
+  "mistral v3": "mistral/mistral_instruct_tokenizer_240323.model.v3",
+  "sentencepiece's own": "sentencepiece_tests/test_model.model",
+}
+
+
+def same_in_transformers(tokenizer, folder):
+  from transformers import AutoTokenizer
+
+  save(tokenizer, folder)
+  theirs = AutoTokenizer.from_pretrained(folder)
+  for text in TEXTS:
+    ids = tokenizer.encode(text)
+    assert theirs.encode(text, add_special_tokens=False) == ids, text
+    if tokenizer.unk_id not in ids:  # the libraries spell UNK differently
+      assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+  for token, i in tokenizer.special_tokens.items():
+    assert theirs.convert_tokens_to_ids(token) == i
+    assert theirs.encode(f"fox{token}fox", add_special_tokens=False) == tokenizer.encode(
+      f"fox{token}fox", allow_special=True
+    )
+  for name in ("bos_id", "eos_id", "pad_id"):
+    assert getattr(theirs, f"{name[:3]}_token_id") == getattr(tokenizer, name), name
+  return theirs
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_transformers_reads_what_we_trained(kind, tmp_path):
+  same_in_transformers(EVERY[kind], tmp_path)
+
+
+@pytest.mark.parametrize("name", FIELD)
+def test_transformers_reads_files_of_the_field_that_we_saved(name, tmp_path, shared_data):
+  same_in_transformers(load_tokenizer(shared_data / "tokenizers" / FIELD[name]), tmp_path)
+
+
+def test_we_read_what_transformers_writes(tmp_path):
+  kind = EVERY["bpe"]
+  ours = type(kind)(kind.to_bytes(), Settings(chat_template=chats.CHATML))
+  theirs = same_in_transformers(ours, tmp_path / "ours")
+  assert theirs.chat_template == chats.CHATML
+  theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+  theirs.eos_token, theirs.bos_token = "<|im_end|>", None
+  theirs.save_pretrained(tmp_path / "theirs")
+  again = load_tokenizer(tmp_path / "theirs")
+  assert (again.kind, again.chat_template) == ("bpe", chats.CHATML)
+  assert (again.bos_id, again.eos_id) == (None, theirs.eos_token_id)
+  ids = theirs.apply_chat_template(chats.SYSTEM, add_generation_prompt=True, return_dict=False)
+  assert chat.encode_chat(again, chats.SYSTEM, add_generation_prompt=True) == ids
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+@pytest.mark.parametrize("tools", [None, chats.TOOLS], ids=["", "tools"])
+@pytest.mark.parametrize("conversation", chats.CONVERSATIONS)
+@pytest.mark.parametrize("family", chats.TEMPLATES)
+def test_chats_render_as_in_transformers(family, conversation, tools, prompt):
+  from jinja2 import TemplateError
+  from transformers.utils.chat_template_utils import render_jinja_template
+
+  template, messages = chats.TEMPLATES[family], chats.CONVERSATIONS[conversation]
+  values = {"bos_token": "<s>", "eos_token": "</s>", "tools": tools}
+  try:
+    texts, marks = render_jinja_template(
+      conversations=[messages],
+      chat_template=template,
+      add_generation_prompt=prompt,
+      return_assistant_tokens_mask=True,
+      **values,
+    )
+  except TemplateError as error:
+    with pytest.raises(UserError, match=str(error)):
+      chat.render(template, messages, prompt, **values)
+    return
+  assert chat.spans(template, messages, prompt, **values) == (texts[0], marks[0])
