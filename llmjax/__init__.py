@@ -3,7 +3,7 @@
 from llmjax.convert import convert
 from llmjax.core.config import defaults
 from llmjax.core.errors import UserError
-from llmjax.core.memory import give_back_after_compiling
+from llmjax.core.memory import tune_allocator
 from llmjax.models.model import Model
 from llmjax.run import evaluate, load, train
 from llmjax.serve.embed import embed
@@ -25,4 +25,4 @@ __all__ = [
   "train",
 ]
 
-give_back_after_compiling()
+tune_allocator()

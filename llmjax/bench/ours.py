@@ -17,6 +17,7 @@ from llmjax.bench.sizes import (
 )
 from llmjax.bench.timing import prepare_decode, timed_steps
 from llmjax.core.config import override
+from llmjax.core.memory import give_back, settle, tune_allocator
 from llmjax.data.loader import place
 from llmjax.data.tasks import language_model
 from llmjax.models.build import abstract
@@ -30,6 +31,8 @@ from llmjax.train.config import Config
 from llmjax.train.optim import make_optimizer
 from llmjax.train.state import init_sharded
 from llmjax.train.step import compile_step
+
+tune_allocator()  # as `import llmjax` does: a worker's own `llmjax` is the bare folder
 
 
 def make_config(size: str, dtype: str, overrides=()) -> Config:
@@ -96,10 +99,12 @@ def train(spec: Spec):
   def run_step() -> float:
     nonlocal state
     state, metrics = step(state, next(feed))
+    settle(state)  # as `train.loop.fit` does
     return float(metrics["loss"])
 
   with jax.set_mesh(mesh):
     first_loss = run_step()
+  give_back()  # likewise
   tokens = config.data.batch_size * config.model.context
 
   def measure(request: dict) -> dict:

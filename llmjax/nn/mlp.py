@@ -63,7 +63,7 @@ class Mlp(nnx.Module):
   def __call__(self, x_btd):
     up_btf = self._hidden(x_btd, "up")
     if self.activation in GATED:
-      hidden_btf = GATED[self.activation](self._hidden(x_btd, "gate")) * up_btf
+      hidden_btf = _gated(self.activation, self._hidden(x_btd, "gate"), up_btf)
     else:
       hidden_btf = PLAIN[self.activation](up_btf)
     y_btd = dot("btf,fd->btd", hidden_btf, self.down_fd)
@@ -76,3 +76,8 @@ class Mlp(nnx.Module):
 
 def _plus(x, bias):
   return x if bias is None else x + bias.astype(x.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _gated(activation, gate_btf, up_btf):
+  return GATED[activation](gate_btf) * up_btf

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llmjax.core.errors import UserError
+from llmjax.core.memory import give_back, settle
 from llmjax.data.loader import batches
 from llmjax.data.pack import PackedRows
 from llmjax.data.prepare import TokenStore
@@ -104,9 +105,13 @@ def fit(
   with jax.set_mesh(mesh), _Signals() as stop:
     for step, batch in enumerate(feed, start + 1):
       state, metrics = train_step(state, batch)
+      settle(state)
+      if step == start + 1:
+        give_back()  # what making and loading the state left
       report.add(step, metrics)
       if config.eval.every and step % config.eval.every == 0 and step < steps:
         report.write(step, evaluate(state.model))
+        give_back()
       stopping = stop.asked  # read once: a signal must not come between saving and leaving
       if step % config.checkpoint.every == 0 or step == steps or stopping:
         train_s = spent_s + time.perf_counter() - began_s
