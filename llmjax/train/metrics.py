@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 
 def matmul_peak_flops(dtype: str, size: int = 1024, repeats: int = 5) -> float:
@@ -48,6 +47,8 @@ class MetricsWriter:
     kept = [line for line in read_metrics(workdir) if line["step"] <= step]
     path.write_text("".join(json.dumps(line) + "\n" for line in kept))
     self._file = path.open("a", buffering=1)
+    from tensorboardX import SummaryWriter  # here, because it imports torch wherever there is one
+
     self._board = SummaryWriter(str(Path(workdir, "tensorboard")), purge_step=step + 1)
 
   def write(self, step: int, values: dict):
