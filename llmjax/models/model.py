@@ -10,7 +10,7 @@ from flax import nnx
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
-from llmjax.models.stack import apart
+from llmjax.models.stack import apart, views
 from llmjax.text.tokenizer import Tokenizer
 
 
@@ -30,7 +30,13 @@ class Model:
 
   @functools.cached_property
   def decoding(self) -> nnx.Module:
-    """The parameters with every layer by itself, made at the first use: what decoding reads."""
+    """The parameters with every layer by itself, made at the first use: what decoding reads.
+
+    On a CPU its weights are the same memory as those of `parameters`.
+    """
+    places = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.parameters)))
+    if places == {jax.devices()[0]} and jax.default_backend() == "cpu":
+      return apart(self.parameters, views)
     return jax.jit(apart)(self.parameters)
 
   def logits(self, tokens_bt):

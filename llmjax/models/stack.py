@@ -5,6 +5,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from llmjax.models.block import Block
@@ -218,16 +219,18 @@ def _apart(blocks: tuple, x_btd, each, shared, config: ModelConfig):
   return x_btd, tuple(made)
 
 
-def apart(model: nnx.Module) -> nnx.Module:
+def apart(model: nnx.Module, take=None) -> nnx.Module:
   """Takes a decoder's stacked layers apart, for decoding: same values, each layer by itself.
 
   Args:
     model: any kind with a `decoder` stack.
+    take: `unstack`, or `views` outside of jit.
   Returns:
     A copy whose `decoder.blocks` is a tuple of blocks; its caches are tuples too.
   """
   decoder = copy.copy(model.decoder)
-  decoder.blocks = nnx.data(tuple(unstack(model.decoder.blocks, count(model.decoder.blocks))))
+  layers = (take or unstack)(model.decoder.blocks, count(model.decoder.blocks))
+  decoder.blocks = nnx.data(tuple(layers))
   model = copy.copy(model)
   model.decoder = decoder
   return model
@@ -268,3 +271,10 @@ def unstack(stacked, count: int) -> list:
     jax.tree.unflatten(structure, [column[i].squeeze(0) for column in columns])
     for i in range(count)
   ]
+
+
+def views(stacked, count: int) -> list:
+  """Like `unstack`, of arrays on one CPU: what it returns shares their memory, where aligned."""
+  rows = jax.tree.map(np.asarray, stacked)
+  take = lambda i: jax.tree.map(lambda row: jax.device_put(row[i], may_alias=True), rows)  # noqa: E731
+  return [take(i) for i in range(count)]

@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from llmjax.core import tree
 from llmjax.models.build import abstract, build
 from llmjax.models.config import REMAT
+from llmjax.models.model import Model
 from tests.models.variants import VARIANTS, batch_of, inputs, make_config, weights_of
 
 # Three layers in cycles of two, so that one is left over; dropping, so that masks must agree too.
@@ -169,3 +170,13 @@ def test_weights_are_a_function_of_the_key_alone():
       assert (leaf != other[path]).mean() > 0.99, path
       if path.startswith("decoder/blocks/"):
         assert (leaf[0] != leaf[1]).mean() > 0.99, path  # layers differ
+
+
+def test_decoding_on_a_cpu_reads_the_same_memory():
+  config = make_config(layers=3)
+  model = Model(config, jax.jit(lambda: build(KEY, config))())
+  stacked = model.parameters.decoder.blocks.mlp.up_df
+  for number, block in enumerate(model.decoding.decoder.blocks):
+    leaf = block.mlp.up_df
+    assert leaf.unsafe_buffer_pointer() == stacked.unsafe_buffer_pointer() + number * leaf.nbytes
+    assert_array_equal(leaf, stacked[number])
