@@ -90,11 +90,11 @@ def choose(
     "cudnn": _cudnn_cannot(platform, q_shape, k_shape, mask, scores, dtype),
   }
   if kernel == "auto":
-    for name, reason in reasons.items():
-      if reason is None:
-        return name
     long = q_shape[1] * k_shape[1] > _DIRECT_POSITIONS**2
-    return "blockwise" if long else "direct"
+    if long and (scores.bias is not None or not _by_rule(mask)):
+      reasons.pop("cudnn")  # it would be given a mask or bias of [t, s]
+    fit = [name for name, reason in reasons.items() if reason is None]
+    return (*fit, "blockwise" if long else "direct")[0]
   if reasons.get(kernel):
     raise UserError(f"model.attention.kernel={kernel} {reasons[kernel]}")
   return kernel

@@ -55,6 +55,16 @@ def test_auto_takes_the_platforms_own_kernel_where_it_can(platform):
     assert choose(name, platform, SHAPE, SHAPE, MASK, PLAIN) == name
 
 
+def test_auto_gives_cudnn_no_mask_of_all_pairs_of_a_long_row():
+  long, mask = (1, 8192, 2, 64), self_mask(Rule(), None, jnp.zeros((1, 8192), jnp.int32))
+  packed = dataclasses.replace(mask, q_segments_bt=jnp.ones((1, 8192), jnp.int32))
+  assert choose("auto", "gpu", long, long, mask, PLAIN) == "cudnn"
+  assert choose("auto", "gpu", long, long, packed, PLAIN) == "blockwise"
+  assert choose("cudnn", "gpu", long, long, packed, PLAIN) == "cudnn"
+  slopes = Scores(0.125, bias=Bias(jnp.ones(2)))
+  assert choose("auto", "gpu", long, long, mask, slopes) == "blockwise"
+
+
 CACHE = cache_mask(Rule(), jnp.zeros((1, 256), jnp.int32), 256)
 PREFIXED = dataclasses.replace(MASK, prefix_bs=jnp.ones((1, 256), bool))
 BLOCKS = dataclasses.replace(MASK, rule=Rule(sparse_block=64))
