@@ -27,6 +27,7 @@ from llmjax.parallel.rules import state_shardings
 from llmjax.serve.generate import generate
 from llmjax.serve.prompt import encode_prompts
 from llmjax.serve.sample import Sampling
+from llmjax.text.report import report
 from llmjax.text.tokenizer import from_state
 from llmjax.train.checkpoint import load_model, newest_meta
 from llmjax.train.config import Config, binding
@@ -34,6 +35,7 @@ from llmjax.train.loop import fit
 from llmjax.train.metrics import read_metrics
 from llmjax.train.plot import plot_loss
 
+_REPORTED = 1000  # held-out documents that the tokenizer is measured on
 EVAL_KEYS = ("data.sources", "data.cache", "eval.batch_size", "eval.stride")
 
 
@@ -49,7 +51,7 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
   Returns:
     What `result.json` holds: `nats_per_token`, `bits_per_byte` (of language models),
     `gzip_bits_per_byte`, `xz_bits_per_byte`, `train_seconds`, `tokens_per_s`, `steps`,
-    `parameters` and more.
+    `parameters`, `tokenizer` (see `text.report`) and more.
   Raises:
     UserError: an ordinary mistake; nothing in the workdir is lost.
     Interrupted: stopped by the user; a checkpoint was saved.
@@ -94,6 +96,7 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
     "steps": config.train.steps,
     "parameters": parameters,
     "config_hash": configs.config_hash(config),
+    "tokenizer": report(tokenizer, [document.text for document in held_out[:_REPORTED]]),
   }
   plot_loss(workdir, workdir / "loss.png", _levels(result))
   if writes:

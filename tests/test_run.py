@@ -77,6 +77,9 @@ def test_a_run_leaves_all_it_promises(finished):
   assert [line["step"] for line in lines if "bits_per_byte" in line] == [6]
   assert steps[-1]["loss"] < steps[0]["loss"] - 0.5, "it learns"
   assert result["steps"] == 12
+  fits = result["tokenizer"]
+  assert fits["exact_rate"] == 1 and fits["unknown_rate"] == 0
+  assert fits["bytes"] == result["bytes"] and 1 < fits["bytes_per_token"] < 10
   assert result["parameters"] == sum(
     leaf.size for leaf in jax.tree.leaves(load_model(workdir)[0].parameters)
   )
