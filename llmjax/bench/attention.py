@@ -11,8 +11,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from llmjax.nn.kernels import Scores, attend
+from llmjax.nn.kernels import attend
 from llmjax.nn.mask import Rule, self_mask
+from llmjax.nn.scores import Scores
 
 POSITIONS = (512, 1024, 2048, 4096, 8192, 16384)
 _HEADS, _HEAD_DIM = 2, 64

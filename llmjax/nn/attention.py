@@ -10,11 +10,12 @@ from llmjax.core.dot import dot
 from llmjax.core.errors import UserError
 from llmjax.nn.cache import KVCache
 from llmjax.nn.dropout import named
-from llmjax.nn.kernels import KERNELS, Scores, attend
+from llmjax.nn.kernels import KERNELS, attend
 from llmjax.nn.mask import Mask, Rule
 from llmjax.nn.norm import Norm, NormConfig
 from llmjax.nn.param import constant, fan_in, param
 from llmjax.nn.position import Bias, rotate
+from llmjax.nn.scores import Scores
 from llmjax.parallel.rules import shard
 
 MASKS = ("auto", "causal", "bidirectional", "prefix")

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from llmjax.core.errors import UserError
-from llmjax.nn.kernels import Scores, attend, choose
+from llmjax.nn.kernels import attend, choose
 from llmjax.nn.mask import Rule, cache_mask, self_mask
 from llmjax.nn.position import Bias
+from llmjax.nn.scores import Scores
 
 # It is memory that is measured, which XLA's optimizer of code does not change.
 FAST = {"xla_backend_optimization_level": 0}

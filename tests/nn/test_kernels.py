@@ -14,9 +14,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from llmjax.core.errors import UserError
 from llmjax.nn import kernels
-from llmjax.nn.kernels import Scores, attend
+from llmjax.nn.kernels import attend
 from llmjax.nn.mask import Rule, cache_mask, cross_mask, self_mask
 from llmjax.nn.position import Bias
+from llmjax.nn.scores import Scores
 from tests.reference import layers
 from tests.reference.gradient import assert_pulled
 from tests.reference.masks import keys_of
@@ -310,5 +311,5 @@ def test_attend_runs_what_was_chosen(monkeypatch):
     attend(*given, "splash")
   for name in ("splash", "cudnn"):
     monkeypatch.setattr(kernels, "choose", lambda *_, name=name: name)
-    monkeypatch.setattr(kernels, f"_{name}", lambda *_, name=name: f"{name} ran")
+    monkeypatch.setattr(kernels, name, lambda *_, name=name: f"{name} ran")
     assert attend(*given) == f"{name} ran"

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from llmjax.nn.kernels import Scores, _cudnn, _splash_local
 from llmjax.nn.mask import Rule, self_mask
+from llmjax.nn.platform_kernels import _splash_local, cudnn
 from llmjax.nn.position import Bias
+from llmjax.nn.scores import Scores
 from tests.reference import layers
 from tests.reference.gradient import assert_pulled
 from tests.reference.masks import keys_of
@@ -112,7 +113,7 @@ def test_what_cudnn_is_given_means_what_the_reference_does(rule, packed, prefix)
   @functools.partial(jax.jit, compiler_options=FAST)
   def run(inputs, grad, mask):
     def fast(x):
-      return _cudnn(x["q"], x["k"], x["v"], mask, scores, implementation="xla")
+      return cudnn(x["q"], x["k"], x["v"], mask, scores, implementation="xla")
 
     out, pull = jax.vjp(fast, inputs)
     return out, *pull(grad)
@@ -131,4 +132,4 @@ def test_cudnn_itself_refuses_none_of_it_before_it_looks_for_the_gpu(rule, packe
   x = jnp.zeros((2, T, 2, 8), jnp.bfloat16)
   # Where jax's own checks of the arguments pass, the next thing it misses is cuDNN.
   with pytest.raises(RuntimeError, match=r"(?i)cudnn is not detected"):
-    _cudnn(x, x, x, mask, Scores(0.3))
+    cudnn(x, x, x, mask, Scores(0.3))
