@@ -12,7 +12,9 @@ STAMP = $(VENV)/.installed
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest
 PARALLEL = -n $(WORKERS) --dist=worksteal
-DEVICES8 = XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8"
+# Eight devices on two cores: one may wait for the others far longer than XLA's 40 s allow.
+DEVICES8 = XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8 \
+  --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 # With PYTHON given each interpreter has its own environment, so changing it never mixes two.
 ifdef PYTHON

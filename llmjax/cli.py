@@ -11,7 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from llmjax.core.errors import UserError, nearest
+from llmjax.core.errors import RunFailed, UserError, nearest
+from llmjax.parallel import join, multihost
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,6 +36,12 @@ def _parser() -> argparse.ArgumentParser:
   train = verb("train", "Run or resume an experiment: --config.section.key=value overrides.")
   train.add_argument("--config", required=True, metavar="FILE", help="Python file, get_config()")
   train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+
+  launch = verb("launch", "Run or resume an experiment in several processes.")
+  launch.add_argument("--config", required=True, metavar="FILE", help="Python file, get_config()")
+  launch.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+  launch.add_argument("--on", required=True, metavar="WHERE", help="local:N: N processes, here")
+  launch.add_argument("--devices", type=int, default=1, help="CPU devices of a process")
 
   generate = verb("generate", "Continue a prompt.")
   generate.add_argument(
@@ -66,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
   bench.add_argument("--peers", default="", metavar="A,B", help="all by default")
   bench.add_argument("--rounds", type=int, default=5, help="times round all peers")
   bench.add_argument("--seconds", type=float, default=5.0, help="least length of a peer's turn")
+
+  check = verb("check", "Prove that every mesh gives the loss and gradients of one device.")
+  check.add_argument("--config", required=True, metavar="FILE", help="shrunk by rule to fit")
+  check.add_argument("--devices", type=int, default=8, help="on a CPU as many are made")
+  check.add_argument("--meshes", default="some", help="some (default) or all")
   convert = verb("convert", "Write a model in another format.")
   convert.add_argument(
     "--from", required=True, metavar="PATH", dest="source", help="as generate's --checkpoint"
@@ -82,7 +94,10 @@ def _train(args, overrides) -> dict:
   from llmjax.core.config import load
   from llmjax.train.config import Config
 
+  join.join()
   result = run.train(load(args.config, overrides, Config), args.workdir)
+  if not multihost.is_writer():
+    return result
   print(_verdict(result))
   print(f"{args.workdir} holds loss.png, samples.txt, result.json. What to try next:")
   me = _command()
@@ -90,6 +105,22 @@ def _train(args, overrides) -> dict:
   print(f"  {me} eval --checkpoint={args.workdir} --config.data.sources=FOLDER")
   print(f"  {me} train --config={args.config} --workdir=runs/mine --config.data.sources=FOLDER")
   return result
+
+
+def _launch(args, overrides) -> dict:
+  from launch import local
+  from llmjax.core.config import load
+  from llmjax.train.config import Config
+
+  kind, _, number = args.on.partition(":")
+  if kind != "local":
+    raise UserError(f"--on={args.on}: unknown kind of machine {kind!r}; {nearest(kind, ['local'])}")
+  if not number.isdecimal() or int(number) < 1:
+    raise UserError(f"--on={args.on}: {number!r} is not a number of processes, 1 or more")
+  if args.devices < 1:
+    raise UserError(f"--devices={args.devices} is less than 1")
+  load(args.config, overrides, Config)  # a mistake is told before anything is started
+  return local.launch(args.config, args.workdir, int(number), args.devices, overrides)
 
 
 def _verdict(result: dict) -> str:
@@ -141,6 +172,40 @@ def _bench(args, overrides) -> dict:
   return result
 
 
+def _check(args, overrides) -> dict:
+  if args.devices < 2:
+    raise UserError(f"--devices={args.devices}: a mesh has at least 2")
+  if args.meshes not in ("some", "all"):
+    raise UserError(f"--meshes={args.meshes}; {nearest(args.meshes, ('some', 'all'))}")
+  _force_devices(args.devices)  # before jax makes its devices
+  from llmjax.core.config import load
+  from llmjax.train.check import all_meshes, check, show_row
+  from llmjax.train.config import Config
+
+  config = load(args.config, overrides, Config)
+  meshes = list(all_meshes(args.devices)) if args.meshes == "all" else ()
+  result = check(config, args.devices, meshes, lambda row: print(show_row(row), flush=True))
+  for row in result["meshes"]:
+    if not row["ok"]:
+      print(f"llmjax: check failed: {show_row(row)}", file=sys.stderr)
+  return result
+
+
+def _force_devices(count: int):
+  """Has a CPU act as so many devices, unless XLA_FLAGS says how many; leaves accelerators alone.
+
+  They share its cores, so one may wait for the others longer than XLA would let it.
+  """
+  flags = os.environ.get("XLA_FLAGS", "")
+  for flag, value in (
+    ("xla_force_host_platform_device_count", count),
+    ("xla_cpu_collective_call_terminate_timeout_seconds", 600),
+  ):
+    if flag not in flags:
+      flags += f" --{flag}={value}"
+  os.environ["XLA_FLAGS"] = flags.strip()
+
+
 def _convert(args, overrides) -> dict:
   from llmjax import convert
 
@@ -160,10 +225,12 @@ def _no_overrides(overrides):
 
 VERBS = {
   "train": _train,
+  "launch": _launch,
   "generate": _generate,
   "eval": _evaluate,
   "convert": _convert,
   "bench": _bench,
+  "check": _check,
 }
 
 
@@ -175,11 +242,18 @@ def main(argv: list[str] | None = None) -> int:
     result = VERBS[args.verb](args, rest)
   except UserError as error:
     print(f"llmjax: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    return join.leave(2)
+  except RunFailed as error:
+    print(f"llmjax: {error}", file=sys.stderr)
+    return 1
   except KeyboardInterrupt as error:
     print(f"llmjax: {error or 'interrupted'}; the same command goes on", file=sys.stderr)
-    return 1
-  if args.json:
+    # A stop that all processes agreed on says so; they end together.
+    return 1 if error.args else join.leave(1)
+  except Exception:
+    join.leave(1)
+    raise
+  if args.json and (args.verb != "train" or multihost.is_writer()):
     print(json.dumps(result))
   return 0
 

@@ -22,13 +22,14 @@ from llmjax.eval.loss import compressor_bits_per_byte, evaluate_loss
 from llmjax.models import gguf, hf
 from llmjax.models.build import count_parameters
 from llmjax.models.model import Model
+from llmjax.parallel import multihost
 from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.parallel.rules import state_shardings
+from llmjax.parallel.rules import weight_shardings
 from llmjax.serve.generate import generate
 from llmjax.serve.prompt import encode_prompts
 from llmjax.serve.sample import Sampling
 from llmjax.text.report import report
-from llmjax.text.tokenizer import from_state
+from llmjax.text.tokenizer import from_state, to_state
 from llmjax.train.checkpoint import load_model, newest_meta
 from llmjax.train.config import Config, binding
 from llmjax.train.loop import fit
@@ -60,13 +61,16 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
   workdir = Path(workdir)
   if isinstance(config, ConfigDict):
     config = configs.freeze(config.to_dict(), Config)
-  meta = newest_meta(workdir)
+  meta = multihost.from_writer(lambda: newest_meta(workdir))
   if meta:
     _check_workdir(config, meta, workdir)
   mesh = make_mesh(config.mesh)
   _say(f"reading text: {config.data.sources}")
   documents, held_out = read_split(config.data)
-  tokenizer = from_state(meta["tokenizer"]) if meta else _tokenizer(config, documents)
+  state = meta and meta["tokenizer"]
+  tokenizer = from_state(
+    state or multihost.from_writer(lambda: to_state(_tokenizer(config, documents)))
+  )
   store = make_store(config.data, documents, tokenizer, workdir)
   held_store = make_store(config.data, held_out, tokenizer, workdir)
   task = config.task_of(tokenizer)
@@ -74,12 +78,11 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
   writes = config.model.kind == "decoder"
   if writes:  # fail now, not at the end
     encode_prompts(config.model, tokenizer, config.sample.prompts)
-  sampling = _sampling(config)
-  parameters = count_parameters(config.model)
+  _sampling(config)  # the same
   _say(
-    f"{parameters:,} parameters, {len(store):,} documents, {int(store.lengths.sum()):,} tokens "
-    f"of {store.size_bytes / store.lengths.sum():.2f} bytes; held out: {held_store.size_bytes:,} "
-    f"bytes in {len(held_store):,} documents"
+    f"{count_parameters(config.model):,} parameters, {len(store):,} documents, "
+    f"{int(store.lengths.sum()):,} tokens of {store.size_bytes / store.lengths.sum():.2f} bytes; "
+    f"held out: {held_store.size_bytes:,} bytes in {len(held_store):,} documents"
   )
 
   def evaluate(model):
@@ -88,20 +91,32 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
 
   fitted = fit(config, workdir, tokenizer, store, mesh, evaluate)
   _say("evaluating on held-out text")
+  scores = evaluate(fitted.model)
+  if writes:
+    fitted = dataclasses.replace(fitted, model=multihost.to_writer(fitted.model))
+
+  def finish():
+    return _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s)
+
+  return multihost.from_writer(finish)
+
+
+def _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s) -> dict:
+  """Writes what a finished run leaves: picture, samples, result."""
   result = {
-    **evaluate(fitted.model),
+    **scores,
     **compressor_bits_per_byte(held_out),
     "train_seconds": round(fitted.train_seconds, 2),
     "tokens_per_s": round(_median_rate(workdir), 1),
     "steps": config.train.steps,
-    "parameters": parameters,
+    "parameters": count_parameters(config.model),
     "config_hash": configs.config_hash(config),
     "tokenizer": report(tokenizer, [document.text for document in held_out[:_REPORTED]]),
   }
   plot_loss(workdir, workdir / "loss.png", _levels(result))
-  if writes:
+  if config.model.kind == "decoder":
     model = Model(config.model, fitted.model, tokenizer)
-    _write_samples(model, config.sample.prompts, sampling, workdir)
+    _write_samples(model, config.sample.prompts, _sampling(config), workdir)
   result["total_seconds"] = round(time.perf_counter() - began_s, 2)
   _write(workdir / "result.json", json.dumps(result, indent=1) + "\n")
   return result
@@ -160,7 +175,7 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
         "on; what is scored here may have been among it"
       )
   mesh = make_mesh(MeshConfig())
-  decoder = jax.device_put(model.parameters, state_shardings(mesh, model.parameters))
+  decoder = jax.device_put(model.parameters, weight_shardings(mesh, model.parameters))
   store = prepare(documents, model.tokenizer, _cache(config, checkpoint))
   task = config.task_of(model.tokenizer)
   batch_size, stride = config.eval.batch_size, config.eval.stride
@@ -255,4 +270,5 @@ def _write(path: Path, text: str):
 
 
 def _say(text: str):
-  print(text, file=sys.stderr, flush=True)
+  if multihost.is_writer():
+    print(text, file=sys.stderr, flush=True)

@@ -92,7 +92,7 @@ def test_eval_prints_its_scores(setup, capsys):
     ("--config.model.dtype=float8", "model.dtype 'float8' is unknown; did you mean 'float32'"),
     ("--config.model.heads=5", "model.heads 5 is not a multiple of model.kv_heads 2"),
     ("--config.optim.no_decay=('*/bias_d',)", r"pattern '\*/bias_d' matches no parameter"),
-    ("--config.mesh.tensor=3", "mesh data -1 × fsdp 1 × tensor 3 does not divide the 1 devices"),
+    ("--config.mesh.tensor=3", "mesh data -1 × tensor 3 does not divide the 1 devices"),
     ("--config.mesh.data=2", "does not divide the 1 devices"),
     ("--config.data.batch_size=7 --config.train.accumulation=2", "7 is not a multiple of"),
     ("--config.data.sources=/no/such/folder", "source '/no/such/folder' does not exist"),

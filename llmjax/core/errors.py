@@ -12,6 +12,10 @@ class UserError(ValueError):
   """The user's input was wrong; the message says what was looked for and what was there."""
 
 
+class RunFailed(RuntimeError):
+  """A run ended through no fault of the input, such as a killed process; one sentence says how."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
   """Names what is closest to `name`, as a clause to end an error message with.
 

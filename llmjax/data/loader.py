@@ -19,6 +19,7 @@ from llmjax.data.batch import Batch
 from llmjax.data.pack import PackedRows
 from llmjax.data.prepare import TokenStore, prepare
 from llmjax.data.tasks import Task
+from llmjax.parallel import multihost
 from llmjax.text.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 
@@ -61,8 +62,11 @@ def make_tokenizer(config: TokenizerConfig, documents: list[sources.Document]) -
 
 
 def make_store(config: DataConfig, documents, tokenizer: Tokenizer, workdir: Path) -> TokenStore:
-  """Tokenizes documents into the config's cache, or finds them there."""
-  return prepare(documents, tokenizer, Path(config.cache or Path(workdir, "data")))
+  """Tokenizes documents into the config's cache, or finds them there, as all but one process do."""
+  cache = Path(config.cache or Path(workdir, "data"))
+  made = []
+  multihost.from_writer(lambda: made.append(prepare(documents, tokenizer, cache)))
+  return made[0] if made else prepare(documents, tokenizer, cache)
 
 
 def batches(

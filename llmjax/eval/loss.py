@@ -17,7 +17,7 @@ from llmjax.data.pack import windows
 from llmjax.data.prepare import TokenStore
 from llmjax.data.sources import Document
 from llmjax.data.tasks import Task, score_only
-from llmjax.parallel.rules import batch_sharding
+from llmjax.parallel.rules import ACTIVATIONS, axes_of, batch_sharding
 from llmjax.train.losses import LossConfig, head_loss
 
 
@@ -50,7 +50,7 @@ def evaluate_loss(
   whole = task.config.name in ("language_model", "prefix_lm")
   context = model.config.context
   stride = min(stride or max(1, context // 2), context) if whole else context
-  ways = mesh.size // mesh.shape["tensor"]
+  ways = math.prod(mesh.shape[axis] for axis in axes_of("b", ACTIVATIONS))
   batch_size = math.ceil(batch_size / ways) * ways
   sharding = batch_sharding(mesh)
   sums = []

@@ -48,7 +48,15 @@ class Decoder(nnx.Module):
     Returns:
       (x_btd, the cache with these positions in it or None).
     """
-    keys = [None] * 3 if key is None else jax.random.split(key, 3)
+    x_btd = self.enter(batch, key)
+    positions_bt = default_positions(batch.tokens_bt, batch.positions_bt)
+    return self.decoder(
+      x_btd, positions_bt, batch.segments_bt, self._prefix(batch), cache, key=_keys(key)[1]
+    )
+
+  def enter(self, batch: Batch, key=None):
+    """Runs everything before the blocks: x_btd. Arguments as of `hidden`."""
+    keys = _keys(key)
     positions_bt = default_positions(batch.tokens_bt, batch.positions_bt)
     x_btd = self.embed(
       batch.tokens_bt,
@@ -57,9 +65,21 @@ class Decoder(nnx.Module):
       batch.types_bt,
       self._images(batch, keys[2]),
     )
-    x_btd = dropout(x_btd, self.config.dropout, keys[0])
-    prefix_bt = batch.prefix_bt if self.config.attention.mask == "prefix" else None
-    return self.decoder(x_btd, positions_bt, batch.segments_bt, prefix_bt, cache, key=keys[1])
+    return dropout(x_btd, self.config.dropout, keys[0])
+
+  def shared(self, batch: Batch, key=None):
+    """Makes what all blocks are given alike. Arguments as of `hidden`."""
+    positions_bt = default_positions(batch.tokens_bt, batch.positions_bt)
+    return self.decoder.shared(
+      positions_bt, batch.segments_bt, self._prefix(batch), key=_keys(key)[1]
+    )
+
+  def leave(self, x_btd):
+    """Runs everything between the blocks and the head: x_btd."""
+    return self.decoder.leave(x_btd)
+
+  def _prefix(self, batch: Batch):
+    return batch.prefix_bt if self.config.attention.mask == "prefix" else None
 
   @property
   def head(self) -> Embed:
@@ -89,6 +109,11 @@ class Decoder(nnx.Module):
     here_bt = batch.tokens_bt == self.config.vision.image_token
     number_bt = jnp.clip(jnp.cumsum(here_bt, axis=1) - 1, 0, made_bsd.shape[1] - 1)
     return here_bt, jnp.take_along_axis(made_bsd, number_bt[..., None], axis=1)
+
+
+def _keys(key) -> list:
+  """Keys of embedding, blocks and images."""
+  return [None] * 3 if key is None else list(jax.random.split(key, 3))
 
 
 def default_positions(tokens_bt, positions_bt):

@@ -54,19 +54,41 @@ class Encoder(nnx.Module):
       batch: tokens, and whatever else is known of them: segments, positions, types, prefix.
       key: PRNG key of dropout; None drops nothing.
     """
-    keys = [None, None] if key is None else jax.random.split(key)
+    x_btd = self.enter(batch, key)
+    positions_bt = default_positions(batch.tokens_bt, batch.positions_bt)
+    return self.encoder(
+      x_btd, positions_bt, batch.segments_bt, self._prefix(batch), key=_keys(key)[1]
+    )[0]
+
+  def enter(self, batch: Batch, key=None):
+    """Runs everything before the blocks: x_btd. Arguments as of `features`."""
     positions_bt = default_positions(batch.tokens_bt, batch.positions_bt)
     dtype = jnp.dtype(self.config.dtype)
     x_btd = self.embed(batch.tokens_bt, positions_bt, dtype, batch.types_bt)
-    x_btd = dropout(x_btd, self.config.dropout, keys[0])
-    prefix_bt = batch.prefix_bt if self.config.attention.mask == "prefix" else None
-    return self.encoder(x_btd, positions_bt, batch.segments_bt, prefix_bt, key=keys[1])[0]
+    return dropout(x_btd, self.config.dropout, _keys(key)[0])
+
+  def shared(self, batch: Batch, key=None):
+    """Makes what all blocks are given alike. Arguments as of `features`."""
+    positions_bt = default_positions(batch.tokens_bt, batch.positions_bt)
+    return self.encoder.shared(
+      positions_bt, batch.segments_bt, self._prefix(batch), key=_keys(key)[1]
+    )
+
+  def leave(self, x_btd):
+    """Runs everything between the blocks and the head: x_btd."""
+    return self._transform(self.encoder.leave(x_btd))
+
+  def _prefix(self, batch: Batch):
+    return batch.prefix_bt if self.config.attention.mask == "prefix" else None
 
   def hidden(self, batch: Batch, cache: None = None, key=None):
     """Runs everything before the head: (x_btd, None)."""
-    x_btd = dot("bti,id->btd", self.features(batch, key), self.transform_id)
+    return self._transform(self.features(batch, key)), None
+
+  def _transform(self, x_btd):
+    x_btd = dot("bti,id->btd", x_btd, self.transform_id)
     x_btd = PLAIN["gelu"](x_btd + self.transform_bias_d.astype(x_btd.dtype))
-    return self.transform_norm(x_btd), None
+    return self.transform_norm(x_btd)
 
   @property
   def head(self) -> Embed:
@@ -102,3 +124,8 @@ class Encoder(nnx.Module):
       case "pooler":
         return jnp.tanh(dot("bi,id->bd", x_btd[:, 0], self.pooler_id) + self.pooler_bias_d)
     raise UserError(f"unknown pooling {how!r}; {nearest(how, POOLINGS)}")
+
+
+def _keys(key) -> list:
+  """Keys of embedding and blocks."""
+  return [None, None] if key is None else list(jax.random.split(key))

@@ -87,21 +87,30 @@ class Stack(nnx.Module):
     Returns:
       (x_btd normed, the cache with these positions in it).
     """
-    source, source_view = None, None
+    source = self.look_up(memory_bsd) if self.cross and cache is None else cache and cache.source
+    if cache is not None and cache.prefix_bs is not None and prefix_bt is not None:
+      cache = dataclasses.replace(cache, prefix_bs=_mark(cache.prefix_bs, prefix_bt, positions_bt))
+    shared = self.shared(positions_bt, segments_bt, prefix_bt, cache, source_segments_bs, key)
+    each = (None if cache is None else cache.own, source)
+    x_btd, own = run_layers(self.blocks, x_btd, each, shared, self.config)
+    return self.leave(x_btd), None if cache is None else dataclasses.replace(cache, own=own)
+
+  def shared(
+    self, positions_bt, segments_bt=None, prefix_bt=None, cache=None, source_segments_bs=None,
+    key=None,
+  ):
+    """Makes what all layers are given alike: (views by kind, positions, source view, key)."""
+    source_view = None
     if self.cross:
-      source = self.look_up(memory_bsd) if cache is None else cache.source
       numbers_bs = source_segments_bs if cache is None else cache.source_segments_bs
       numbers_bt = jnp.ones_like(positions_bt) if segments_bt is None else segments_bt
       source_view = View(cross_mask(numbers_bt, positions_bt, numbers_bs))
-    if cache is not None and cache.prefix_bs is not None and prefix_bt is not None:
-      cache = dataclasses.replace(cache, prefix_bs=_mark(cache.prefix_bs, prefix_bt, positions_bt))
     views = self._views(positions_bt, segments_bt, prefix_bt, cache)
-    shared = (views, positions_bt, source_view, key)
-    each = (None if cache is None else cache.own, source)
-    x_btd, own = run_layers(self.blocks, x_btd, each, shared, self.config)
-    if hasattr(self, "norm"):
-      x_btd = self.norm(x_btd)
-    return x_btd, None if cache is None else dataclasses.replace(cache, own=own)
+    return views, positions_bt, source_view, key
+
+  def leave(self, x_btd):
+    """Norms what the last block returns, where the config has it so."""
+    return self.norm(x_btd) if hasattr(self, "norm") else x_btd
 
   def look_up(self, memory_bsd) -> KVCache:
     """Projects another stack's result into every layer's keys and values (`lbksh`)."""
@@ -217,6 +226,38 @@ def _apart(blocks: tuple, x_btd, each, shared, config: ModelConfig):
     x_btd, cache = body(x_btd, (block, own, number))
     made.append(cache)
   return x_btd, tuple(made)
+
+
+def run_some(blocks, x_btd, first, layers: int, shared, config: ModelConfig, numbers, remat: bool):
+  """Runs a few stacked blocks that stand anywhere in the stack, as a pipeline's stage does.
+
+  Args:
+    blocks: as many blocks, with a leading axis; those beyond the stack's end do nothing.
+    x_btd: residual stream.
+    first: number of the first block, which may be known at run time alone.
+    layers: blocks in the whole stack.
+    shared: what `Stack.shared` made.
+    config: pattern and remat.
+    numbers: for each block, the numbers it may have, one for every virtual stage.
+    remat: whether the config's remat is applied.
+  Returns:
+    x_btd.
+  """
+  pattern = config.attention.pattern
+  config = config if remat else dataclasses.replace(config, remat="none")
+  bodies = [_body(kind, shared, config, scanned=False) for kind in pattern]
+  run = [lambda x, layer, body=body: body(x, layer)[0] for body in bodies]
+  for place, block in enumerate(unstack(blocks, count(blocks))):
+    number = first + place
+    layer = (block, (None, None), number)
+    kinds = {n % len(pattern) for n in numbers[place] if n < layers}
+    if len(kinds) == 1:
+      y_btd = run[kinds.pop()](x_btd, layer)
+    else:
+      y_btd = jax.lax.switch(number % len(pattern), run, x_btd, layer)
+    real = all(n < layers for n in numbers[place])
+    x_btd = y_btd if real else jnp.where(number < layers, y_btd, x_btd)
+  return x_btd
 
 
 def apart(model: nnx.Module, take=None) -> nnx.Module:

@@ -9,14 +9,15 @@ from llmjax.core.choices import check_choice, check_least
 from llmjax.core.dot import dot
 from llmjax.core.errors import UserError
 from llmjax.nn.cache import KVCache
+from llmjax.nn.context import CONTEXTS, attend_cut
 from llmjax.nn.dropout import named
-from llmjax.nn.kernels import KERNELS, attend
+from llmjax.nn.kernels import KERNELS
 from llmjax.nn.mask import Mask, Rule
 from llmjax.nn.norm import Norm, NormConfig
 from llmjax.nn.param import constant, fan_in, param
 from llmjax.nn.position import Bias, rotate
 from llmjax.nn.scores import Scores
-from llmjax.parallel.rules import shard
+from llmjax.parallel.rules import shard, shard_stream
 
 MASKS = ("auto", "causal", "bidirectional", "prefix")
 LAYERS = ("full", "window", "sparse")
@@ -44,6 +45,7 @@ class AttentionConfig:
     scale: factor on q · k; 0 means 1 / √h.
     kernel: auto, direct, blockwise, splash (TPU), cudnn (GPU).
     block: queries a strip of blockwise attention.
+    context: what happens where positions are cut: ring, gather, all_to_all.
   """
 
   mask: str = "auto"
@@ -60,10 +62,12 @@ class AttentionConfig:
   scale: float = 0.0
   kernel: str = "auto"
   block: int = 128
+  context: str = "ring"
 
   def __post_init__(self):
     for key, known in (
-      ("mask", MASKS), ("qk_norm", QK_NORMS), ("bias", BIASES), ("kernel", KERNELS)
+      ("mask", MASKS), ("qk_norm", QK_NORMS), ("bias", BIASES), ("kernel", KERNELS),
+      ("context", CONTEXTS),
     ):
       check_choice(f"model.attention.{key}", getattr(self, key), known)
     for kind in self.pattern:
@@ -153,6 +157,7 @@ class Attention(nnx.Module):
     Returns:
       (y_btd, the cache with the new positions in it).
     """
+    x_btd = shard(x_btd, "btd")
     q_btnh = self._query(x_btd, view)
     new = self.keys_and_values(x_btd, view)
     if cache is not None:
@@ -161,7 +166,7 @@ class Attention(nnx.Module):
 
   def look_at(self, x_btd, source: KVCache, view: View):
     """Mixes another row's values into each position (cross attention): y_btd."""
-    return self._mix(self._query(x_btd, view), source, view)
+    return self._mix(self._query(shard(x_btd, "btd"), view), source, view)
 
   def keys_and_values(self, x_bsd, view: View | None = None) -> KVCache:
     """Projects what is looked at; keys come out normed and rotated."""
@@ -196,11 +201,18 @@ class Attention(nnx.Module):
       view.bias,
       self.sinks_n if config.sinks else None,
     )
-    o_btnh = attend(
-      q_btnh, source.key_bskh, source.value_bskh, view.mask, scores, config.kernel, config.block
+    o_btnh = attend_cut(
+      q_btnh,
+      source.key_bskh,
+      source.value_bskh,
+      view.mask,
+      scores,
+      config.kernel,
+      config.block,
+      config.context,
     )
     o_btnh = named(shard(o_btnh, "btnh"), "attention")
     y_btd = dot("btnh,nhd->btd", o_btnh, self.out_nhd)
     if config.bias == "all":
       y_btd = y_btd + self.out_bias_d.astype(y_btd.dtype)
-    return shard(y_btd, "btd")
+    return shard_stream(y_btd)

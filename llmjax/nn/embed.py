@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from llmjax.core.choices import check_least
 from llmjax.core.dot import dot
@@ -11,7 +13,7 @@ from llmjax.core.errors import UserError
 from llmjax.nn.norm import Norm, NormConfig
 from llmjax.nn.param import constant, fan_in, normal, param
 from llmjax.nn.position import PositionConfig, sinusoids
-from llmjax.parallel.rules import shard
+from llmjax.parallel.rules import ACTIVATIONS, WEIGHTS, inside, shard, shard_stream, spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,21 +88,21 @@ class Embed(nnx.Module):
       x_btd in `dtype`.
     """
     config = self.config
-    x_btd = jnp.take(self.token_vd, tokens_bt, axis=0).astype(dtype)
+    x_btd = look_up(self.token_vd, tokens_bt, "v", dtype)
     if config.scale != 1:
       x_btd = x_btd * jnp.asarray(config.scale, dtype)
     if replace is not None:
       x_btd = jnp.where(replace[0][..., None], replace[1].astype(dtype), x_btd)
     if self.position.kind == "learned":
-      x_btd += jnp.take(self.position_td, positions_bt, axis=0).astype(dtype)
+      x_btd += look_up(self.position_td, positions_bt, "t", dtype)
     elif self.position.kind == "sinusoidal":
       x_btd += sinusoids(positions_bt, x_btd.shape[-1], self.position.theta).astype(dtype)
     if config.types:
       types_bt = jnp.zeros_like(tokens_bt) if types_bt is None else types_bt
-      x_btd += jnp.take(self.type_id, types_bt, axis=0).astype(dtype)
+      x_btd += look_up(self.type_id, types_bt, "i", dtype)
     if config.norm:
       x_btd = self.norm(x_btd)
-    return shard(x_btd, "btd")
+    return shard_stream(x_btd)
 
   def logits(self, x_btd):
     """Scores every token: logits_btv, fp32."""
@@ -116,3 +118,39 @@ class Embed(nnx.Module):
     if config.logit_softcap:
       logits_btv = config.logit_softcap * jnp.tanh(logits_btv / config.logit_softcap)
     return shard(logits_btv, "btv")
+
+
+def look_up(table, ids_bt, letter: str, dtype):
+  """Takes rows of a table by number, each device those of its own part: x_btd.
+
+  On a mesh every device looks in the rows it holds and the results are added over `tensor`, so no
+  device ever has the whole vocabulary.
+
+  Args:
+    table: a weight [rows, d].
+    ids_bt: int32 row numbers.
+    letter: what the rows are, as in the rules: `v`, `t`, `i`.
+    dtype: of the result.
+  Source: vocabulary parallel embedding, Shoeybi et al. 2019, arXiv:1909.08053, sec. 3.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  table = table.astype(dtype)
+  if mesh.size == 1 or mesh.empty:
+    return jnp.take(table, ids_bt, axis=0)
+  axes = WEIGHTS.get(letter)
+
+  def local(rows, ids_bt):
+    if axes is None:
+      return jnp.take(rows, ids_bt, axis=0)
+    own_bt = ids_bt - jax.lax.axis_index(axes) * len(rows)
+    here_bt = (own_bt >= 0) & (own_bt < len(rows))
+    x_btd = jnp.take(rows, jnp.where(here_bt, own_bt, 0), axis=0)
+    return jax.lax.psum(jnp.where(here_bt[..., None], x_btd, 0), axes)
+
+  return jax.shard_map(
+    local,
+    in_specs=(PartitionSpec(axes), spec("bt", ACTIVATIONS)),
+    out_specs=spec("btd", ACTIVATIONS),
+    axis_names={axis for axis in mesh.axis_names if not inside(axis)},
+    check_vma=False,
+  )(table, ids_bt)

@@ -16,13 +16,16 @@ from llmjax.core.errors import UserError
 from llmjax.nn.mask import Mask
 from llmjax.nn.platform_kernels import cudnn, cudnn_cannot, masked_by_rule, splash, splash_cannot
 from llmjax.nn.scores import Scores
+from llmjax.parallel.rules import ACTIVATIONS
 
 KERNELS = ("auto", "direct", "blockwise", "splash", "cudnn")
 _DIRECT_POSITIONS = 1024  # up to here `auto` keeps the weights: faster, and small
 _GROUPS = 8  # of query blocks that share a range of keys
 
 
-def attend(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, kernel="auto", block=128):
+def attend(
+  q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, kernel="auto", block=128, table=ACTIVATIONS
+):
   """Computes softmax(q kᵀ · scale) v within the mask.
 
   Args:
@@ -33,6 +36,7 @@ def attend(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, kernel="auto", bl
     scores: scale, soft cap, bias and sinks.
     kernel: one of `KERNELS`; auto takes the platform's where it can do what is asked.
     block: queries a strip of blockwise attention, and the tile of splash.
+    table: from letters to mesh axes, for a kernel that runs on each device by itself.
   Returns:
     o_btnh, dtype of `q_btnh`.
   Raises:
@@ -45,7 +49,7 @@ def attend(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, kernel="auto", bl
     kernel, jax.default_backend(), q_btnh.shape, k_bskh.shape, mask, scores, q_btnh.dtype
   )
   if chosen == "splash":
-    return splash(q_btnh, k_bskh, v_bskh, mask, scores, block)
+    return splash(q_btnh, k_bskh, v_bskh, mask, scores, block, table)
   if chosen == "cudnn":
     return cudnn(q_btnh, k_bskh, v_bskh, mask, scores)
   block = block if chosen == "blockwise" else None
@@ -100,6 +104,18 @@ def _strips(q_btnh, k_bskh, v_bskh, mask, scores, block):
 
 def _strip(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores):
   b, k, g, t, h = q_bkgth.shape
+  s_bkgts = _scored(q_bkgth, k_bksh, mask, scores)
+  if scores.sinks_n is None:
+    weights = jax.nn.softmax(s_bkgts, axis=-1)
+  else:
+    weights = _softmax_with_sink(s_bkgts, scores.sinks_n.reshape(k, g, 1, 1))
+  weights = weights.astype(q_bkgth.dtype).reshape(b, k, g * t, -1)
+  return contract("bkqs,bksh->bkqh", weights, v_bksh).reshape(b, k, g, t, h)
+
+
+def _scored(q_bkgth, k_bksh, mask: Mask, scores: Scores):
+  """Masked scores s_bkgts, fp32, before any sink."""
+  b, k, g, t, h = q_bkgth.shape
   # A key head's g queries go into one axis of g·t.
   q_bkqh = q_bkgth.reshape(b, k, g * t, h)
   s_bkgts = contract("bkqh,bksh->bkqs", q_bkqh, k_bksh, jnp.float32).reshape(b, k, g, t, -1)
@@ -108,13 +124,44 @@ def _strip(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores):
   if scores.bias is not None:
     bias_bnts = scores.bias.scores(mask.q_positions_bt, mask.k_positions_bs)
     s_bkgts += bias_bnts.reshape(bias_bnts.shape[0], k, g, t, -1)
-  s_bkgts = jnp.where(mask.allowed()[:, None, None], s_bkgts, jnp.finfo(jnp.float32).min)
-  if scores.sinks_n is None:
-    weights = jax.nn.softmax(s_bkgts, axis=-1)
-  else:
-    weights = _softmax_with_sink(s_bkgts, scores.sinks_n.reshape(k, g, 1, 1))
-  weights = weights.astype(q_bkgth.dtype).reshape(b, k, g * t, -1)
-  return contract("bkqs,bksh->bkqh", weights, v_bksh).reshape(b, k, g, t, h)
+  return jnp.where(mask.allowed()[:, None, None], s_bkgts, jnp.finfo(jnp.float32).min)
+
+
+def attend_part(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int = 128):
+  """Computes attention over some of the keys, and the log of its softmax's denominator.
+
+  Parts over different keys join as o = Σ oᵢ exp(lseᵢ - lse), lse = log Σ exp lseᵢ.
+
+  Args:
+    q_btnh: queries.
+    k_bskh: keys.
+    v_bskh: values.
+    mask: who may look at whom; a query may see none.
+    scores: scale, soft cap and bias.
+    block: queries at a time.
+  Returns:
+    (o_btnh, lse_btn), fp32.
+  """
+  b, t, n, h = q_btnh.shape
+  k = k_bskh.shape[2]
+  q_bkgth = (q_btnh * scores.scale).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
+  k_bksh, v_bksh = k_bskh.swapaxes(1, 2), v_bskh.swapaxes(1, 2)
+  strip = jax.checkpoint(functools.partial(_part, scores=scores))
+  made = _group(strip, q_bkgth, k_bksh, v_bksh, mask, min(block, t))
+  made_btnh = made.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h + 1)
+  return made_btnh[..., :-1], made_btnh[..., -1]
+
+
+def _part(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores):
+  """A strip's result with the log of the denominator as one more channel, fp32."""
+  b, k, g, t, h = q_bkgth.shape
+  s_bkgts = _scored(q_bkgth, k_bksh, mask, scores)
+  high = jax.lax.stop_gradient(s_bkgts.max(-1, keepdims=True))
+  grown = jnp.exp(s_bkgts - high)
+  total = grown.sum(-1, keepdims=True)
+  weights = (grown / total).astype(q_bkgth.dtype).reshape(b, k, g * t, -1)
+  o_bkgth = contract("bkqs,bksh->bkqh", weights, v_bksh, jnp.float32).reshape(b, k, g, t, h)
+  return jnp.concatenate([o_bkgth, high + jnp.log(total)], axis=-1)
 
 
 def _softmax_with_sink(scores, sink):

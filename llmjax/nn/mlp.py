@@ -8,7 +8,7 @@ from flax import nnx
 from llmjax.core.dot import dot
 from llmjax.nn.dropout import named
 from llmjax.nn.param import constant, fan_in, param
-from llmjax.parallel.rules import shard
+from llmjax.parallel.rules import shard, shard_stream
 
 
 def quick_gelu(x):
@@ -61,13 +61,14 @@ class Mlp(nnx.Module):
       self.down_bias_d = param(key, "down_bias_d", dims, constant(0.0))
 
   def __call__(self, x_btd):
+    x_btd = shard(x_btd, "btd")
     up_btf = self._hidden(x_btd, "up")
     if self.activation in GATED:
       hidden_btf = _gated(self.activation, self._hidden(x_btd, "gate"), up_btf)
     else:
       hidden_btf = PLAIN[self.activation](up_btf)
     y_btd = dot("btf,fd->btd", hidden_btf, self.down_fd)
-    return shard(_plus(y_btd, getattr(self, "down_bias_d", None)), "btd")
+    return shard_stream(_plus(y_btd, getattr(self, "down_bias_d", None)))
 
   def _hidden(self, x_btd, name):
     y_btf = dot("btd,df->btf", x_btd, getattr(self, f"{name}_df"))

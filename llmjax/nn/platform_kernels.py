@@ -28,7 +28,9 @@ def splash_cannot(platform, q_shape, k_shape, mask: Mask, scores: Scores) -> str
   return None
 
 
-def splash(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int):
+def splash(
+  q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int, table=ACTIVATIONS
+):
   """Splash attention, on each device's own rows and heads."""
   mesh = jax.sharding.get_abstract_mesh()
   run = functools.partial(
@@ -39,12 +41,12 @@ def splash(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int):
     return run(*arguments)
   letters = ("btnh", "btkh", "btkh", "bt", "n")
   specs = tuple(
-    None if argument is None else spec(letter, ACTIVATIONS)
+    None if argument is None else spec(letter, table)
     for argument, letter in zip(arguments, letters, strict=True)
   )
   # The kernel's outputs carry no record of which axes they vary over.
   return jax.shard_map(
-    run, mesh=mesh, in_specs=specs, out_specs=spec("btnh", ACTIVATIONS), check_vma=False
+    run, mesh=mesh, in_specs=specs, out_specs=spec("btnh", table), check_vma=False
   )(*arguments)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from llmjax.core.choices import check_choice, check_least
 from llmjax.core.errors import UserError
+from llmjax.parallel.rules import shard
 
 KINDS = ("rope", "learned", "sinusoidal", "alibi", "relative", "none")
 LAYOUTS = ("half", "interleaved")
@@ -273,4 +274,5 @@ class Bias:
     bucket_bts = relative_bucket(
       distance_bts, len(self.relative_in), self.max_distance, self.both_ways
     )
-    return jnp.moveaxis(jnp.take(self.relative_in, bucket_bts, axis=0), -1, 1)
+    table_in = shard(self.relative_in, "ig")  # small: whole on every device
+    return jnp.moveaxis(jnp.take(table_in, bucket_bts, axis=0), -1, 1)

@@ -1,26 +1,53 @@
-"""The device mesh: named axes over the devices of a run.
+"""The device mesh: named axes over the devices of a run, within and across slices.
 
-Axes are `data` (whole copies), `fsdp` (weights cut along the residual width) and `tensor` (weights
-cut along heads, feed-forward width and vocabulary). Any axis may be 1; one may be -1, the rest.
+`data` holds whole copies; `fsdp` cuts weights along the residual width and rows of the batch;
+`stage` cuts layers; `context` positions; `expert` experts (what has none sees it as more `data`);
+`tensor` heads, feed-forward width and vocabulary. Neighbours on the last axes are near each other.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from llmjax.core.errors import UserError
+from llmjax.core.errors import UserError, nearest
+
+AXES = ("data", "fsdp", "stage", "context", "expert", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; -1 in one place stands for all that are left."""
+  """Devices along each mesh axis; -1 in one place stands for all that are left.
+
+  Attributes:
+    data: copies of the model.
+    fsdp: ways that weights, gradients and optimizer state are cut (see `train.zero`).
+    stage: pipeline stages.
+    context: ways that a row's positions are cut.
+    expert: ways that experts are cut.
+    tensor: ways that heads, feed-forward width and vocabulary are cut.
+    slices: groups of devices with a slow network between them; 0 means as many as there are.
+    across: the axis that runs across slices, `data` or `stage`; all others stay inside one.
+  """
 
   data: int = -1
   fsdp: int = 1
+  stage: int = 1
+  context: int = 1
+  expert: int = 1
   tensor: int = 1
+  slices: int = 0
+  across: str = "data"
+
+  def __post_init__(self):
+    if self.across not in ("data", "stage"):
+      raise UserError(f"mesh.across {self.across!r}; {nearest(self.across, ('data', 'stage'))}")
+    if self.slices < 0:
+      raise UserError(f"mesh.slices {self.slices} is negative")
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
@@ -32,18 +59,73 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   Returns:
     A mesh whose axes are all `AxisType.Auto`.
   Raises:
+    UserError: the axes' product is not the number of devices, or slices do not divide their axis.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = axis_sizes(config, len(devices))
+  grid = lay_out(devices, sizes, config.slices, config.across)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+  """Fills in the -1 of a mesh for a number of devices.
+
+  Raises:
     UserError: the axes' product is not the number of devices.
   """
-  devices = jax.devices() if devices is None else devices
-  sizes = dataclasses.asdict(config)
-  shown = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
+  sizes = {axis: getattr(config, axis) for axis in AXES}
+  shown = " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "1"
   rest = [axis for axis, size in sizes.items() if size == -1]
   if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise UserError(f"mesh {shown}: sizes are at least 1, and at most one may be -1")
-  given = math.prod(size for size in sizes.values() if size != -1)
   if rest:
-    sizes[rest[0]] = len(devices) // given
-  if math.prod(sizes.values()) != len(devices):
-    raise UserError(f"mesh {shown} does not divide the {len(devices)} devices there are")
-  grid = np.asarray(devices).reshape(tuple(sizes.values()))
-  return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    sizes[rest[0]] = devices // math.prod(size for size in sizes.values() if size != -1)
+  if math.prod(sizes.values()) != devices:
+    raise UserError(f"mesh {shown} does not divide the {devices} devices there are")
+  return sizes
+
+
+def lay_out(devices: Sequence, sizes: dict[str, int], slices: int, across: str) -> np.ndarray:
+  """Makes the grid of devices; slices follow each other along one axis.
+
+  Args:
+    devices: all of them.
+    sizes: of every axis, in the order of `AXES`.
+    slices: how many; 0 counts those that devices say they are of.
+    across: the axis that runs across slices.
+  Returns:
+    Array of devices, an axis for each of `AXES`.
+  Raises:
+    UserError: the slices do not divide that axis, or are not of equal size.
+  """
+  groups = _slices(devices, slices)
+  if sizes[across] % len(groups):
+    raise UserError(f"mesh.{across} {sizes[across]} is not a multiple of the {len(groups)} slices")
+  shape = [size // len(groups) if axis == across else size for axis, size in sizes.items()]
+  return np.concatenate([_inside(group, shape) for group in groups], axis=AXES.index(across))
+
+
+def _slices(devices, count: int) -> list[list]:
+  """Groups devices by the slice they say they are of, else into runs of equal length."""
+  numbers = sorted({getattr(device, "slice_index", None) or 0 for device in devices})
+  if count and len(numbers) not in (1, count):
+    raise UserError(f"mesh.slices {count}, but the devices are of {len(numbers)} slices")
+  if len(numbers) > 1:
+    groups = [[d for d in devices if (d.slice_index or 0) == number] for number in numbers]
+  else:
+    size = len(devices) // max(1, count)
+    groups = [devices[i : i + size] for i in range(0, len(devices), max(1, size))]
+  if len({len(group) for group in groups}) > 1:
+    raise UserError(
+      f"{len(devices)} devices are not {count or len(numbers)} slices of equal size"
+    )
+  return groups
+
+
+def _inside(devices, shape) -> np.ndarray:
+  """One slice's grid; on TPU the library puts neighbours on neighbouring chips."""
+  if devices[0].platform == "tpu" and len(devices) > 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  grid = np.empty(len(devices), object)
+  grid[:] = devices
+  return grid.reshape(shape)

@@ -7,14 +7,33 @@ cut along is decided here alone.
 import math
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llmjax.core import tree
 from llmjax.core.dims import LETTERS, letters_of
 from llmjax.core.errors import UserError
 
-WEIGHTS = {"d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor"}
-ACTIVATIONS = {"b": ("data", "fsdp"), "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor"}
+WEIGHTS = {
+  "l": "stage",
+  "n": "tensor",
+  "k": "tensor",
+  "f": "tensor",
+  "v": "tensor",
+  "e": "expert",
+  "d": "fsdp",
+}
+ACTIVATIONS = {
+  "b": ("data", "fsdp", "expert"),
+  "t": "context",
+  "n": "tensor",
+  "k": "tensor",
+  "f": "tensor",
+  "v": "tensor",
+  "e": "expert",
+}
+REPLICATED = {letter: axis for letter, axis in WEIGHTS.items() if axis != "fsdp"}
+WHOLE_BYTES = 64_000_000  # a weight larger than this must be cut where anything is
+ZERO = (1, 2, 3)  # what fsdp cuts: optimizer state; and gradients; and weights
 
 
 def spec(letters: str, table: dict) -> PartitionSpec:
@@ -30,35 +49,92 @@ def shard(x, letters: str):
     letters: its letters, such as `btd`.
   Returns:
     `x`, same values.
+  Raises:
+    UserError: a dimension is not a multiple of the mesh axes it is cut along.
   """
-  if jax.sharding.get_abstract_mesh().empty:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return x
+  check_divides(mesh, f"activation {letters}", letters, x.shape, ACTIVATIONS)
   return jax.lax.with_sharding_constraint(x, spec(letters, ACTIVATIONS))
 
 
+def shard_stream(x_btd):
+  """Constrains the residual stream between blocks: positions are cut along `tensor` as well.
+
+  Norms, dropout and sums of the stream are then done once, and the all-reduce after a block's half
+  becomes a reduce-scatter. Where `tensor` does not divide the positions they stay whole on it.
+
+  Source: sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198, sec. 4.2.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x_btd
+  if x_btd.shape[1] % (ways("t", ACTIVATIONS) * mesh.shape["tensor"]):
+    return shard(x_btd, "btd")
+  both = ACTIVATIONS | {"t": ("context", "tensor")}
+  return jax.lax.with_sharding_constraint(x_btd, spec("btd", both))
+
+
+def ways(letter: str, table: dict) -> int:
+  """Counts the devices that a letter is cut over, on the mesh in scope; 1 without one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes_of(letter, table))
+
+
+def inside(axis: str) -> bool:
+  """Whether what is traced runs on each device of an axis by itself, in a `shard_map` over it."""
+  mesh = jax.sharding.get_abstract_mesh()
+  types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  return types.get(axis) == AxisType.Manual
+
+
+def axes_of(letter: str, table: dict) -> tuple[str, ...]:
+  """Names the mesh axes that a letter is cut along."""
+  axes = table.get(letter) or ()
+  return (axes,) if isinstance(axes, str) else axes
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Where a batch's arrays [b, t] live."""
-  return NamedSharding(mesh, spec("bt", ACTIVATIONS))
+  """Where a batch's arrays [b, …] live: rows alone are cut, positions only inside the step."""
+  return NamedSharding(mesh, spec("b", ACTIVATIONS))
 
 
-def state_shardings(mesh: Mesh, state):
+def weight_shardings(mesh: Mesh, model, table: dict | None = None):
   """Gives every leaf of a tree of weights (or of anything named like them) its sharding.
+
+  Layers that `stage` does not divide are cut along the residual width instead, so that each device
+  still holds its share.
 
   Args:
     mesh: the run's mesh.
-    state: tree of arrays or `ShapeDtypeStruct`s whose paths end in `_letters`.
+    model: tree of arrays or `ShapeDtypeStruct`s whose paths end in `_letters`.
+    table: from letters to axes; `WEIGHTS` by default.
   Returns:
     The tree with a `NamedSharding` at every leaf.
   Raises:
     UserError: a dimension is not a multiple of the mesh axes it is cut along.
   """
+  table = WEIGHTS if table is None else table
 
   def sharding(path, leaf):
     letters = letters_of(path, len(leaf.shape))
-    check_divides(mesh, path, letters, leaf.shape, WEIGHTS)
-    return NamedSharding(mesh, spec(letters, WEIGHTS))
+    rules = table
+    if letters[:1] == "l" and leaf.shape[0] % mesh.shape["stage"]:
+      rules = table | {"l": None, "d": (*axes_of("d", table), "stage")}
+    check_divides(mesh, path, letters, leaf.shape, rules)
+    return NamedSharding(mesh, spec(letters, rules))
 
-  return tree.map_with_path(sharding, state)
+  return tree.map_with_path(sharding, model)
+
+
+def lay_out(weights, table: dict):
+  """Constrains a tree named like the weights to the layout of a table, on the mesh in scope."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return weights
+  specs = jax.tree.map(lambda sharding: sharding.spec, weight_shardings(mesh, weights, table))
+  return jax.lax.with_sharding_constraint(weights, specs)
 
 
 def optimizer_shardings(mesh: Mesh, optimizer, model):
@@ -73,7 +149,7 @@ def optimizer_shardings(mesh: Mesh, optimizer, model):
   Raises:
     UserError: an array of more than 1,024 numbers that belongs to no weight.
   """
-  weights = tree.flatten(state_shardings(mesh, model))
+  weights = tree.flatten(weight_shardings(mesh, model))
 
   def sharding(path, leaf):
     parts = path.split("/")
@@ -86,14 +162,43 @@ def optimizer_shardings(mesh: Mesh, optimizer, model):
   return tree.map_with_path(sharding, optimizer)
 
 
+def check_layout(mesh: Mesh, model, table: dict):
+  """Refuses a mesh axis that cuts no weight, and large weights that no axis cuts.
+
+  Args:
+    mesh: the run's mesh.
+    model: tree of weights or their descriptions.
+    table: from letters to axes.
+  Raises:
+    UserError: names the axis and its letters, or the array, its letters and its size.
+  """
+  weights = tree.flatten(model)
+  letters = {path: letters_of(path, len(leaf.shape)) for path, leaf in weights.items()}
+  cut = {path: {axis for a in text for axis in axes_of(a, table)} for path, text in letters.items()}
+  ways_of = {axis: mesh.shape[axis] for axis in ("fsdp", "stage", "tensor") if mesh.shape[axis] > 1}
+  if table is REPLICATED:
+    ways_of.pop("fsdp", None)
+  for axis, size in ways_of.items():
+    if not any(axis in axes for axes in cut.values()):
+      rule = ", ".join(letter for letter in table if axis in axes_of(letter, table)) or "no letter"
+      raise UserError(f"mesh axis {axis} {size} cuts no weight: the rule is {rule} → {axis}")
+  inside_a_layer = ways_of.keys() - {"stage"}  # what is not of a layer is whole on every stage
+  for path, leaf in weights.items():
+    size_bytes = math.prod(leaf.shape) * leaf.dtype.itemsize
+    if inside_a_layer and size_bytes > WHOLE_BYTES and not inside_a_layer & cut[path]:
+      raise UserError(
+        f"{path!r} ({letters[path]}) of {size_bytes / 1e6:.0f} MB would live whole on each device: "
+        f"no rule cuts it along {', '.join(sorted(inside_a_layer))}"
+      )
+
+
 def check_divides(mesh: Mesh, name: str, letters: str, shape, table: dict):
   """Raises a `UserError` naming array, letter, size and axes where the mesh does not divide."""
   for letter, size in zip(letters, shape, strict=True):
-    axes = table.get(letter) or ()
-    axes = (axes,) if isinstance(axes, str) else axes
-    ways = math.prod(mesh.shape[axis] for axis in axes)
-    if size % ways:
+    axes = axes_of(letter, table)
+    if size % math.prod(mesh.shape[axis] for axis in axes):
+      cut = [axis for axis in axes if mesh.shape[axis] > 1]
       raise UserError(
         f"{name!r} has {size} {LETTERS[letter]} ({letter!r}), which mesh "
-        f"{' × '.join(f'{axis} {mesh.shape[axis]}' for axis in axes)} does not divide"
+        f"{' × '.join(f'{axis} {mesh.shape[axis]}' for axis in cut)} does not divide"
       )

@@ -20,6 +20,7 @@ from llmjax.data.loader import DataConfig
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.models.model import Model
+from llmjax.parallel import multihost
 from llmjax.text.tokenizer import Tokenizer, from_state, to_state
 from llmjax.train.config import Config
 from llmjax.train.state import TrainState
@@ -87,14 +88,17 @@ class Checkpoints:
 
   def _move_aside(self, steps: list[int]):
     """Moves unreadable checkpoints to `damaged/`, so that their steps can be saved again."""
+    if not steps:
+      return
     damaged = self._root.parent / "damaged"
-    for step in steps:
+    for step in steps if multihost.is_writer() else ():
       damaged.mkdir(exist_ok=True)
       number = len(list(damaged.iterdir()))
       (self._root / str(step)).rename(damaged / f"{step}-{number}")
-    if steps:
+    if multihost.is_writer():
       print(f"llmjax: warning: moved {len(steps)} of them to {damaged}", file=sys.stderr)
-      self._manager.reload()
+    multihost.barrier("damaged")
+    self._manager.reload()
 
   def close(self):
     """Waits until everything is on disk."""
@@ -143,7 +147,8 @@ def read_meta(folder: Path) -> dict:
 
 def newest_meta(workdir: Path) -> dict | None:
   """Reads the `meta` of a workdir's newest checkpoint that has one whole, or None without any."""
-  if not any(Path(workdir, FOLDER).glob("[0-9]*")):
+  # A save that was cut off leaves a folder with more than a number for its name.
+  if not any(path.name.isdigit() for path in Path(workdir, FOLDER).glob("*")):
     return None
   for folder in _candidates(Path(workdir)):
     try:
@@ -203,6 +208,8 @@ def _read(folder: Path, like):
 
 
 def _warn(folder: Path, error: Exception):
+  if not multihost.is_writer():
+    return
   reason = " ".join(str(error).split())[:160]
   print(
     f"llmjax: warning: checkpoint {folder} cannot be read ({type(error).__name__}: {reason}); "

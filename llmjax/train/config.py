@@ -7,9 +7,11 @@ from llmjax.data.loader import DataConfig
 from llmjax.data.tasks import Task, TaskConfig
 from llmjax.models.config import ModelConfig
 from llmjax.parallel.mesh import MeshConfig
+from llmjax.parallel.rules import ZERO
 from llmjax.text.tokenizer import Tokenizer, TokenizerConfig, start_id
 from llmjax.train.losses import LossConfig
 from llmjax.train.optim import OptimConfig
+from llmjax.train.pipelined import PipelineConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +22,17 @@ class TrainConfig:
     steps: optimizer steps of the whole run.
     accumulation: micro-batches a step.
     log_every: steps between lines of metrics.
+    zero: what mesh axis `fsdp` cuts: 1 optimizer state; 2 gradients too; 3 weights too.
   """
 
   steps: int = 1000
   accumulation: int = 1
   log_every: int = 1
+  zero: int = 3
 
   def __post_init__(self):
+    if self.zero not in ZERO:
+      raise UserError(f"train.zero {self.zero} is not one of {', '.join(map(str, ZERO))}")
     for key, value in dataclasses.asdict(self).items():
       if value < 1:
         raise UserError(f"train.{key} {value} is less than 1")
@@ -110,6 +116,7 @@ class Config:
   optim: OptimConfig = OptimConfig()
   train: TrainConfig = TrainConfig()
   mesh: MeshConfig = MeshConfig()
+  pipeline: PipelineConfig = PipelineConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   eval: EvalConfig = EvalConfig()
   sample: SampleConfig = SampleConfig()
@@ -147,7 +154,18 @@ class Config:
 
 
 # What may differ when a run goes on: it changes where and how often, not what is learned.
-_FREE = ("mesh.", "checkpoint.", "eval.", "sample.", "data.cache", "data.read_ahead", "train.log_")
+_FREE = (
+  "mesh.",
+  "pipeline.",
+  "train.zero",
+  "model.attention.context",
+  "checkpoint.",
+  "eval.",
+  "sample.",
+  "data.cache",
+  "data.read_ahead",
+  "train.log_",
+)
 
 
 def binding(values: dict) -> dict:

@@ -18,11 +18,12 @@ from llmjax.data.pack import PackedRows
 from llmjax.data.prepare import TokenStore
 from llmjax.models.build import abstract
 from llmjax.models.formulas import forward_flops_per_token
+from llmjax.parallel import multihost
 from llmjax.parallel.rules import batch_sharding
 from llmjax.text.tokenizer import Tokenizer
 from llmjax.train.checkpoint import Checkpoints, make_meta
 from llmjax.train.config import Config
-from llmjax.train.metrics import Reporter, matmul_peak_flops
+from llmjax.train.metrics import NoReport, Reporter, matmul_peak_flops
 from llmjax.train.optim import make_optimizer
 from llmjax.train.state import abstract_state, init_sharded
 from llmjax.train.step import compile_step
@@ -70,7 +71,7 @@ def fit(
   """
   steps, batch_size = config.train.steps, config.data.batch_size
   optimizer = make_optimizer(config.optim, steps, abstract(config.model))
-  like = abstract_state(config.model, optimizer, mesh)
+  like = abstract_state(config.model, optimizer, mesh, config.train.zero)
   train_step = compile_step(
     like,
     mesh,
@@ -79,18 +80,17 @@ def fit(
     batch_size=batch_size,
     loss=config.loss,
     seed=config.seed,
+    zero=config.train.zero,
+    pipeline=config.pipeline,
   )
   rows = PackedRows(store, config.model.context, config.seed)
   meta = make_meta(config, tokenizer, store.key)
   checkpoints = Checkpoints(workdir, config.checkpoint.keep)
   state, start, spent_s = _start(checkpoints, like, config, optimizer, mesh, meta)
 
-  flops_per_token = 3 * forward_flops_per_token(config.model, config.model.context)
-  peak_flops = matmul_peak_flops(config.model.dtype)
+  report = _reporter(config, workdir, start)
+  votes = multihost.Votes()
   began_s = time.perf_counter()
-  report = Reporter(
-    workdir, steps, start, config.train.log_every, flops_per_token, peak_flops
-  )
   feed = batches(
     rows,
     config.task_of(tokenizer),
@@ -112,7 +112,8 @@ def fit(
       if config.eval.every and step % config.eval.every == 0 and step < steps:
         report.write(step, evaluate(state.model))
         give_back()
-      stopping = stop.asked  # read once: a signal must not come between saving and leaving
+      # Asked once a step: a signal must not come between saving and leaving.
+      stopping = votes.add(stop.asked)
       if step % config.checkpoint.every == 0 or step == steps or stopping:
         train_s = spent_s + time.perf_counter() - began_s
         checkpoints.save(state, {**meta, "train_seconds": train_s})
@@ -122,7 +123,7 @@ def fit(
   train_s = spent_s + time.perf_counter() - began_s
   report.close()
   checkpoints.close()
-  if stop.asked:
+  if multihost.agree(stop.asked):
     raise Interrupted(f"stopped after step {int(state.step)} of {steps}")
   return Fitted(state.model, train_s)
 
@@ -131,7 +132,7 @@ def _start(checkpoints, like, config, optimizer, mesh, meta):
   """Returns (state, steps done, seconds spent) from a checkpoint, or of step 0."""
   restored = checkpoints.restore(like)
   if restored is None:
-    return init_sharded(config.model, config.seed, optimizer, mesh), 0, 0.0
+    return init_sharded(config.model, config.seed, optimizer, mesh, config.train.zero), 0, 0.0
   state, found = restored
   if found["data_key"] != meta["data_key"]:
     raise UserError(
@@ -141,8 +142,19 @@ def _start(checkpoints, like, config, optimizer, mesh, meta):
   step = int(state.step)
   if step > config.train.steps:
     raise UserError(f"the run is at step {step}, beyond train.steps {config.train.steps}")
-  print(f"going on from step {step}", file=sys.stderr)
+  if multihost.is_writer():
+    print(f"going on from step {step}", file=sys.stderr)
   return state, step, found["train_seconds"]
+
+
+def _reporter(config: Config, workdir: Path, start: int):
+  """The writer's reports; the other processes make none."""
+  flops_per_token = 3 * forward_flops_per_token(config.model, config.model.context)
+  peak_flops = matmul_peak_flops(config.model.dtype)  # of all processes at the same time
+  if not multihost.is_writer():
+    return NoReport()
+  steps, every = config.train.steps, config.train.log_every
+  return Reporter(workdir, steps, start, every, flops_per_token, peak_flops)
 
 
 class _Signals:
@@ -162,7 +174,9 @@ class _Signals:
     if self.asked:
       raise KeyboardInterrupt
     self.asked = True
-    print("\nstopping: saving a checkpoint (again to stop at once)", file=sys.stderr, flush=True)
+    if multihost.is_writer():
+      text = "\nstopping: saving a checkpoint (again to stop at once)"
+      print(text, file=sys.stderr, flush=True)
 
   def __exit__(self, *error):
     for number, handler in self._before.items():

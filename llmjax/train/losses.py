@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from llmjax.core.choices import check_least
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
+from llmjax.parallel.rules import ACTIVATIONS, shard, ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,11 @@ def token_nll(logits_btv, targets_bt):
   """Computes -log p(target) at every position: nll_bt in nats, fp32."""
   high_bt1 = jax.lax.stop_gradient(logits_btv.max(-1, keepdims=True))
   sum_bt = jnp.sum(jnp.exp(logits_btv - high_bt1), axis=-1)
-  target_bt = jnp.take_along_axis(logits_btv, targets_bt[..., None], axis=-1)[..., 0]
+  if ways("v", ACTIVATIONS) == 1:
+    target_bt = jnp.take_along_axis(logits_btv, targets_bt[..., None], axis=-1)[..., 0]
+  else:  # looking one up in a vocabulary that is cut would gather all logits
+    here_btv = jnp.arange(logits_btv.shape[-1]) == targets_bt[..., None]
+    target_bt = jnp.sum(jnp.where(here_btv, logits_btv, 0), axis=-1)
   return jnp.log(sum_bt) + high_bt1[..., 0] - target_bt
 
 
@@ -95,6 +100,8 @@ def head_loss(config: LossConfig, head, x_btd, targets_bt, weights_bt):
     (objective sum, cross-entropy sum), fp32 scalars; the gradient is the first one's and exact.
   """
 
+  x_btd = shard(x_btd, "btd")
+
   def add(sums, x, targets, weights):
     part = objective(head.logits(x), targets, weights, config)
     return jax.tree.map(jnp.add, sums, part), None
@@ -112,6 +119,7 @@ def _head_loss_forward(config, head, x_btd, targets_bt, weights_bt):
     grad_head, grad_x = pull(jnp.float32(1))
     return jax.tree.map(jnp.add, carry, (total, nll, grad_head)), grad_x
 
+  x_btd = shard(x_btd, "btd")
   zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, head))
   carry, grad_x = _fold(add, zero, config.chunk, x_btd, targets_bt, weights_bt)
   total, nll, grad_head = carry
@@ -133,16 +141,17 @@ def _fold(add, carry, chunk: int, *arrays):
   The whole runs are a loop: written out they would all be alive at once (XLA's CPU backend orders
   them so), and no faster. What is left over is a run by itself.
   """
-  t = arrays[0].shape[1]
-  chunk = chunk or t
+  t, parts = arrays[0].shape[1], ways("t", ACTIVATIONS)
+  chunk = parts * (chunk or t)  # of every device's own positions
   if t <= chunk:
     return add(carry, *arrays)
+  if parts > 1:  # a run takes its part from every device, so none has to be sent
+    chunk = next(size for size in range(chunk, 0, -parts) if t % size == 0)
   whole = t // chunk * chunk
   runs = tuple(_cut(a[:, :whole], chunk) for a in arrays)
   carry, out = jax.lax.scan(lambda carry, run: add(carry, *run), carry, runs)
   if out is not None:
-    out = jnp.moveaxis(out, 0, 1)
-    out = out.reshape(out.shape[0], whole, *out.shape[3:])
+    out = _joined(out)
   if whole < t:
     carry, rest = add(carry, *(a[:, whole:] for a in arrays))
     out = None if out is None else jnp.concatenate([out, rest], axis=1)
@@ -150,6 +159,16 @@ def _fold(add, carry, chunk: int, *arrays):
 
 
 def _cut(array, chunk: int):
-  """Cuts [b, t, …] into runs [t / chunk, b, chunk, …]."""
+  """Cuts [b, t, …] into runs [t / chunk, b, chunk, …], each with its part of every device's t."""
   b, t, *rest = array.shape
-  return jnp.moveaxis(array.reshape(b, t // chunk, chunk, *rest), 1, 0)
+  parts = ways("t", ACTIVATIONS)
+  array = array.reshape(b, parts, t // chunk, chunk // parts, *rest)
+  return jnp.moveaxis(array, 2, 0).reshape(t // chunk, b, chunk, *rest)
+
+
+def _joined(runs):
+  """Undoes `_cut`."""
+  count, b, chunk, *rest = runs.shape
+  parts = ways("t", ACTIVATIONS)
+  runs = runs.reshape(count, b, parts, chunk // parts, *rest)
+  return jnp.moveaxis(runs, 0, 2).reshape(b, count * chunk, *rest)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llmjax.core.compat import same_bits_options
 from llmjax.models.build import build
 from llmjax.models.config import ModelConfig
-from llmjax.parallel.rules import optimizer_shardings, state_shardings
+from llmjax.parallel.rules import REPLICATED, WEIGHTS, optimizer_shardings, weight_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -36,31 +36,39 @@ def init_state(config: ModelConfig, seed: int, optimizer) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
 
 
-def train_shardings(mesh: Mesh, state: TrainState) -> TrainState:
-  """Gives every leaf of a state, or of its description, its sharding."""
+def train_shardings(mesh: Mesh, state: TrainState, zero: int = 3) -> TrainState:
+  """Gives every leaf of a state, or of its description, its sharding.
+
+  Args:
+    mesh: the run's mesh.
+    state: arrays or their descriptions.
+    zero: with 3 `fsdp` cuts weights and optimizer state, with 1 and 2 the state alone.
+  """
   return TrainState(
     step=NamedSharding(mesh, PartitionSpec()),
-    model=state_shardings(mesh, state.model),
+    model=weight_shardings(mesh, state.model, WEIGHTS if zero == 3 else REPLICATED),
     optimizer=optimizer_shardings(mesh, state.optimizer, state.model),
   )
 
 
-def init_sharded(config: ModelConfig, seed: int, optimizer, mesh: Mesh) -> TrainState:
+def init_sharded(
+  config: ModelConfig, seed: int, optimizer, mesh: Mesh, zero: int = 3
+) -> TrainState:
   """Makes the state of step 0 where it will live: the same bits on every mesh of a platform.
 
-  No device ever holds the whole.
+  No device ever holds more than its part.
   """
   make = lambda: init_state(config, seed, optimizer)  # noqa: E731
-  shardings = train_shardings(mesh, jax.eval_shape(make))
+  shardings = train_shardings(mesh, jax.eval_shape(make), zero)
   options = same_bits_options(mesh.devices.flat[0].platform)
   return jax.jit(make, out_shardings=shardings, compiler_options=options)()
 
 
-def abstract_state(config: ModelConfig, optimizer, mesh: Mesh) -> TrainState:
+def abstract_state(config: ModelConfig, optimizer, mesh: Mesh, zero: int = 3) -> TrainState:
   """Describes the state (shapes, dtypes, shardings) without making it."""
   shapes = jax.eval_shape(lambda: init_state(config, 0, optimizer))
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes,
-    train_shardings(mesh, shapes),
+    train_shardings(mesh, shapes, zero),
   )

@@ -1,4 +1,10 @@
-"""One training step: micro-batches, gradients, optimizer; jitted with explicit shardings."""
+"""One training step: micro-batches, gradients, optimizer; jitted with explicit shardings.
+
+ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054) is a choice of layouts: of the weights between
+steps, of the sum of gradients, of the optimizer's state.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +13,30 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
-from llmjax.parallel.rules import ACTIVATIONS, batch_sharding, check_divides
+from llmjax.parallel.rules import (
+  ACTIVATIONS,
+  REPLICATED,
+  WEIGHTS,
+  batch_sharding,
+  check_divides,
+  check_layout,
+  lay_out,
+  ways,
+  weight_shardings,
+)
 from llmjax.train.losses import LossConfig, head_loss
+from llmjax.train.pipelined import PipelineConfig, pipelined_grad
 from llmjax.train.state import TrainState, train_shardings
 
 
 def loss_and_grad(
-  model, batch: Batch, accumulation: int = 1, loss: LossConfig | None = None, key=None
+  model,
+  batch: Batch,
+  accumulation: int = 1,
+  loss: LossConfig | None = None,
+  key=None,
+  zero: int = 3,
+  pipeline: PipelineConfig | None = None,
 ):
   """Computes the mean loss over a batch and its gradient, a micro-batch at a time.
 
@@ -26,18 +49,31 @@ def loss_and_grad(
     accumulation: number of micro-batches.
     loss: terms beside the cross-entropy.
     key: PRNG key of dropout; None drops nothing.
+    zero: with 1 gradients are summed whole on every device of `fsdp`, else each sums its part.
+    pipeline: how micro-batches go through the stages of a mesh that has several.
   Returns:
     (cross-entropy in nats a prediction, gradient of the objective shaped as the model, number of
     predictions).
   """
   loss = loss or LossConfig()
+  table = REPLICATED if zero == 1 else WEIGHTS
+  if ways("l", WEIGHTS) > 1:
+    parts = micro_batches(batch, accumulation)
+    grads, nll = pipelined_grad(model, parts, loss, key, pipeline, zero)
+    count = jnp.sum(batch.loss_mask_bt)
+    scale = 1 / jnp.maximum(count, 1)
+    grads = jax.tree.map(lambda grad: grad * scale, grads)
+    return nll * scale, lay_out(grads, table), count
 
   def objective_sum(model, part: Batch, key):
     x_btd, _ = model.hidden(part, key=key)
     total, nll = head_loss(loss, model.head, x_btd, part.targets_bt, part.loss_mask_bt)
     return total, (nll, jnp.sum(part.loss_mask_bt))
 
-  grad = jax.grad(objective_sum, has_aux=True)
+  def grad(model, part, key):
+    grads, sums = jax.grad(objective_sum, has_aux=True)(model, part, key)
+    return lay_out(grads, table), sums
+
   if accumulation == 1:
     grads, (nll, count) = grad(model, batch, key)
   else:
@@ -47,9 +83,10 @@ def loss_and_grad(
       part_key = None if key is None else jax.random.fold_in(key, number)
       return jax.tree.map(jnp.add, carry, grad(model, part, part_key)), None
 
-    zero = (jax.tree.map(jnp.zeros_like, model), (jnp.float32(0), jnp.float32(0)))
+    nothing = lay_out(jax.tree.map(jnp.zeros_like, model), table)
+    start = (nothing, (jnp.float32(0), jnp.float32(0)))
     parts = (jnp.arange(accumulation), micro_batches(batch, accumulation))
-    (grads, (nll, count)), _ = jax.lax.scan(add, zero, parts)
+    (grads, (nll, count)), _ = jax.lax.scan(add, start, parts)
   scale = 1 / jnp.maximum(count, 1)
   return nll * scale, jax.tree.map(lambda grad: grad * scale, grads), count
 
@@ -61,7 +98,16 @@ def micro_batches(batch: Batch, parts: int) -> Batch:
   )
 
 
-def train_step(
+def train_step(state: TrainState, batch: Batch, **how):
+  """Advances the state by one batch; takes what `advance` takes.
+
+  Returns:
+    (state, metrics): `loss` in nats a token, `grad_norm` before clipping, `tokens` predicted.
+  """
+  return advance(state, batch, **how)[:2]
+
+
+def advance(
   state: TrainState,
   batch: Batch,
   *,
@@ -69,20 +115,35 @@ def train_step(
   accumulation: int = 1,
   loss: LossConfig | None = None,
   seed: int = 0,
+  zero: int = 3,
+  pipeline: PipelineConfig | None = None,
 ):
   """Advances the state by one batch.
 
+  Args:
+    state: what the step takes.
+    batch: [b, t], b a multiple of `accumulation`.
+    optimizer: optax transformation.
+    accumulation: micro-batches.
+    loss: terms beside the cross-entropy.
+    seed: with the step number, decides what dropout drops.
+    zero: what `fsdp` cuts: 1 optimizer state, 2 and gradients, 3 and weights.
+    pipeline: see `loss_and_grad`.
   Returns:
-    (state, metrics): `loss` in nats a token, `grad_norm` before clipping, `tokens` predicted.
+    (state, metrics, gradients before clipping).
   """
   key = None
   if state.model.config.dropout:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-  nll, grads, count = loss_and_grad(state.model, batch, accumulation, loss, key)
-  updates, opt_state = optimizer.update(grads, state.optimizer, state.model)
-  model = optax.apply_updates(state.model, updates)
+  nll, grads, count = loss_and_grad(
+    state.model, batch, accumulation, loss, key, zero, pipeline
+  )
+  # Each device of `fsdp` updates its part, whatever it holds of the weights.
+  grads, model = lay_out(grads, WEIGHTS), lay_out(state.model, WEIGHTS)
+  updates, opt_state = optimizer.update(grads, state.optimizer, model)
+  model = optax.apply_updates(model, updates)
   metrics = {"loss": nll, "grad_norm": optax.tree.norm(grads), "tokens": count}
-  return TrainState(state.step + 1, model, opt_state), metrics
+  return TrainState(state.step + 1, model, opt_state), metrics, grads
 
 
 def compile_step(
@@ -94,6 +155,9 @@ def compile_step(
   batch_size: int,
   loss: LossConfig | None = None,
   seed: int = 0,
+  zero: int = 3,
+  pipeline: PipelineConfig | None = None,
+  with_grads: bool = False,
 ):
   """Jits the step for a mesh: state donated, every input and output sharding given.
 
@@ -105,6 +169,9 @@ def compile_step(
     batch_size: rows of the global batch.
     loss: terms beside the cross-entropy.
     seed: with the step number, decides what dropout drops.
+    zero: what `fsdp` cuts: 1 optimizer state, 2 and gradients, 3 and weights.
+    pipeline: see `loss_and_grad`.
+    with_grads: the step also returns the gradients.
   Returns:
     `(state, batch) -> (state, metrics)`.
   Raises:
@@ -115,16 +182,20 @@ def compile_step(
       f"data.batch_size {batch_size} is not a multiple of train.accumulation {accumulation}"
     )
   check_divides(mesh, "micro-batch", "b", (batch_size // accumulation,), ACTIVATIONS)
-  shardings = train_shardings(mesh, state)
-
-  def step(state, batch):
-    return train_step(
-      state, batch, optimizer=optimizer, accumulation=accumulation, loss=loss, seed=seed
-    )
-
-  return jax.jit(
-    step,
-    in_shardings=(shardings, batch_sharding(mesh)),
-    out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-    donate_argnums=0,
+  check_divides(mesh, "row", "t", (state.model.config.context,), ACTIVATIONS)
+  check_layout(mesh, state.model, WEIGHTS if zero == 3 else REPLICATED)
+  shardings = train_shardings(mesh, state, zero)
+  step = functools.partial(
+    advance if with_grads else train_step,
+    optimizer=optimizer,
+    accumulation=accumulation,
+    loss=loss,
+    seed=seed,
+    zero=zero,
+    pipeline=pipeline,
   )
+  out = (shardings, NamedSharding(mesh, PartitionSpec()))
+  if with_grads:
+    out = (*out, weight_shardings(mesh, state.model))
+  into = (shardings, batch_sharding(mesh))
+  return jax.jit(step, in_shardings=into, out_shardings=out, donate_argnums=0)

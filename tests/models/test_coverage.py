@@ -12,7 +12,7 @@ import pytest
 
 from llmjax.models import build, config
 from llmjax.models.config import ModelConfig
-from llmjax.nn import attention, kernels, mlp, norm, position
+from llmjax.nn import attention, context, kernels, mlp, norm, position
 from tests.models.variants import VARIANTS, reference_config
 
 CHOICES = {
@@ -26,6 +26,7 @@ CHOICES = {
   "attention.qk_norm": attention.QK_NORMS,
   "attention.bias": attention.BIASES,
   "attention.kernel": kernels.KERNELS,
+  "attention.context": context.CONTEXTS,
   "position.kind": position.KINDS,
   "position.layout": position.LAYOUTS,
   "position.scaling": position.SCALINGS,
@@ -33,11 +34,13 @@ CHOICES = {
   "norm.place": norm.PLACES,
   "vision.activation": ("gelu", "quick_gelu"),  # of the same functions as `activation`
 }
-# Kernels of other machines, of which tests/nn compares what can run here, and what only generation
-# reads (tests/serve/test_generate_kinds.py).
+# Kernels of other machines, of which tests/nn compares what can run here; what several devices do
+# (tests/multidevice/test_context.py); what only generation reads (tests/serve/test_generate_kinds.py).
 ELSEWHERE = {
   ("attention.kernel", "splash"),
   ("attention.kernel", "cudnn"),
+  ("attention.context", "gather"),
+  ("attention.context", "all_to_all"),
   ("embed.start_token", "another"),
 }
 

@@ -12,39 +12,41 @@ from llmjax.core import tree
 from llmjax.core.dims import LETTERS
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
+from llmjax.parallel import rules
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import (
   ACTIVATIONS,
+  REPLICATED,
   WEIGHTS,
   batch_sharding,
   check_divides,
+  check_layout,
   shard,
   spec,
-  state_shardings,
+  weight_shardings,
 )
 
 
-def abstract_mesh(data, fsdp, tensor):
-  return AbstractMesh(
-    (data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
-  )
+def abstract_mesh(data, fsdp, tensor, stage=1):
+  sizes = {"data": data, "fsdp": fsdp, "stage": stage, "context": 1, "expert": 1, "tensor": tensor}
+  return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 6)
 
 
 @pytest.mark.parametrize(
   ("letters", "table", "expected"),
   [
     ("df", WEIGHTS, P("fsdp", "tensor")),
-    ("ldnh", WEIGHTS, P(None, "fsdp", "tensor", None)),
-    ("lnhd", WEIGHTS, P(None, "tensor", None, "fsdp")),
+    ("ldnh", WEIGHTS, P("stage", "fsdp", "tensor", None)),
+    ("lnhd", WEIGHTS, P("stage", "tensor", None, "fsdp")),
     ("dkh", WEIGHTS, P("fsdp", "tensor", None)),
     ("vd", WEIGHTS, P("tensor", "fsdp")),
     ("d", WEIGHTS, P("fsdp")),
     ("", WEIGHTS, P()),
-    ("btd", ACTIVATIONS, P(("data", "fsdp"), None, None)),
-    ("btnh", ACTIVATIONS, P(("data", "fsdp"), None, "tensor", None)),
-    ("btf", ACTIVATIONS, P(("data", "fsdp"), None, "tensor")),
-    ("btv", ACTIVATIONS, P(("data", "fsdp"), None, "tensor")),
-    ("bt", ACTIVATIONS, P(("data", "fsdp"), None)),
+    ("btd", ACTIVATIONS, P(("data", "fsdp", "expert"), "context", None)),
+    ("btnh", ACTIVATIONS, P(("data", "fsdp", "expert"), "context", "tensor", None)),
+    ("btf", ACTIVATIONS, P(("data", "fsdp", "expert"), "context", "tensor")),
+    ("btv", ACTIVATIONS, P(("data", "fsdp", "expert"), "context", "tensor")),
+    ("bt", ACTIVATIONS, P(("data", "fsdp", "expert"), "context")),
   ],
 )
 def test_letters_are_looked_up_one_by_one(letters, table, expected):
@@ -61,20 +63,43 @@ def test_both_tables_speak_of_known_letters_and_axes_only():
 
 def test_every_weight_of_a_model_gets_the_sharding_of_its_letters(tiny_config):
   mesh = abstract_mesh(2, 4, 2)
-  found = tree.flatten(state_shardings(mesh, abstract(tiny_config)))
+  found = tree.flatten(weight_shardings(mesh, abstract(tiny_config)))
   assert found["embed/token_vd"].spec == P("tensor", "fsdp")
   assert found["decoder/norm/scale_d"].spec == P("fsdp")
-  assert found["decoder/blocks/mlp_norm/scale_d"].spec == P(None, "fsdp")
-  assert found["decoder/blocks/attention/query_dnh"].spec == P(None, "fsdp", "tensor", None)
-  assert found["decoder/blocks/attention/key_dkh"].spec == P(None, "fsdp", "tensor", None)
-  assert found["decoder/blocks/attention/out_nhd"].spec == P(None, "tensor", None, "fsdp")
-  assert found["decoder/blocks/mlp/down_fd"].spec == P(None, "tensor", "fsdp")
+  assert found["decoder/blocks/mlp_norm/scale_d"].spec == P("stage", "fsdp")
+  assert found["decoder/blocks/attention/query_dnh"].spec == P("stage", "fsdp", "tensor", None)
+  assert found["decoder/blocks/attention/key_dkh"].spec == P("stage", "fsdp", "tensor", None)
+  assert found["decoder/blocks/attention/out_nhd"].spec == P("stage", "tensor", None, "fsdp")
+  assert found["decoder/blocks/mlp/down_fd"].spec == P("stage", "tensor", "fsdp")
 
 
 def test_a_weight_the_mesh_does_not_divide_is_named_with_letter_size_and_axis(tiny_config):
   # tiny_config has 2 key/value heads.
   with pytest.raises(UserError, match=r"key_dkh.* 2 key/value heads \('k'\).*tensor 4"):
-    state_shardings(abstract_mesh(1, 1, 4), abstract(tiny_config))
+    weight_shardings(abstract_mesh(1, 1, 4), abstract(tiny_config))
+
+
+def test_layers_that_stages_do_not_divide_are_cut_along_the_width(tiny_config):
+  layers = tiny_config.layers
+  found = weight_shardings(abstract_mesh(1, 2, 1, stage=2 * layers), abstract(tiny_config))
+  specs = {path: sharding.spec for path, sharding in tree.flatten(found).items()}
+  assert specs["decoder/blocks/mlp/up_df"] == P(None, ("fsdp", "stage"), "tensor")
+  assert specs["embed/token_vd"] == P("tensor", "fsdp")
+
+
+def test_without_zero_3_weights_are_whole_on_fsdp(tiny_config):
+  mesh = abstract_mesh(1, 4, 2)
+  weights = tree.flatten(weight_shardings(mesh, abstract(tiny_config), REPLICATED))
+  assert weights["decoder/blocks/mlp/up_df"].spec == P("stage", None, "tensor")
+
+
+def test_a_large_weight_that_nothing_cuts_is_named(monkeypatch, tiny_config):
+  shapes = abstract(tiny_config)
+  check_layout(abstract_mesh(1, 2, 2), shapes, WEIGHTS)
+  monkeypatch.setattr(rules, "WHOLE_BYTES", 100)
+  check_layout(abstract_mesh(8, 1, 1), shapes, WEIGHTS)  # whole copies are what data means
+  with pytest.raises(UserError, match=r"scale_d' \(ld\) of 0 MB would live whole.*along tensor"):
+    check_layout(abstract_mesh(1, 1, 2), shapes, WEIGHTS)
 
 
 def test_check_divides_multiplies_the_axes_of_a_letter():
@@ -96,12 +121,12 @@ def test_shard_under_a_mesh_constrains_to_the_letters_and_keeps_values():
     jaxpr = jax.make_jaxpr(lambda x: shard(x, "btf"))(x)
     y = jax.jit(lambda x: shard(x, "btf"))(x)
   constraint = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "sharding_constraint")
-  assert constraint.params["sharding"].spec == P(("data", "fsdp"), None, "tensor")
+  assert constraint.params["sharding"].spec == P(("data", "fsdp", "expert"), "context", "tensor")
   assert_array_equal(y, x)
 
 
 def test_batches_are_cut_along_rows():
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  assert batch_sharding(mesh) == NamedSharding(mesh, P(("data", "fsdp"), None))
+  assert batch_sharding(mesh) == NamedSharding(mesh, P(("data", "fsdp", "expert")))
   placed = jax.device_put(np.zeros((2, 3)), batch_sharding(mesh))
   assert placed.shape == (2, 3)

@@ -1,0 +1,1 @@
+"""What puts a run on machines, one file a kind of machine."""

@@ -1,0 +1,73 @@
+"""Draws pipeline schedules as the papers do: time across, stages down, microbatches in cells."""
+
+from pathlib import Path
+
+from llmjax.parallel.schedules import Schedule, make_schedule, peak_activations
+
+FILLS = {"F": ("#a6cbe8", "#3b78b0"), "B": ("#b4dfae", "#3f8f4a"), "W": ("#fbcf9a", "#d9731a")}
+IDLE = "#eeeeee"
+
+
+def draw_schedules(path: str | Path, stages: int = 4, microbatches: int = 8, chunks: int = 2):
+  """Writes a picture of the four schedules on one scale of time, F, B and W of a stage each 1.
+
+  A B that is not split is 2 long; the actions of one of several chunks are so many times shorter,
+  and darker from the second chunk on.
+
+  Args:
+    path: file to write; its ending says the format.
+    stages: length of the pipelines.
+    microbatches: a multiple of `stages`.
+    chunks: chunks a stage of the interleaved schedule.
+  """
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  schedules = [
+    make_schedule("gpipe", stages, microbatches),
+    make_schedule("1f1b", stages, microbatches),
+    make_schedule("interleaved", stages, microbatches, chunks),
+    make_schedule("zb_h1", stages, microbatches),
+  ]
+  length = 3 * (microbatches + stages - 1)  # of gpipe, the longest
+  size = (0.42 * length + 1.2, len(schedules) * (0.36 * stages + 0.75) + 0.6)
+  figure, axes = plt.subplots(len(schedules), 1, figsize=size, sharex=True)
+  for axis, schedule in zip(axes, schedules, strict=True):
+    _draw(axis, schedule)
+  axes[-1].set(xlim=(-0.1, length + 0.1), xlabel="time, in forwards of a whole stage")
+  legend = {
+    "F: forward": FILLS["F"][0],
+    "B: backward, by the input alone where there is W": FILLS["B"][0],
+    "W: backward, by the weights": FILLS["W"][0],
+    "F of a later chunk": FILLS["F"][1],
+    "B of a later chunk": FILLS["B"][1],
+    "idle": IDLE,
+  }
+  patches = [plt.Rectangle((0, 0), 1, 1, color=color) for color in legend.values()]
+  figure.legend(patches, legend, ncols=len(legend), loc="upper right", frameon=False)
+  figure.tight_layout(rect=(0, 0, 1, 0.97))
+  figure.savefig(path, dpi=100)
+  plt.close(figure)
+
+
+def _draw(axis, schedule: Schedule):
+  unit = 1 / schedule.chunks
+  for stage, line in enumerate(lines := schedule.timeline(unit, unit, unit)):
+    axis.barh(stage, max(line[-1][1] for line in lines), height=0.94, color=IDLE)
+    for start, end, (kind, chunk, microbatch) in line:
+      fill, ink = FILLS[kind][chunk > 0], "white" if chunk else "black"
+      axis.barh(stage, end - start, left=start, height=0.94, color=fill, ec="white", lw=0.8)
+      axis.text((start + end) / 2, stage, microbatch, ha="center", va="center", color=ink, size=8)
+  kind, of = schedule.kind, ""
+  if schedule.chunks > 1:
+    kind, of = f"{kind}, {schedule.chunks} chunks a stage", f" (each of 1/{schedule.chunks} stage)"
+  peaks = ", ".join(map(str, peak_activations(schedule)))
+  title = f"{kind}: bubble {schedule.bubble_fraction():.1%}, peak activations {peaks}{of}"
+  axis.set_title(title, loc="left", fontsize=10)
+  stages = range(schedule.stages)
+  axis.set(yticks=stages, yticklabels=[f"stage {stage}" for stage in stages])
+  axis.invert_yaxis()
+  axis.spines[:].set_visible(False)
+  axis.tick_params(length=0)

@@ -1,0 +1,309 @@
+"""Pipeline schedules as tables of ticks × stages, made and checked by pure functions.
+
+A stage holds one or more chunks of layers; chunk c on stage s is virtual stage c · stages + s, so
+activations always go to the next stage of the ring and gradients to the one before. What a runtime
+needs beyond the order — which buffer each value lies in — is worked out here too (`tables`).
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from llmjax.core.errors import UserError, nearest
+
+KINDS = ("gpipe", "1f1b", "interleaved", "zb_h1")
+CODES = {"F": 1, "B": 2, "W": 3}  # in Tables.kind; 0 is idle
+
+
+class Action(NamedTuple):
+  """What a stage does in one tick, for one chunk and one microbatch.
+
+  Kinds: F is the forward; B the gradient by the input, and in schedules without W by the weights
+  too; W the gradient by the weights alone.
+  """
+
+  kind: str
+  chunk: int
+  microbatch: int
+
+  def __str__(self):
+    return f"{self.kind} of chunk {self.chunk}, microbatch {self.microbatch}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """Which stage does what in which tick; what a tick makes is with the neighbour before the next.
+
+  `table` has for each tick, for each stage, its `Action`, or None where it idles.
+  """
+
+  kind: str
+  stages: int
+  microbatches: int
+  chunks: int
+  table: tuple[tuple[Action | None, ...], ...]
+
+  @property
+  def splits_backward(self) -> bool:
+    """Whether the weight gradient is an action of its own (`W`)."""
+    return self.kind == "zb_h1"
+
+  def timeline(self, forward=1, backward=1, weight=1) -> list[list[tuple]]:
+    """Runs each stage's actions in their order, each as soon as what it needs is there.
+
+    Stages do not wait for one another's ticks here, and sending takes no time.
+
+    Args:
+      forward: time of one F, any unit; like the others for one chunk.
+      backward: time of the gradient by the input.
+      weight: time of the gradient by the weights; a B that is not split takes backward + weight.
+    Returns:
+      For each stage, (start, end, `Action`) in order.
+    Raises:
+      UserError: an action waits for something that never comes.
+    """
+    fused = 0 if self.splits_backward else weight
+    times = {"F": forward, "B": backward + fused, "W": weight}
+    orders = [[action for action in column if action] for column in zip(*self.table, strict=True)]
+    return _simulate(orders, self.chunks, times)
+
+  def bubble_fraction(self, forward=1, backward=1, weight=1) -> float:
+    """Part of the stages' time that is idle, 1 − busy / (stages · length of the `timeline`)."""
+    lines = self.timeline(forward, backward, weight)
+    busy = sum(end - start for line in lines for start, end, _ in line)
+    return 1 - busy / (self.stages * max(line[-1][1] for line in lines))
+
+
+def make_schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Schedule:
+  """Makes a schedule: per stage an order of actions, each placed on the first tick it can have.
+
+  Every kind is some forwards to warm up, then one forward and one backward by turns:
+    gpipe: all forwards first.
+    1f1b: on stage s of p, p − s − 1 to warm up, so that min(m, p − s) microbatches are alive.
+    interleaved: 1f1b over chunks ≥ 2, in rounds of p microbatches a chunk; the bubble is
+      (p − 1) / (chunks · m + p − 1), for more activations alive and chunks times the sends.
+    zb_h1: 1f1b whose W come s backwards late and fill the bubble down to p − 1 times
+      forward + backward − weight (m ≥ p, weight ≤ backward), with no more than the min(m, p)
+      microbatches alive on any stage that 1f1b has on stage 0.
+
+  Args:
+    kind: one of `KINDS`.
+    stages: length of the pipeline, p ≥ 1.
+    microbatches: m ≥ 1; a multiple of `stages` when interleaved (others deadlock or lose time).
+    chunks: virtual stages on each stage; 1 unless interleaved.
+  Returns:
+    A schedule that `check` accepts.
+  Raises:
+    UserError: the kind is unknown, or the numbers do not work for it.
+  Source: GPipe, Huang et al. 2018, arXiv:1811.06965; 1F1B, Narayanan et al. 2019 (PipeDream), as
+    flushed and interleaved in Narayanan et al. 2021, arXiv:2104.04473, §2.2; ZB-H1, Qi et al.
+    2023, arXiv:2401.10241, §2.1.
+  """
+  _check_numbers(kind, stages, microbatches, chunks)
+  orders = [_order(kind, stage, stages, microbatches, chunks) for stage in range(stages)]
+  lines = _simulate(orders, chunks, {"F": 1, "B": 1, "W": 1})
+  at = {(tick, stage): act for stage, line in enumerate(lines) for tick, _, act in line}
+  ticks = range(max(at)[0] + 1)
+  table = tuple(tuple(at.get((tick, stage)) for stage in range(stages)) for tick in ticks)
+  return Schedule(kind, stages, microbatches, chunks, table)
+
+
+def _check_numbers(kind, stages, microbatches, chunks):
+  if kind not in KINDS:
+    raise UserError(f"no pipeline schedule {kind!r}; {nearest(kind, KINDS)}")
+  for name, count in (("stage", stages), ("microbatch", microbatches), ("chunk", chunks)):
+    if count < 1:
+      raise UserError(f"a pipeline schedule needs at least one {name}, not {count}")
+  if (kind == "interleaved") != (chunks > 1):
+    wanted = "two chunks a stage or more" if kind == "interleaved" else "one chunk a stage"
+    raise UserError(f"schedule {kind!r} has {wanted}, not {chunks}")
+  if kind == "interleaved" and microbatches % stages:
+    raise UserError(
+      f"schedule 'interleaved' goes in rounds of one microbatch a stage: {microbatches} "
+      f"microbatches are not a multiple of {stages} stages"
+    )
+
+
+def _order(kind, stage, stages, microbatches, chunks) -> list[Action]:
+  # The chunks take turns in rounds of `stages` microbatches (Megatron-LM); one chunk: 0, 1, 2, …
+  turns = [(chunk, microbatch) for chunk in range(chunks) for microbatch in range(microbatches)]
+  turns.sort(key=lambda turn: (turn[1] // stages, turn))
+  after = stages - stage - 1
+  interleaved = 2 * after + (chunks - 1) * stages
+  warmup = {"gpipe": len(turns), "interleaved": interleaved}.get(kind, after)
+  forwards = [Action("F", *turn) for turn in turns]
+  order = forwards[:warmup]
+  for done, (chunk, microbatch) in enumerate(turns):
+    order += forwards[warmup + done : warmup + done + 1]
+    order.append(Action("B", chunks - 1 - chunk, microbatch))
+    if kind == "zb_h1" and done >= stage:
+      order.append(Action("W", 0, done - stage))
+  if kind == "zb_h1":
+    order += [Action("W", 0, late) for late in range(max(0, microbatches - stage), microbatches)]
+  return order
+
+
+def _needs(stage, action, stages, chunks) -> list[tuple[int, Action]]:
+  """The (stage, action) that must run before: its neighbour's first, if any."""
+  kind, chunk, microbatch = action
+  virtual = chunk * stages + stage + (1 if kind == "B" else -1)
+  needs = []
+  if kind != "W" and 0 <= virtual < stages * chunks:
+    needs.append((virtual % stages, Action(kind, virtual // stages, microbatch)))
+  if kind != "F":
+    needs.append((stage, Action("F" if kind == "B" else "B", chunk, microbatch)))
+  return needs
+
+
+def _simulate(orders, chunks, times) -> list[list[tuple]]:
+  ends, lines = {}, [[] for _ in orders]
+  moved = True
+  while moved:
+    moved = False
+    for stage, (order, line) in enumerate(zip(orders, lines, strict=True)):
+      for action in order[len(line) :]:
+        needs = _needs(stage, action, len(orders), chunks)
+        if any(need not in ends for need in needs):
+          break
+        start = max([ends[need] for need in needs] + [line[-1][1] if line else 0])
+        ends[stage, action] = start + times[action.kind]
+        line.append((start, ends[stage, action], action))
+        moved = True
+  for stage, (order, line) in enumerate(zip(orders, lines, strict=True)):
+    if len(line) < len(order):
+      raise UserError(f"the schedule stops: stage {stage} waits for ever at {order[len(line)]}")
+  return lines
+
+
+def _placed(schedule: Schedule):
+  for tick, row in enumerate(schedule.table):
+    for stage, action in enumerate(row):
+      if action is not None:
+        yield tick, stage, action
+
+
+def check(schedule: Schedule) -> None:
+  """Proves a table: everything happens exactly once, after what it needs.
+
+  With v a virtual stage and m a microbatch, F(v, m) needs F(v − 1, m); B(v, m) needs F(v, m) and
+  B(v + 1, m); W(v, m) needs B(v, m); each at an earlier tick.
+
+  Raises:
+    UserError: names tick, stage and action of the first fault.
+  """
+  kinds = ("F", "B", "W") if schedule.splits_backward else ("F", "B")
+  expected = {
+    (stage, Action(kind, chunk, microbatch)): None
+    for kind in kinds
+    for microbatch in range(schedule.microbatches)
+    for chunk in range(schedule.chunks)
+    for stage in range(schedule.stages)
+  }
+  for tick, row in enumerate(schedule.table):
+    if len(row) != schedule.stages:
+      raise UserError(f"tick {tick} has {len(row)} stages, the schedule {schedule.stages}")
+  ran = {}
+  for tick, stage, action in _placed(schedule):
+    where = f"tick {tick}, stage {stage}: {action}"
+    if (stage, action) not in expected:
+      raise UserError(f"{where} does not belong to this {schedule.kind} schedule")
+    if (stage, action) in ran:
+      raise UserError(f"{where} has run before, at tick {ran[stage, action]}")
+    for need in _needs(stage, action, schedule.stages, schedule.chunks):
+      if ran.get(need, tick) >= tick:
+        raise UserError(f"{where} needs {need[1]} on stage {need[0]}, which has not run before")
+    ran[stage, action] = tick
+  for stage, action in expected:
+    if (stage, action) not in ran:
+      raise UserError(f"tick {len(schedule.table)} (the end), stage {stage}: {action} never ran")
+
+
+def peak_activations(schedule: Schedule) -> tuple[int, ...]:
+  """Counts, for each stage, the most inputs of a chunk (one microbatch's) alive at once.
+
+  An input is alive from its F until its B ends; in a zero-bubble schedule until its W ends, since W
+  reads it too. Values that wait between stages, and W's output gradients, are not counted: see
+  `Tables`.
+  """
+  last = "W" if schedule.splits_backward else "B"
+  alive, peak = [0] * schedule.stages, [0] * schedule.stages
+  for _, stage, action in _placed(schedule):
+    alive[stage] += (action.kind == "F") - (action.kind == last)
+    peak[stage] = max(peak[stage], alive[stage])
+  return tuple(peak)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Buffer:
+  """Where values of one sort lie: `write` and `read` are slots [tick, stage], int32, −1 for none.
+
+  `slots` is how many each stage needs, the fewest possible; an array shared by all stages needs
+  the largest.
+  """
+
+  write: np.ndarray
+  read: np.ndarray
+  slots: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tables:
+  """A schedule with a buffer slot for every value; arrays are int32 [tick, stage].
+
+  In a tick a stage reads, computes, writes `saved` and `pending`, sends, and at the end writes what
+  has arrived, perhaps to a slot that it read in the same tick.
+
+  Attributes:
+    kind: 0 idle, or `CODES` of F, B, W.
+    chunk: which of the stage's chunks; 0 when idle.
+    microbatch: which microbatch; 0 when idle.
+    saved: inputs of chunks. F writes; B reads, and W.
+    activation: activations from stage − 1. Written at the end of the tick they arrive in, read by
+      F; virtual stage 0 reads none: it has the embedding.
+    gradient: gradients from stage + 1. Written at the end of the tick they arrive in, read by B;
+      the last virtual stage reads none: it has the loss.
+    pending: the output's gradients that W needs. B writes, W reads.
+  """
+
+  kind: np.ndarray
+  chunk: np.ndarray
+  microbatch: np.ndarray
+  saved: Buffer
+  activation: Buffer
+  gradient: Buffer
+  pending: Buffer
+
+
+def tables(schedule: Schedule) -> Tables:
+  """Gives every value that outlives its tick a slot that no other living value has.
+
+  Raises:
+    UserError: `check` refuses the schedule.
+  """
+  check(schedule)
+  at = {(stage, action): tick for tick, stage, action in _placed(schedule)}
+  shape = len(schedule.table), schedule.stages
+  kind, chunk, microbatch = doing = np.zeros((3, *shape), np.int32)
+  lives = {"FF": {}, "BB": {}, "FB": {}, "BW": {}}  # writer, reader: {(written, stage): [read, …]}
+  for (stage, action), tick in at.items():
+    doing[:, tick, stage] = CODES[action.kind], action.chunk, action.microbatch
+    for need in _needs(stage, action, schedule.stages, schedule.chunks):
+      lives[need[1].kind + action.kind].setdefault((at[need], stage), []).append(tick)
+    if action.kind == "W":
+      lives["FB"][at[stage, action._replace(kind="F")], stage].append(tick)
+  saved, activation, gradient, pending = (
+    _allocate(lives[pair], shape) for pair in ("FB", "FF", "BB", "BW")
+  )
+  return Tables(kind, chunk, microbatch, saved, activation, gradient, pending)
+
+
+def _allocate(lives, shape) -> Buffer:
+  write, read = np.full((2, *shape), -1, np.int32)
+  last_reads = [[] for _ in range(shape[1])]  # of what lies in each slot
+  for (written, stage), reads in sorted(lives.items()):
+    last = last_reads[stage]
+    slot = next((slot for slot, tick in enumerate(last) if tick <= written), len(last))
+    last[slot : slot + 1] = [reads[-1]]
+    write[written, stage] = read[reads, stage] = slot
+  return Buffer(write, read, tuple(map(len, last_reads)))

@@ -1,0 +1,219 @@
+"""The proof that every mesh equals one device: loss, every gradient, and three optimizer steps.
+
+Nothing is shared between the two sides but the model: the reference runs the whole batch on one
+device without a mesh in scope, so no constraint, collective or schedule is part of it.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llmjax.core import tree
+from llmjax.core.errors import UserError
+from llmjax.data.batch import Batch
+from llmjax.data.loader import place
+from llmjax.models.build import abstract
+from llmjax.parallel.collectives import collectives, describe
+from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh
+from llmjax.parallel.rules import batch_sharding
+from llmjax.train.config import Config
+from llmjax.train.optim import make_optimizer
+from llmjax.train.shrink import made_up_batch, shrink
+from llmjax.train.state import TrainState, init_sharded, init_state
+from llmjax.train.step import advance, compile_step
+
+STEPS = 3
+# fp32 sums over a few thousand terms in another order differ by some 1e-6 of the result; every bug
+# of a lost or doubled sum is off by a share of it.
+LOSS_LIMIT = 1e-5
+GRADIENT_LIMIT = 5e-5
+# A gradient that is nearly zero is all rounding: errors are relative to at least this share of the
+# norm over all weights.
+_FLOOR = 1e-2
+# What runs once is not worth optimizing.
+_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# Six groups of three axes in which every two of the six come together.
+_TRIPLES = ((0, 1, 2), (0, 1, 3), (0, 4, 5), (1, 4, 5), (2, 3, 4), (2, 3, 5))
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+  """What three steps showed.
+
+  Attributes:
+    losses: nats a prediction, of each step.
+    grads: by path, of the first step, before clipping.
+    weights: by path, after the last step.
+    peak_bytes: of one device, by XLA's account: arguments, results and temporaries.
+    traffic: the compiled step's collectives in words.
+  """
+
+  losses: list[float]
+  grads: dict[str, np.ndarray]
+  weights: dict[str, np.ndarray]
+  peak_bytes: int = 0
+  traffic: str = ""
+
+
+def check(config: Config, devices: int = 8, meshes: Sequence[dict] = (), report=None) -> dict:
+  """Proves a config, shrunk by rule, on every mesh against one device.
+
+  Args:
+    config: the experiment.
+    devices: how many to lay out; there must be as many.
+    meshes: sizes by axis, what is not named is 1; by default those of `some_meshes`.
+    report: called with each mesh's row as it is done.
+  Returns:
+    {"meshes": rows, "ok": all are}. A row: `mesh`; `loss_diff`, relative, the worst of three steps;
+    `worst_leaf` and `worst_rel`, the gradient that is furthest off and by what share of its norm;
+    `peak_bytes`; `collectives`; `ok`; and `error` of a mesh that cannot run this config, which is
+    no failure where it does not divide a size.
+  Raises:
+    UserError: too few devices, or a kind of model that learns from no text.
+  """
+  if len(jax.devices()) < devices:
+    raise UserError(f"check wants {devices} devices and there are {len(jax.devices())}")
+  small = shrink(config, devices)
+  batch = made_up_batch(small)
+  truth = on_one_device(small, batch)
+  rows = []
+  for sizes in meshes or some_meshes(devices):
+    rows.append(_row(small, sizes, batch, truth))
+    if report:
+      report(rows[-1])
+  return {"meshes": rows, "ok": all(row["ok"] for row in rows)}
+
+
+def some_meshes(devices: int) -> Iterator[dict[str, int]]:
+  """Lists meshes in which every axis has all devices once and every two axes come together.
+
+  Of 8 devices these are 12 of the 56 that `all_meshes` lists: each axis alone, and 2 × 2 × 2 for
+  six groups of three axes. Where there is no such cube, all meshes of two axes stand for it.
+  """
+  yield from ({axis: devices} for axis in AXES)
+  several = [sizes for sizes in all_meshes(devices) if len(sizes) > 1]
+  cubes = [sizes for sizes in several if len(sizes) == 3 and len(set(sizes.values())) == 1]
+  wanted = [{AXES[i] for i in triple} for triple in _TRIPLES]
+  if cubes:
+    yield from (sizes for sizes in cubes if sizes.keys() in wanted)
+  else:
+    yield from (sizes for sizes in several if len(sizes) == 2)
+
+
+def all_meshes(devices: int) -> Iterator[dict[str, int]]:
+  """Lists every way to lay devices out on the axes; an axis of size 1 is left out."""
+  divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+  for sizes in itertools.product(divisors, repeat=len(AXES)):
+    if math.prod(sizes) == devices:
+      yield {axis: size for axis, size in zip(AXES, sizes, strict=True) if size > 1}
+
+
+def on_one_device(config: Config, batch: Batch) -> Observed:
+  """Runs the reference: no mesh, and the batch as a whole unless dropout counts micro-batches."""
+  parts = config.train.accumulation if config.model.dropout else 1
+  optimizer = make_optimizer(config.optim, config.train.steps, abstract(config.model))
+  state = jax.jit(lambda: init_state(config.model, config.seed, optimizer))()
+
+  def step(state, batch):
+    return advance(
+      state, batch, optimizer=optimizer, accumulation=parts, loss=config.loss, seed=config.seed
+    )
+
+  compiled = jax.jit(step, compiler_options=_quick()).lower(state, batch).compile()
+  return _steps(compiled, state, batch)
+
+
+def on_mesh(config: Config, mesh: Mesh, batch: Batch) -> Observed:
+  """Runs three steps on a mesh, by the function that training compiles."""
+  optimizer = make_optimizer(config.optim, config.train.steps, abstract(config.model))
+  state = init_sharded(config.model, config.seed, optimizer, mesh, config.train.zero)
+  placed = place(batch, batch_sharding(mesh))
+  step = compile_step(
+    state,
+    mesh,
+    optimizer,
+    accumulation=config.train.accumulation,
+    batch_size=config.data.batch_size,
+    loss=config.loss,
+    seed=config.seed,
+    zero=config.train.zero,
+    pipeline=config.pipeline,
+    with_grads=True,
+  )
+  with jax.set_mesh(mesh):
+    compiled = step.lower(state, placed).compile(compiler_options=_quick())
+    seen = _steps(compiled, state, placed)
+  memory = compiled.memory_analysis()
+  peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+  return dataclasses.replace(
+    seen,
+    peak_bytes=peak - memory.alias_size_in_bytes,
+    traffic=describe(collectives(compiled.as_text(), mesh)),
+  )
+
+
+def _quick() -> dict:
+  return _QUICK if jax.default_backend() == "cpu" else {}
+
+
+def _steps(compiled, state: TrainState, batch: Batch) -> Observed:
+  losses, first = [], None
+  for _ in range(STEPS):
+    state, metrics, grads = compiled(state, batch)
+    losses.append(float(metrics["loss"]))
+    first = first or _host(grads)
+  return Observed(losses, first, _host(state.model))
+
+
+def _host(weights) -> dict[str, np.ndarray]:
+  return {path: np.asarray(leaf) for path, leaf in tree.flatten(weights).items()}
+
+
+def _row(config: Config, sizes: dict, batch: Batch, truth: Observed) -> dict:
+  """One mesh's comparison."""
+  row = {"mesh": sizes}
+  try:
+    mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), jax.devices()[: math.prod(sizes.values())])
+    seen = on_mesh(config, mesh, batch)
+  except UserError as error:
+    return row | {"ok": "does not divide" in str(error), "error": str(error)}
+  return row | compare(seen, truth)
+
+
+def compare(seen: Observed, truth: Observed) -> dict:
+  """Compares losses and gradients; see `check` for what it returns."""
+  loss_diff = max(
+    abs(a - b) / abs(b) for a, b in zip(seen.losses, truth.losses, strict=True)
+  )
+  total = math.sqrt(sum(float(np.sum(np.square(g))) for g in truth.grads.values()))
+  errors = {
+    path: float(np.linalg.norm(seen.grads[path] - grad))
+    / max(float(np.linalg.norm(grad)), _FLOOR * total)
+    for path, grad in truth.grads.items()
+  }
+  worst = max(errors, key=lambda path: (not math.isfinite(errors[path]), errors[path]))
+  return {
+    "loss_diff": loss_diff,
+    "worst_leaf": worst,
+    "worst_rel": errors[worst],
+    "peak_bytes": seen.peak_bytes,
+    "collectives": seen.traffic,
+    "ok": loss_diff < LOSS_LIMIT and errors[worst] < GRADIENT_LIMIT,
+  }
+
+
+def show_row(row: dict) -> str:
+  """Formats a row of `check`, one line."""
+  mesh = " × ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
+  if "error" in row:
+    return f"{mesh:34} {'left out' if row['ok'] else 'OFF'}: {row['error']}"
+  return (
+    f"{mesh:34} {'ok' if row['ok'] else 'OFF':3}  loss {row['loss_diff']:.1e}  "
+    f"worst gradient {row['worst_rel']:.1e} {row['worst_leaf']}  "
+    f"{row['peak_bytes'] / 1e6:.1f} MB  {row['collectives']}"
+  )

@@ -1,0 +1,162 @@
+"""Loss and gradient where layers are cut over `stage`: the model as chunks of a pipeline.
+
+Embedding and head belong to the first and last virtual stage; every stage holds their weights, and
+their gradients are added over stages, so that tied ones get both.
+"""
+
+import copy
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from llmjax.core import tree
+from llmjax.core.choices import check_choice
+from llmjax.core.dims import letters_of
+from llmjax.core.errors import UserError
+from llmjax.data.batch import Batch
+from llmjax.models.stack import count, run_some
+from llmjax.parallel.pipeline import run_pipeline
+from llmjax.parallel.rules import REPLICATED, WEIGHTS, spec
+from llmjax.parallel.schedules import KINDS, make_schedule
+from llmjax.train.losses import LossConfig, head_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+  """How microbatches go through the stages; there are `train.accumulation` of them.
+
+  Attributes:
+    schedule: gpipe, 1f1b, interleaved, zb_h1.
+    chunks: pieces of the stack that each stage holds; more than 1 is interleaved.
+  """
+
+  schedule: str = "1f1b"
+  chunks: int = 1
+
+  def __post_init__(self):
+    check_choice("pipeline.schedule", self.schedule, KINDS)
+
+
+def pipelined_grad(
+  model, parts: Batch, loss: LossConfig, key=None, config: PipelineConfig | None = None, zero=3
+):
+  """Computes the sum of the objective's gradient over microbatches, and the cross-entropy sum.
+
+  Args:
+    model: a decoder or an encoder, on a mesh whose `stage` is more than 1.
+    parts: [m, b, t] microbatches.
+    loss: terms beside the cross-entropy.
+    key: PRNG key of dropout; microbatch i draws from `fold_in(key, i)`.
+    config: schedule and chunks.
+    zero: whether weights are cut along `fsdp` in the stages as well.
+  Returns:
+    (gradient shaped as the model, cross-entropy sum).
+  Raises:
+    UserError: a kind of model that has no pipeline, or numbers that its schedule cannot take.
+  """
+  config = config or PipelineConfig()
+  if model.config.kind not in ("decoder", "encoder"):
+    raise UserError(f"mesh.stage cuts decoders and encoders, not model.kind={model.config.kind}")
+  mesh = jax.sharding.get_abstract_mesh()
+  stages, microbatches = mesh.shape["stage"], len(jax.tree.leaves(parts)[0])
+  schedule = make_schedule(config.schedule, stages, microbatches, config.chunks)
+  blocks, outer = _split(model)
+  layers = count(blocks)
+  deal = _Deal(layers, stages, config.chunks, WEIGHTS if zero == 3 else REPLICATED)
+  lone = key is not None and microbatches == 1
+
+  def chunk(given, weights, outer, x_btd, virtual, microbatch):
+    parts, key = given
+    part = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, microbatch, 0, False), parts)
+    drop = None if key is None else key if lone else jax.random.fold_in(key, microbatch)
+    x_btd = jax.lax.cond(
+      virtual == 0, lambda outer, x: outer.enter(part, drop), lambda outer, x: x, outer, x_btd
+    )
+    x_btd = run_some(
+      weights,
+      x_btd,
+      virtual * deal.each,
+      layers,
+      outer.shared(part, drop),
+      model.config,
+      deal.numbers,
+      remat=config.schedule != "zb_h1",
+    )
+
+    def end(outer, x_btd):
+      made = outer.leave(x_btd)
+      return head_loss(loss, outer.head, made, part.targets_bt, part.loss_mask_bt)
+
+    nothing = lambda outer, x: (jnp.float32(0), jnp.float32(0))  # noqa: E731
+    objective, nll = jax.lax.cond(virtual == deal.virtual - 1, end, nothing, outer, x_btd)
+    return x_btd, objective, nll
+
+  def stage(weights, outer, given):
+    parts, _ = given
+    b, t = parts.tokens_bt.shape[1:]
+    x = jax.ShapeDtypeStruct((b, t, model.config.width), jnp.dtype(model.config.dtype))
+    mine = jax.tree.map(lambda leaf: leaf[0], weights)
+    sums = jax.ShapeDtypeStruct((), jnp.float32)
+    made = run_pipeline(schedule, functools.partial(chunk, given), mine, outer, x, sums)
+    outer_grads, nll = jax.lax.psum((made.outer, made.sums), "stage")
+    return jax.tree.map(lambda leaf: leaf[None], made.weights), outer_grads, nll
+
+  cut, whole = PartitionSpec("stage"), PartitionSpec()
+  run = jax.shard_map(
+    stage,
+    in_specs=(cut, whole, whole),
+    out_specs=(cut, whole, whole),
+    axis_names={"stage"},
+    check_vma=False,
+  )
+  dealt, undeal = jax.vjp(deal.out, blocks)
+  block_grads, outer_grads, nll = run(dealt, outer, (parts, key))
+  return _join(outer_grads, undeal(block_grads)[0]), nll
+
+
+class _Deal:
+  """Which layers are whose: virtual stage v = chunk · stages + stage has layers v·each and on."""
+
+  def __init__(self, layers: int, stages: int, chunks: int, table: dict):
+    self.layers, self.stages, self.chunks, self.table = layers, stages, chunks, table
+    self.virtual = stages * chunks
+    self.each = math.ceil(layers / self.virtual)
+    self.numbers = [[v * self.each + i for v in range(self.virtual)] for i in range(self.each)]
+
+  def out(self, blocks):
+    """Deals stacked layers [l, …] out as [stage, chunk, layer, …]; missing ones are copies."""
+    room = self.virtual * self.each
+
+    def one(path, leaf):
+      letters = letters_of(path, leaf.ndim)
+      if room > self.layers:
+        leaf = jnp.pad(leaf, ((0, room - self.layers), *[(0, 0)] * (leaf.ndim - 1)), mode="edge")
+      leaf = leaf.reshape(self.chunks, self.stages, self.each, *leaf.shape[1:]).swapaxes(0, 1)
+      rest = spec(letters[1:], self.table)
+      return jax.lax.with_sharding_constraint(leaf, PartitionSpec("stage", None, None, *rest))
+
+    return tree.map_with_path(one, blocks)
+
+
+def _split(model: nnx.Module):
+  """Takes a model apart: (stacked blocks, all else as a model without them)."""
+  name = model.config.kind
+  rest, stack = copy.copy(model), copy.copy(getattr(model, name))
+  blocks = stack.blocks
+  stack.blocks = nnx.data(())
+  setattr(rest, name, stack)
+  return blocks, rest
+
+
+def _join(rest: nnx.Module, blocks) -> nnx.Module:
+  """Undoes `_split`."""
+  model = copy.copy(rest)
+  stack = copy.copy(getattr(rest, rest.config.kind))
+  stack.blocks = nnx.data(blocks)
+  setattr(model, rest.config.kind, stack)
+  return model

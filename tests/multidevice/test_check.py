@@ -1,0 +1,86 @@
+"""`llmjax check` passes what is right and names the leaf of what is wrong: four bugs put in."""
+
+import json
+
+import jax
+
+from llmjax import cli
+from llmjax.core.config import override
+from llmjax.nn import ring
+from llmjax.parallel import rules
+from llmjax.train import check as checks
+from llmjax.train import step as steps
+from llmjax.train.config import Config
+from tests.multidevice.test_step import BASE
+
+
+def config(*changes) -> Config:
+  values = (*BASE, "train.accumulation=1", "model.layers=2", "model.remat=none", *changes)
+  return override(Config(), [f"--config.{value}" for value in values])
+
+
+def row(sizes, *changes) -> dict:
+  return checks.check(config(*changes), 8, [sizes])["meshes"][0]
+
+
+CUT = {"context": 4, "data": 2}
+
+
+def test_a_mask_off_by_one_at_a_shard_border_is_caught(monkeypatch):
+  right = ring._Order.needed
+
+  def needed(self, query_id, key_id):
+    return right(self, query_id, key_id) & (key_id != query_id - 1)
+
+  monkeypatch.setattr(ring._Order, "needed", needed)
+  found = row(CUT)
+  assert not found["ok"] and found["loss_diff"] > 1e-4
+
+
+def test_a_missing_psum_is_caught_and_its_leaf_named(monkeypatch):
+  sinks = "model.attention.sinks=True"
+  assert row(CUT, sinks)["ok"]
+  monkeypatch.setattr(ring.jax.lax, "psum", lambda x, axis: x)
+  found = row(CUT, sinks)
+  assert not found["ok"] and "sinks_n" in found["worst_leaf"]
+
+
+def test_a_doubled_gradient_is_caught(monkeypatch):
+  right = rules.lay_out
+
+  def doubled(weights, table):  # as if a sum over fsdp were taken twice
+    twice = 1 if jax.sharding.get_abstract_mesh().empty else 2
+    return jax.tree.map(lambda leaf: twice * leaf, right(weights, table))
+
+  monkeypatch.setattr(steps, "lay_out", doubled)
+  found = row({"data": 2, "fsdp": 4})
+  assert not found["ok"] and found["worst_rel"] > 0.5
+
+
+def test_an_unmatched_rule_is_an_error_that_names_it(monkeypatch):
+  for letter in [letter for letter, axis in rules.WEIGHTS.items() if axis == "tensor"]:
+    monkeypatch.delitem(rules.WEIGHTS, letter)
+  found = row({"tensor": 4, "data": 2})
+  assert not found["ok"] and "mesh axis tensor 4 cuts no weight" in found["error"]
+
+
+def test_the_command_prints_a_table_and_one_object(tmp_path, capsys):
+  path = tmp_path / "config.py"
+  path.write_text(
+    "from llmjax.core.config import defaults\n"
+    "from llmjax.train.config import Config\n\n\n"
+    "def get_config():\n  return defaults(Config)\n"
+  )
+  small = ["--config.model.layers=2", "--config.model.heads=2", "--config.model.kv_heads=2"]
+  command = ["check", f"--config={path}", "--devices=2", "--json", *small]
+  assert cli.main(command) == 0
+  out, _ = capsys.readouterr()
+  *table, last = out.strip().splitlines()
+  result = json.loads(last)
+  assert result["ok"] and len(result["meshes"]) == len(table) == 6
+  assert {tuple(row["mesh"].items()) for row in result["meshes"]} == {
+    ((axis, 2),) for axis in ("data", "fsdp", "stage", "context", "expert", "tensor")
+  }
+  assert all(row["worst_rel"] < 1e-5 and row["peak_bytes"] > 0 for row in result["meshes"])
+  assert cli.main(["check", f"--config={path}", "--devices=1"]) == 2
+  assert cli.main(["check", f"--config={path}", "--meshes=most"]) == 2
