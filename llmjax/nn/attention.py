@@ -17,7 +17,8 @@ from llmjax.nn.norm import Norm, NormConfig
 from llmjax.nn.param import constant, fan_in, param
 from llmjax.nn.position import Bias, rotate
 from llmjax.nn.scores import Scores
-from llmjax.parallel.rules import shard, shard_stream
+from llmjax.parallel.rules import shard
+from llmjax.parallel.tensor import columns, rows
 
 MASKS = ("auto", "causal", "bidirectional", "prefix")
 LAYERS = ("full", "window", "sparse")
@@ -157,21 +158,21 @@ class Attention(nnx.Module):
     Returns:
       (y_btd, the cache with the new positions in it).
     """
-    x_btd = shard(x_btd, "btd")
-    q_btnh = self._query(x_btd, view)
-    new = self.keys_and_values(x_btd, view)
+    q_btnh, k_bskh, v_bskh = self._project(x_btd, "query", "key", "value")
+    q_btnh, new = self._queries(q_btnh, view), self._pair(k_bskh, v_bskh, view)
     if cache is not None:
       cache = new = cache.write(new, positions_bt)
     return self._mix(q_btnh, new, view), cache
 
   def look_at(self, x_btd, source: KVCache, view: View):
     """Mixes another row's values into each position (cross attention): y_btd."""
-    return self._mix(self._query(shard(x_btd, "btd"), view), source, view)
+    return self._mix(self._queries(*self._project(x_btd, "query"), view), source, view)
 
   def keys_and_values(self, x_bsd, view: View | None = None) -> KVCache:
     """Projects what is looked at; keys come out normed and rotated."""
-    k_bskh = self._project(x_bsd, "key", "k")
-    v_bskh = self._project(x_bsd, "value", "k")
+    return self._pair(*self._project(x_bsd, "key", "value"), view)
+
+  def _pair(self, k_bskh, v_bskh, view: View | None) -> KVCache:
     if self.config.qk_norm != "none":
       k_bskh = self.key_norm(k_bskh)
     if view is not None and view.rope is not None:
@@ -179,19 +180,31 @@ class Attention(nnx.Module):
     k_bskh, v_bskh = shard(k_bskh, "btkh"), shard(v_bskh, "btkh")
     return KVCache.of(named(k_bskh, "key"), named(v_bskh, "value"))
 
-  def _query(self, x_btd, view: View):
-    q_btnh = self._project(x_btd, "query", "n")
+  def _queries(self, q_btnh, view: View):
     if self.config.qk_norm != "none":
       q_btnh = self.query_norm(q_btnh)
     if view.rope is not None:
       q_btnh = rotate(q_btnh, *view.rope, self.layout)
     return named(shard(q_btnh, "btnh"), "query")
 
-  def _project(self, x_btd, name, heads):
-    y = dot(f"btd,d{heads}h->bt{heads}h", x_btd, getattr(self, f"{name}_d{heads}h"))
-    if self.config.bias == "none":
-      return y
-    return y + getattr(self, f"{name}_bias_{heads}h").astype(y.dtype)
+  def _project(self, x_btd, *names) -> tuple:
+    """Projects the stream into queries, keys, values, whichever are named."""
+    heads = {"query": "n", "key": "k", "value": "k"}
+    weights = {f"{name}_d{heads[name]}h": None for name in names}
+    if self.config.bias != "none":
+      weights |= {f"{name}_bias_{heads[name]}h": None for name in names}
+
+    def project(x_btd, weights):
+      made = []
+      for name in names:
+        n = heads[name]
+        y = dot(f"btd,d{n}h->bt{n}h", x_btd, weights[f"{name}_d{n}h"])
+        bias = weights.get(f"{name}_bias_{n}h")
+        made.append(y if bias is None else y + bias.astype(y.dtype))
+      return tuple(made)
+
+    weights = {name: getattr(self, name) for name in weights}
+    return columns(project, x_btd, weights, tuple(f"bt{heads[name]}h" for name in names))
 
   def _mix(self, q_btnh, source: KVCache, view: View):
     config = self.config
@@ -212,7 +225,6 @@ class Attention(nnx.Module):
       config.context,
     )
     o_btnh = named(shard(o_btnh, "btnh"), "attention")
-    y_btd = dot("btnh,nhd->btd", o_btnh, self.out_nhd)
-    if config.bias == "all":
-      y_btd = y_btd + self.out_bias_d.astype(y_btd.dtype)
-    return shard_stream(y_btd)
+    project = lambda o_btnh, weights: dot("btnh,nhd->btd", o_btnh, weights["out_nhd"])  # noqa: E731
+    y_btd = rows(project, o_btnh, {"out_nhd": self.out_nhd}, "btnh")
+    return y_btd + self.out_bias_d.astype(y_btd.dtype) if config.bias == "all" else y_btd

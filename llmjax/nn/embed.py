@@ -13,7 +13,15 @@ from llmjax.core.errors import UserError
 from llmjax.nn.norm import Norm, NormConfig
 from llmjax.nn.param import constant, fan_in, normal, param
 from llmjax.nn.position import PositionConfig, sinusoids
-from llmjax.parallel.rules import ACTIVATIONS, WEIGHTS, inside, shard, shard_stream, spec
+from llmjax.parallel.rules import (
+  ACTIVATIONS,
+  WEIGHTS,
+  inside,
+  shard,
+  shard_stream,
+  spec,
+  stream_spec,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,18 +147,23 @@ def look_up(table, ids_bt, letter: str, dtype):
     return jnp.take(table, ids_bt, axis=0)
   axes = WEIGHTS.get(letter)
 
+  stream = stream_spec(ids_bt.shape[1])
+
   def local(rows, ids_bt):
     if axes is None:
       return jnp.take(rows, ids_bt, axis=0)
     own_bt = ids_bt - jax.lax.axis_index(axes) * len(rows)
     here_bt = (own_bt >= 0) & (own_bt < len(rows))
     x_btd = jnp.take(rows, jnp.where(here_bt, own_bt, 0), axis=0)
-    return jax.lax.psum(jnp.where(here_bt[..., None], x_btd, 0), axes)
+    x_btd = jnp.where(here_bt[..., None], x_btd, 0)
+    if axes in stream[1]:  # each device keeps its positions of the sum
+      return jax.lax.psum_scatter(x_btd, axes, scatter_dimension=1, tiled=True)
+    return jax.lax.psum(x_btd, axes)
 
   return jax.shard_map(
     local,
     in_specs=(PartitionSpec(axes), spec("bt", ACTIVATIONS)),
-    out_specs=spec("btd", ACTIVATIONS),
+    out_specs=spec("btd", ACTIVATIONS) if axes is None else stream,
     axis_names={axis for axis in mesh.axis_names if not inside(axis)},
     check_vma=False,
   )(table, ids_bt)

@@ -8,7 +8,8 @@ from flax import nnx
 from llmjax.core.dot import dot
 from llmjax.nn.dropout import named
 from llmjax.nn.param import constant, fan_in, param
-from llmjax.parallel.rules import shard, shard_stream
+from llmjax.parallel.rules import shard
+from llmjax.parallel.tensor import columns, rows
 
 
 def quick_gelu(x):
@@ -61,18 +62,31 @@ class Mlp(nnx.Module):
       self.down_bias_d = param(key, "down_bias_d", dims, constant(0.0))
 
   def __call__(self, x_btd):
-    x_btd = shard(x_btd, "btd")
-    up_btf = self._hidden(x_btd, "up")
-    if self.activation in GATED:
-      hidden_btf = _gated(self.activation, self._hidden(x_btd, "gate"), up_btf)
+    names = ("up", "gate") if self.activation in GATED else ("up",)
+    up_btf, *gate_btf = self._hidden(x_btd, names)
+    if gate_btf:
+      hidden_btf = _gated(self.activation, *gate_btf, up_btf)
     else:
       hidden_btf = PLAIN[self.activation](up_btf)
-    y_btd = dot("btf,fd->btd", hidden_btf, self.down_fd)
-    return shard_stream(_plus(y_btd, getattr(self, "down_bias_d", None)))
+    project = lambda x_btf, weights: dot("btf,fd->btd", x_btf, weights["down_fd"])  # noqa: E731
+    y_btd = rows(project, hidden_btf, {"down_fd": self.down_fd}, "btf")
+    return _plus(y_btd, getattr(self, "down_bias_d", None))
 
-  def _hidden(self, x_btd, name):
-    y_btf = dot("btd,df->btf", x_btd, getattr(self, f"{name}_df"))
-    return named(shard(_plus(y_btf, getattr(self, f"{name}_bias_f", None)), "btf"), name)
+  def _hidden(self, x_btd, names):
+    """Projects the stream into the hidden width, once for each name."""
+
+    def project(x_btd, weights):
+      return tuple(
+        _plus(dot("btd,df->btf", x_btd, weights[f"{name}_df"]), weights.get(f"{name}_bias_f"))
+        for name in names
+      )
+
+    wanted = [f"{name}_df" for name in names]
+    if self.bias:
+      wanted += [f"{name}_bias_f" for name in names]
+    weights = {name: getattr(self, name) for name in wanted}
+    made = columns(project, x_btd, weights, ("btf",) * len(names))
+    return [named(shard(y_btf, "btf"), name) for y_btf, name in zip(made, names, strict=True)]
 
 
 def _plus(x, bias):

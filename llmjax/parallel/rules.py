@@ -67,13 +67,17 @@ def shard_stream(x_btd):
 
   Source: sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198, sec. 4.2.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if jax.sharding.get_abstract_mesh().empty:
     return x_btd
-  if x_btd.shape[1] % (ways("t", ACTIVATIONS) * mesh.shape["tensor"]):
-    return shard(x_btd, "btd")
-  both = ACTIVATIONS | {"t": ("context", "tensor")}
-  return jax.lax.with_sharding_constraint(x_btd, spec("btd", both))
+  return jax.lax.with_sharding_constraint(x_btd, stream_spec(x_btd.shape[1]))
+
+
+def stream_spec(positions: int) -> PartitionSpec:
+  """How the residual stream of rows of so many positions lies on the mesh in scope."""
+  mesh = jax.sharding.get_abstract_mesh()
+  whole = positions % (ways("t", ACTIVATIONS) * mesh.shape["tensor"])
+  t = "context" if whole else ("context", "tensor")
+  return spec("btd", ACTIVATIONS | {"t": t})
 
 
 def ways(letter: str, table: dict) -> int:

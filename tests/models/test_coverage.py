@@ -35,7 +35,8 @@ CHOICES = {
   "vision.activation": ("gelu", "quick_gelu"),  # of the same functions as `activation`
 }
 # Kernels of other machines, of which tests/nn compares what can run here; what several devices do
-# (tests/multidevice/test_context.py); what only generation reads (tests/serve/test_generate_kinds.py).
+# (tests/multidevice/test_context.py); what only generation reads
+# (tests/serve/test_generate_kinds.py).
 ELSEWHERE = {
   ("attention.kernel", "splash"),
   ("attention.kernel", "cudnn"),

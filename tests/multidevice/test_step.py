@@ -90,8 +90,11 @@ ODD = ("model.width=60", "model.heads=30", "model.kv_heads=30", "model.mlp_width
 @pytest.mark.parametrize(
   ("devices", "sizes"),
   [
-    (6, {"data": 2, "tensor": 3}), (6, {"fsdp": 3, "context": 2}), (3, {"fsdp": 3}),
-    (3, {"stage": 3}), (5, {"context": 5}), (5, {"tensor": 5}),
+    (6, {"fsdp": 3, "context": 2}), (3, {"stage": 3}), (5, {"tensor": 5}),
+    *(
+      pytest.param(*mesh, marks=pytest.mark.slow)
+      for mesh in ((6, {"data": 2, "tensor": 3}), (3, {"fsdp": 3}), (5, {"context": 5}))
+    ),
   ],
   ids=lambda value: named(value) if isinstance(value, dict) else str(value),
 )
@@ -100,11 +103,14 @@ def test_meshes_of_six_three_and_five(devices, sizes):
 
 
 SCHEDULES = (
-  PipelineConfig("gpipe"), PipelineConfig("zb_h1"), PipelineConfig("interleaved", 2),
+  PipelineConfig("zb_h1"), PipelineConfig("interleaved", 2), PipelineConfig("gpipe"),
 )
 
 
-@pytest.mark.parametrize("pipeline", SCHEDULES, ids=lambda p: p.schedule)
+@pytest.mark.parametrize(
+  "pipeline", [*SCHEDULES[:2], pytest.param(SCHEDULES[2], marks=pytest.mark.slow)],
+  ids=lambda p: p.schedule,
+)
 def test_every_schedule_gives_the_same(pipeline):
   prove({"stage": 2, "fsdp": 2, "tensor": 2}, pipeline=pipeline)
 
@@ -113,15 +119,21 @@ def test_stages_may_have_unequal_layers_and_tied_embeddings():
   prove({"stage": 2, "data": 2}, "model.layers=3", "model.tie_embeddings=True")
 
 
-@pytest.mark.parametrize("zero", [1, 2])
+@pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_zero_stages_differ_in_memory_alone(zero):
   seen = prove({"data": 2, "fsdp": 4}, zero=zero)
   whole = prove({"data": 2, "fsdp": 4})
   assert seen.peak_bytes > whole.peak_bytes
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2, "stage": 2, "tensor": 2}, {"fsdp": 2, "context": 4}],
-                         ids=named)
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    {"data": 2, "stage": 2, "tensor": 2},
+    pytest.param({"fsdp": 2, "context": 4}, marks=pytest.mark.slow),
+  ],
+  ids=named,
+)
 def test_dropout_draws_the_same_masks_on_any_mesh(sizes):
   prove(sizes, "model.dropout=0.1")
 
@@ -138,11 +150,13 @@ KINDS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", KINDS, ids=lambda c: c[0].split("=")[1])
 def test_other_kinds_of_model(changes):
   prove({"fsdp": 2, "context": 2, "tensor": 2}, *changes)
 
 
+@pytest.mark.slow
 def test_bf16_is_as_near_to_fp32_on_a_mesh_as_on_one_device():
   config, batch, exact = truth()
   low = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
@@ -172,9 +186,9 @@ def test_random_meshes_and_configs(data):
   prove(sizes, *changes, pipeline=pipeline, zero=draw(1, 2, 3))
 
 
-@pytest.mark.parametrize("kind", ["muon"])
-def test_other_optimizers(kind):
-  config, batch, want = truth((f"optim.kind={kind}",))
+@pytest.mark.slow
+def test_muon():
+  config, batch, want = truth(("optim.kind=muon",))
   seen = on_mesh(config, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), batch)
   assert compare(seen, want)["ok"]
 

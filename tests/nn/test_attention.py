@@ -201,9 +201,11 @@ def test_bf16_stays_bf16_and_weight_gradients_fp32():
 
 def test_the_kernel_and_the_block_reach_the_product(monkeypatch):
   seen = []
-  monkeypatch.setattr("llmjax.nn.attention.attend_cut", lambda q, *rest: seen.append(rest[-3:]) or q)
+  took = lambda q, *rest: seen.append(rest[-3:]) or q  # noqa: E731
+  monkeypatch.setattr("llmjax.nn.attention.attend_cut", took)
   view = View(self_mask(Rule(), None, jnp.asarray(POSITIONS)))
-  layer_of(kernel="blockwise", block=32, context="gather")(random(2, 6, 12), view, jnp.asarray(POSITIONS))
+  layer = layer_of(kernel="blockwise", block=32, context="gather")
+  layer(random(2, 6, 12), view, jnp.asarray(POSITIONS))
   assert seen == [("blockwise", 32, "gather")]
 
 

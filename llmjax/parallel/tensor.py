@@ -1,0 +1,101 @@
+"""Megatron's two halves of a block on `tensor`: products into cut columns, and out of cut rows.
+
+By hand, because a compiler left to itself adds up each product's part by itself: one sum for each
+of query, key, value, gate and up going back, where one for all of them is enough. Here a half costs
+one all-gather and one reduce-scatter of the residual stream in each direction.
+"""
+
+from collections.abc import Callable
+
+import jax
+
+from llmjax.core.dims import letters_of
+from llmjax.parallel.rules import (
+  ACTIVATIONS,
+  REPLICATED,
+  inside,
+  shard,
+  shard_stream,
+  spec,
+  stream_spec,
+  ways,
+)
+
+
+def columns(project: Callable, x_btd, weights: dict, letters: tuple[str, ...]):
+  """Multiplies the residual stream with weights that are cut by columns.
+
+  Args:
+    project: (x_btd, weights) → a tuple of arrays, each device's own columns.
+    x_btd: residual stream, as `shard_stream` lays it out.
+    weights: by name; the name ends in the letters.
+    letters: of what `project` returns.
+  Returns:
+    What `project` returns, cut over `tensor`.
+  Source: Shoeybi et al. 2019, arXiv:1909.08053, sec. 3; with positions cut: Korthikanti et al.
+    2022, arXiv:2205.05198, sec. 4.2.
+  """
+  axes = _by_hand(x_btd)
+  if not axes:
+    return project(shard(x_btd, "btd"), weights)
+
+  def local(x_btd, weights):
+    return project(jax.lax.all_gather(x_btd, "tensor", axis=1, tiled=True), weights)
+
+  return jax.shard_map(
+    local,
+    in_specs=(stream_spec(x_btd.shape[1]), _specs(weights)),
+    out_specs=tuple(spec(text, ACTIVATIONS) for text in letters),
+    axis_names=axes,
+    check_vma=False,
+  )(x_btd, weights)
+
+
+def rows(project: Callable, x, weights: dict, letters: str):
+  """Multiplies what is cut over `tensor` with weights cut by rows, back into the residual stream.
+
+  Args:
+    project: (x, weights) → y_btd, each device's part of a sum.
+    x: activation.
+    weights: by name; the name ends in the letters.
+    letters: of `x`.
+  Returns:
+    y_btd, as `shard_stream` lays it out.
+  Source: as of `columns`.
+  """
+  axes = _by_hand(x)
+  if not axes:
+    return shard_stream(project(x, weights))
+
+  def local(x, weights):
+    part_btd = project(x, weights)
+    return jax.lax.psum_scatter(part_btd, "tensor", scatter_dimension=1, tiled=True)
+
+  return jax.shard_map(
+    local,
+    in_specs=(spec(letters, ACTIVATIONS), _specs(weights)),
+    out_specs=stream_spec(x.shape[1]),
+    axis_names=axes,
+    check_vma=False,
+  )(x, weights)
+
+
+def _by_hand(x) -> set[str]:
+  """The axes that are ours to handle; none where `tensor` is 1 or does not divide the positions.
+
+  They are all that are left: where some were the compiler's, it would gather what a reduce-scatter
+  takes over them.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape["tensor"] == 1 or inside("tensor"):
+    return set()
+  if x.shape[1] % (ways("t", ACTIVATIONS) * mesh.shape["tensor"]):
+    return set()
+  return {axis for axis in mesh.axis_names if not inside(axis)}
+
+
+def _specs(weights: dict) -> dict:
+  """Weights come in whole over `fsdp`: gathered, where they are cut along it."""
+  return {
+    name: spec(letters_of(name, leaf.ndim), REPLICATED) for name, leaf in weights.items()
+  }
