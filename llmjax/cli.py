@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     raise
   if args.json and (args.verb != "train" or multihost.is_writer()):
     print(json.dumps(result))
-  return 0
+  return 0 if result.get("ok", True) else 1
 
 
 def _parse(argv):

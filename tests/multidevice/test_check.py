@@ -64,6 +64,18 @@ def test_an_unmatched_rule_is_an_error_that_names_it(monkeypatch):
   assert not found["ok"] and "mesh axis tensor 4 cuts no weight" in found["error"]
 
 
+def test_a_leaf_that_is_out_is_named_and_the_status_is_1(tmp_path, capsys, monkeypatch):
+  path = tmp_path / "config.py"
+  path.write_text("from llmjax import Config, defaults\nget_config = lambda: defaults(Config)\n")
+  row = {"mesh": {"data": 8}, "loss_diff": 0.0, "worst_leaf": "a/up_df", "worst_rel": 1.0}
+  row |= {"peak_bytes": 1, "collectives": "", "ok": False}
+  monkeypatch.setattr(checks, "check", lambda *_: {"meshes": [row], "ok": False})
+  assert cli.main(["check", f"--config={path}", "--json"]) == 1
+  out, error = capsys.readouterr()
+  assert "check failed: data 8" in error and "1.0e+00 a/up_df" in error
+  assert json.loads(out.splitlines()[-1])["ok"] is False
+
+
 def test_the_command_prints_a_table_and_one_object(tmp_path, capsys):
   path = tmp_path / "config.py"
   path.write_text(

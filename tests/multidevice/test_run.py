@@ -35,11 +35,17 @@ def test_a_run_on_a_mesh_is_the_run_on_one_axis(run, tmp_path):
   assert made["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=2e-3)
 
 
-def test_a_checkpoint_goes_on_on_another_mesh_with_the_same_data(run, tmp_path):
+OTHERS = (
+  {"mesh__data": 1, "mesh__fsdp": 8},
+  {"mesh__data": 1, "mesh__stage": 2, "mesh__context": 2, "mesh__tensor": 2, "train__zero": 1},
+)
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=["fsdp", "stage-context-tensor"])
+def test_a_checkpoint_goes_on_on_another_mesh_with_the_same_data(other, run, tmp_path):
   text, workdir, result = run
   shutil.copytree(workdir, tmp_path / "moved")
   shutil.rmtree(tmp_path / "moved/checkpoints/12")
-  other = {"mesh__data": 1, "mesh__fsdp": 8, "mesh__tensor": 1}
   made = llmjax.train(tiny(text, **other), tmp_path / "moved")
   assert _losses(tmp_path / "moved") == pytest.approx(_losses(workdir), rel=1e-4)
   assert made["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=1e-4)
