@@ -142,19 +142,20 @@ def look_up(table, ids_bt, letter: str, dtype):
   Source: vocabulary parallel embedding, Shoeybi et al. 2019, arXiv:1909.08053, sec. 3.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  table = table.astype(dtype)
-  if mesh.size == 1 or mesh.empty:
-    return jnp.take(table, ids_bt, axis=0)
+  # Rows are cast when taken, so that their gradients are added up in fp32.
+  take = lambda rows, ids_bt: jnp.take(rows, ids_bt, axis=0).astype(dtype)  # noqa: E731
+  if mesh.empty or mesh.size == 1:
+    return take(table, ids_bt)
   axes = WEIGHTS.get(letter)
 
   stream = stream_spec(ids_bt.shape[1])
 
   def local(rows, ids_bt):
     if axes is None:
-      return jnp.take(rows, ids_bt, axis=0)
+      return take(rows, ids_bt)
     own_bt = ids_bt - jax.lax.axis_index(axes) * len(rows)
     here_bt = (own_bt >= 0) & (own_bt < len(rows))
-    x_btd = jnp.take(rows, jnp.where(here_bt, own_bt, 0), axis=0)
+    x_btd = take(rows, jnp.where(here_bt, own_bt, 0))
     x_btd = jnp.where(here_bt[..., None], x_btd, 0)
     if axes in stream[1]:  # each device keeps its positions of the sum
       return jax.lax.psum_scatter(x_btd, axes, scatter_dimension=1, tiled=True)
