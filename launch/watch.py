@@ -18,7 +18,8 @@ from llmjax.parallel.join import HEARTBEAT_S, lost
 
 STOP_S = 30  # all processes have ended so long after one died
 GRACE_S = 5  # of these, until those are killed that did not stop when they were asked to
-_HELD = ("llmjax: error: ", "llmjax: stopped ")  # said once, at the end
+# Said once, at the end: by the process, or in the launcher's own words.
+_HELD = ("llmjax: error: ", "llmjax: stopped ", "llmjax: process ")
 _NOISE = "[Gloo] "  # on standard output, of every connection
 
 
@@ -106,11 +107,13 @@ class Watched:
     if errors:
       raise UserError(errors[0].removeprefix(_HELD[0]))
     if self._asked:
-      stopped = "".join(said[:1]).removeprefix("llmjax: ").partition(";")[0]
+      stops = [line for line in said if line.startswith(_HELD[1])]
+      stopped = "".join(stops[:1]).removeprefix("llmjax: ").partition(";")[0]
       raise KeyboardInterrupt(stopped or "interrupted")
     number, status = failed[0]
-    if number and status != -signal.SIGKILL:
-      sys.stderr.writelines(self._tails[number])
+    if status != -signal.SIGKILL:  # of process 0 all but the held lines has been shown
+      tail = self._tails[number]
+      sys.stderr.writelines(line for line in tail if number or line.startswith(_HELD))
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
     if silent := lost("".join(self._tails[number])):
       number, how = int(silent), f"was not heard of for {HEARTBEAT_S} s"

@@ -95,11 +95,9 @@ def fit(
     rows,
     config.task_of(tokenizer),
     batch_sharding(mesh),
-    batch_size,
-    start,
-    steps,
-    config.seed,
-    config.data.read_ahead,
+    batch_size, start, steps,
+    seed=config.seed,
+    read_ahead=config.data.read_ahead,
   )
 
   with jax.set_mesh(mesh), _Signals() as stop:
@@ -116,6 +114,7 @@ def fit(
       stopping = votes.add(stop.asked)
       if step % config.checkpoint.every == 0 or step == steps or stopping:
         train_s = spent_s + time.perf_counter() - began_s
+        report.flush()  # a run that goes on from here must not lack a line before it
         checkpoints.save(state, {**meta, "train_seconds": train_s})
       if stopping:
         break

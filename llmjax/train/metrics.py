@@ -148,8 +148,10 @@ class NoReport:
 
   write = add
 
-  def close(self):
+  def flush(self):
     """Does nothing."""
+
+  close = flush
 
 
 class Reporter:
@@ -215,6 +217,10 @@ class Reporter:
     self._show(self._pending.flush())
     self._writer.write(step, values)
     self._seen_s = time.perf_counter()
+
+  def flush(self):
+    """Deals with all that is pending."""
+    self._show(self._pending.flush())
 
   def close(self):
     """Deals with all that is pending and closes the files."""
