@@ -31,9 +31,10 @@ from llmjax.serve.sample import Sampling
 from llmjax.text.report import report
 from llmjax.text.tokenizer import from_state, to_state
 from llmjax.train.checkpoint import load_model, newest_meta
-from llmjax.train.config import Config, binding
+from llmjax.train.config import Config, TrainConfig, binding
 from llmjax.train.loop import fit
 from llmjax.train.metrics import read_metrics
+from llmjax.train.pipelined import PipelineConfig
 from llmjax.train.plot import plot_loss
 
 _REPORTED = 1000  # held-out documents that the tokenizer is measured on
@@ -65,6 +66,7 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
   if meta:
     _check_workdir(config, meta, workdir)
   mesh = make_mesh(config.mesh)
+  _check_used(config, mesh)
   _say(f"reading text: {config.data.sources}")
   documents, held_out = read_split(config.data)
   state = meta and meta["tokenizer"]
@@ -223,6 +225,17 @@ def _check_workdir(config: Config, meta: dict, workdir: Path):
     raise UserError(
       f"{workdir} holds a run of another config: {shown}{more}; use another --workdir"
     )
+
+
+def _check_used(config: Config, mesh):
+  """Refuses a choice of how to cut that this mesh would never read."""
+  if mesh.shape["stage"] == 1 and config.pipeline != PipelineConfig():
+    raise UserError(
+      f"pipeline.schedule={config.pipeline.schedule}, chunks={config.pipeline.chunks} change "
+      "nothing on a mesh of stage 1"
+    )
+  if mesh.shape["fsdp"] == 1 and config.train.zero != TrainConfig().zero:
+    raise UserError(f"train.zero={config.train.zero} changes nothing on a mesh of fsdp 1")
 
 
 def _tokenizer(config: Config, documents):

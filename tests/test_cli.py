@@ -107,6 +107,8 @@ def test_eval_prints_its_scores(setup, capsys):
     ("--config.tokenizer.path=/no/tokenizer.model", "/no/tokenizer.model': No such file"),
     ("--config.model.context=1000000", "fewer than one row of 1000001"),
     ("--config.model.vocab_size=77", "model.vocab_size 77 is not the 400 of tokenizer and task"),
+    ("--config.train.zero=2", "train.zero=2 changes nothing on a mesh of fsdp 1"),
+    ("--config.pipeline.schedule=zb_h1", "schedule=zb_h1, chunks=1 change nothing on a mesh of"),
     ("--config.seed=x", "invalid literal for int"),
     ("--config.seed=-1", "seed -1 is negative"),
     ("--config.eval.batch_size=0", "batch_size 0 must be ≥ 1"),

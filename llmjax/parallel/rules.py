@@ -36,6 +36,10 @@ WHOLE_BYTES = 64_000_000  # a weight larger than this must be cut where anything
 ZERO = (1, 2, 3)  # what fsdp cuts: optimizer state; and gradients; and weights
 
 
+class LayoutError(UserError):
+  """The rules do not cut what the mesh says they should."""
+
+
 def spec(letters: str, table: dict) -> PartitionSpec:
   """Looks letters up in a table: `spec("df", WEIGHTS)` is `P("fsdp", "tensor")`."""
   return PartitionSpec(*(table.get(letter) for letter in letters))
@@ -174,7 +178,7 @@ def check_layout(mesh: Mesh, model, table: dict):
     model: tree of weights or their descriptions.
     table: from letters to axes.
   Raises:
-    UserError: names the axis and its letters, or the array, its letters and its size.
+    LayoutError: names the axis and its letters, or the array, its letters and its size.
   """
   weights = tree.flatten(model)
   letters = {path: letters_of(path, len(leaf.shape)) for path, leaf in weights.items()}
@@ -185,12 +189,12 @@ def check_layout(mesh: Mesh, model, table: dict):
   for axis, size in ways_of.items():
     if not any(axis in axes for axes in cut.values()):
       rule = ", ".join(letter for letter in table if axis in axes_of(letter, table)) or "no letter"
-      raise UserError(f"mesh axis {axis} {size} cuts no weight: the rule is {rule} → {axis}")
+      raise LayoutError(f"mesh axis {axis} {size} cuts no weight: the rule is {rule} → {axis}")
   inside_a_layer = ways_of.keys() - {"stage"}  # what is not of a layer is whole on every stage
   for path, leaf in weights.items():
     size_bytes = math.prod(leaf.shape) * leaf.dtype.itemsize
     if inside_a_layer and size_bytes > WHOLE_BYTES and not inside_a_layer & cut[path]:
-      raise UserError(
+      raise LayoutError(
         f"{path!r} ({letters[path]}) of {size_bytes / 1e6:.0f} MB would live whole on each device: "
         f"no rule cuts it along {', '.join(sorted(inside_a_layer))}"
       )

@@ -20,7 +20,7 @@ from llmjax.data.loader import place
 from llmjax.models.build import abstract
 from llmjax.parallel.collectives import collectives, describe
 from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh
-from llmjax.parallel.rules import batch_sharding
+from llmjax.parallel.rules import LayoutError, batch_sharding
 from llmjax.train.config import Config
 from llmjax.train.optim import make_optimizer
 from llmjax.train.shrink import made_up_batch, shrink
@@ -72,9 +72,9 @@ def check(config: Config, devices: int = 8, meshes: Sequence[dict] = (), report=
     {"meshes": rows, "ok": all are}. A row: `mesh`; `loss_diff`, relative, the worst of three steps;
     `worst_leaf` and `worst_rel`, the gradient that is furthest off and by what share of its norm;
     `peak_bytes`; `collectives`; `ok`; and `error` of a mesh that cannot run this config, which is
-    no failure where it does not divide a size.
+    a failure only where rules do not cut what the mesh says.
   Raises:
-    UserError: too few devices, or a kind of model that learns from no text.
+    UserError: too few devices, a model that learns from no text, or no mesh that can run it.
   """
   if len(jax.devices()) < devices:
     raise UserError(f"check wants {devices} devices and there are {len(jax.devices())}")
@@ -86,6 +86,8 @@ def check(config: Config, devices: int = 8, meshes: Sequence[dict] = (), report=
     rows.append(_row(small, sizes, batch, truth))
     if report:
       report(rows[-1])
+  if all("error" in row and row["ok"] for row in rows):
+    raise UserError(f"none of {len(rows)} meshes can run this config: {rows[-1]['error']}")
   return {"meshes": rows, "ok": all(row["ok"] for row in rows)}
 
 
@@ -181,7 +183,7 @@ def _row(config: Config, sizes: dict, batch: Batch, truth: Observed) -> dict:
     mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), jax.devices()[: math.prod(sizes.values())])
     seen = on_mesh(config, mesh, batch)
   except UserError as error:
-    return row | {"ok": "does not divide" in str(error), "error": str(error)}
+    return row | {"ok": not isinstance(error, LayoutError), "error": str(error)}
   return row | compare(seen, truth)
 
 

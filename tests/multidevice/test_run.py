@@ -37,7 +37,7 @@ def test_a_run_on_a_mesh_is_the_run_on_one_axis(run, tmp_path):
 
 OTHERS = (
   {"mesh__data": 1, "mesh__fsdp": 8},
-  {"mesh__data": 1, "mesh__stage": 2, "mesh__context": 2, "mesh__tensor": 2, "train__zero": 1},
+  {"mesh__data": 1, "mesh__stage": 2, "mesh__context": 2, "mesh__tensor": 2},
 )
 
 
