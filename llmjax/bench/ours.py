@@ -28,7 +28,6 @@ from llmjax.run import load
 from llmjax.serve.generate import generate_ids
 from llmjax.serve.sample import Sampling
 from llmjax.train.config import Config
-from llmjax.train.optim import make_optimizer
 from llmjax.train.state import init_sharded
 from llmjax.train.step import compile_step
 
@@ -78,19 +77,11 @@ def train(spec: Spec):
   """Prepares the whole training step of a run."""
   config = make_config(spec.size, spec.dtype, spec.overrides)
   mesh = make_mesh(config.mesh)
-  optimizer = make_optimizer(config.optim, config.train.steps, abstract(config.model))
-  state = init_sharded(config.model, config.seed, optimizer, mesh)
+  state = init_sharded(config, mesh)
   weights = _loaded(spec, config.model).parameters
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state.model)
   state = dataclasses.replace(state, model=jax.device_put(weights, shardings))
-  step = compile_step(
-    state,
-    mesh,
-    optimizer,
-    accumulation=config.train.accumulation,
-    batch_size=config.data.batch_size,
-    loss=config.loss,
-  )
+  step = compile_step(config, mesh)
   feed = itertools.cycle(
     place(language_model(rows, np.ones_like(rows)), batch_sharding(mesh))
     for rows in token_batches(SIZES[spec.size])

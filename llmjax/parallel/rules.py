@@ -171,7 +171,7 @@ def optimizer_shardings(mesh: Mesh, optimizer, model):
 
 
 def check_layout(mesh: Mesh, model, table: dict):
-  """Refuses a mesh axis that cuts no weight, and large weights that no axis cuts.
+  """Refuses a mesh axis that cuts nothing, and large weights that no axis cuts.
 
   Args:
     mesh: the run's mesh.
@@ -186,6 +186,10 @@ def check_layout(mesh: Mesh, model, table: dict):
   ways_of = {axis: mesh.shape[axis] for axis in ("fsdp", "stage", "tensor") if mesh.shape[axis] > 1}
   if table is REPLICATED:
     ways_of.pop("fsdp", None)
+  for axis in ("data", "expert", "context"):
+    size = mesh.shape[axis]
+    if size > 1 and not any(axis in axes_of(letter, ACTIVATIONS) for letter in "bt"):
+      raise LayoutError(f"mesh axis {axis} {size} cuts neither rows (b) nor positions (t)")
   for axis, size in ways_of.items():
     if not any(axis in axes for axes in cut.values()):
       rule = ", ".join(letter for letter in table if axis in axes_of(letter, table)) or "no letter"

@@ -17,12 +17,11 @@ from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.data.loader import place
-from llmjax.models.build import abstract
 from llmjax.parallel.collectives import collectives, describe
 from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh
-from llmjax.parallel.rules import LayoutError, batch_sharding
+from llmjax.parallel.rules import ACTIVATIONS, LayoutError, axes_of, batch_sharding
+from llmjax.parallel.whole import compile_and_watch
 from llmjax.train.config import Config
-from llmjax.train.optim import make_optimizer
 from llmjax.train.shrink import made_up_batch, shrink
 from llmjax.train.state import TrainState, init_sharded, init_state
 from llmjax.train.step import advance, compile_step
@@ -117,38 +116,29 @@ def all_meshes(devices: int) -> Iterator[dict[str, int]]:
 
 def on_one_device(config: Config, batch: Batch) -> Observed:
   """Runs the reference: no mesh, and the batch as a whole unless dropout counts micro-batches."""
-  parts = config.train.accumulation if config.model.dropout else 1
-  optimizer = make_optimizer(config.optim, config.train.steps, abstract(config.model))
-  state = jax.jit(lambda: init_state(config.model, config.seed, optimizer))()
-
-  def step(state, batch):
-    return advance(
-      state, batch, optimizer=optimizer, accumulation=parts, loss=config.loss, seed=config.seed
-    )
-
-  compiled = jax.jit(step, compiler_options=_quick()).lower(state, batch).compile()
+  if not config.model.dropout:
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=1))
+  state = jax.jit(lambda: init_state(config))()
+  step = jax.jit(lambda state, batch: advance(state, batch, config), compiler_options=_quick())
+  compiled = step.lower(state, batch).compile()
   return _steps(compiled, state, batch)
 
 
-def on_mesh(config: Config, mesh: Mesh, batch: Batch) -> Observed:
-  """Runs three steps on a mesh, by the function that training compiles."""
-  optimizer = make_optimizer(config.optim, config.train.steps, abstract(config.model))
-  state = init_sharded(config.model, config.seed, optimizer, mesh, config.train.zero)
+def on_mesh(config: Config, mesh: Mesh, batch: Batch, watch: bool = False) -> Observed:
+  """Runs three steps on a mesh, by the function that training compiles.
+
+  Raises:
+    LayoutError: with `watch`, if an activation lives whole on every device.
+  """
+  state = init_sharded(config, mesh)
   placed = place(batch, batch_sharding(mesh))
-  step = compile_step(
-    state,
-    mesh,
-    optimizer,
-    accumulation=config.train.accumulation,
-    batch_size=config.data.batch_size,
-    loss=config.loss,
-    seed=config.seed,
-    zero=config.train.zero,
-    pipeline=config.pipeline,
-    with_grads=True,
-  )
+  step = compile_step(config, mesh, with_grads=True)
   with jax.set_mesh(mesh):
-    compiled = step.lower(state, placed).compile(compiler_options=_quick())
+    lowered = step.lower(state, placed)
+    if watch:
+      compiled = _watched(lowered, config, state, mesh)
+    else:
+      compiled = lowered.compile(compiler_options=_quick())
     seen = _steps(compiled, state, placed)
   memory = compiled.memory_analysis()
   peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -157,6 +147,22 @@ def on_mesh(config: Config, mesh: Mesh, batch: Batch) -> Observed:
     peak_bytes=peak - memory.alias_size_in_bytes,
     traffic=describe(collectives(compiled.as_text(), mesh)),
   )
+
+
+def _watched(lowered, config: Config, state: TrainState, mesh: Mesh):
+  """Compiles a step, and refuses one that holds a residual stream, or more, whole everywhere."""
+  part = config.data.batch_size // config.train.accumulation
+  stream_bytes = 4 * part * config.model.context * config.model.width
+  weight_bytes = max(4 * leaf.size for leaf in jax.tree.leaves(state.model))
+  compiled, whole = compile_and_watch(lowered, max(stream_bytes, weight_bytes + 1), _quick())
+  cut = [axis for letter in "bt" for axis in axes_of(letter, ACTIVATIONS) if mesh.shape[axis] > 1]
+  if whole and cut:
+    lines = ", ".join(f"{array.shape} of {array.source or array.operation}" for array in whole[:8])
+    rows = ", ".join(axes_of("b", ACTIVATIONS))
+    raise LayoutError(
+      f"activations live whole on each device, none of b → {rows}, t → context cuts them: {lines}"
+    )
+  return compiled
 
 
 def _quick() -> dict:
@@ -181,7 +187,7 @@ def _row(config: Config, sizes: dict, batch: Batch, truth: Observed) -> dict:
   row = {"mesh": sizes}
   try:
     mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), jax.devices()[: math.prod(sizes.values())])
-    seen = on_mesh(config, mesh, batch)
+    seen = on_mesh(config, mesh, batch, watch=True)
   except UserError as error:
     return row | {"ok": not isinstance(error, LayoutError), "error": str(error)}
   return row | compare(seen, truth)

@@ -16,7 +16,6 @@ from llmjax.core.memory import give_back, settle
 from llmjax.data.loader import batches
 from llmjax.data.pack import PackedRows
 from llmjax.data.prepare import TokenStore
-from llmjax.models.build import abstract
 from llmjax.models.formulas import forward_flops_per_token
 from llmjax.parallel import multihost
 from llmjax.parallel.rules import batch_sharding
@@ -24,7 +23,6 @@ from llmjax.text.tokenizer import Tokenizer
 from llmjax.train.checkpoint import Checkpoints, make_meta
 from llmjax.train.config import Config
 from llmjax.train.metrics import NoReport, Reporter, matmul_peak_flops
-from llmjax.train.optim import make_optimizer
 from llmjax.train.state import abstract_state, init_sharded
 from llmjax.train.step import compile_step
 
@@ -69,24 +67,11 @@ def fit(
     UserError: the checkpoint is of other text, or the mesh does not divide the model.
     Interrupted: SIGINT or SIGTERM came; the step under way was finished and saved.
   """
-  steps, batch_size = config.train.steps, config.data.batch_size
-  optimizer = make_optimizer(config.optim, steps, abstract(config.model))
-  like = abstract_state(config.model, optimizer, mesh, config.train.zero)
-  train_step = compile_step(
-    like,
-    mesh,
-    optimizer,
-    accumulation=config.train.accumulation,
-    batch_size=batch_size,
-    loss=config.loss,
-    seed=config.seed,
-    zero=config.train.zero,
-    pipeline=config.pipeline,
-  )
+  steps, train_step = config.train.steps, compile_step(config, mesh)
   rows = PackedRows(store, config.model.context, config.seed)
   meta = make_meta(config, tokenizer, store.key)
   checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-  state, start, spent_s = _start(checkpoints, like, config, optimizer, mesh, meta)
+  state, start, spent_s = _start(checkpoints, config, mesh, meta)
 
   report = _reporter(config, workdir, start)
   votes = multihost.Votes()
@@ -95,7 +80,7 @@ def fit(
     rows,
     config.task_of(tokenizer),
     batch_sharding(mesh),
-    batch_size, start, steps,
+    config.data.batch_size, start, steps,
     seed=config.seed,
     read_ahead=config.data.read_ahead,
   )
@@ -127,11 +112,11 @@ def fit(
   return Fitted(state.model, train_s)
 
 
-def _start(checkpoints, like, config, optimizer, mesh, meta):
+def _start(checkpoints, config, mesh, meta):
   """Returns (state, steps done, seconds spent) from a checkpoint, or of step 0."""
-  restored = checkpoints.restore(like)
+  restored = checkpoints.restore(abstract_state(config, mesh))
   if restored is None:
-    return init_sharded(config.model, config.seed, optimizer, mesh, config.train.zero), 0, 0.0
+    return init_sharded(config, mesh), 0, 0.0
   state, found = restored
   if found["data_key"] != meta["data_key"]:
     raise UserError(

@@ -1,6 +1,7 @@
 """`TrainState`: all that a step changes, made already sharded."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.core.compat import same_bits_options
-from llmjax.models.build import build
-from llmjax.models.config import ModelConfig
+from llmjax.models.build import abstract, build
 from llmjax.parallel.rules import REPLICATED, WEIGHTS, optimizer_shardings, weight_shardings
+from llmjax.train.config import Config
+from llmjax.train.optim import make_optimizer
 
 
 @jax.tree_util.register_dataclass
@@ -30,10 +32,15 @@ class TrainState:
   optimizer: optax.OptState
 
 
-def init_state(config: ModelConfig, seed: int, optimizer) -> TrainState:
-  """Makes the state of step 0, a function of (config, seed)."""
-  model = build(jax.random.key(seed), config)
-  return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+def optimizer_of(config: Config) -> optax.GradientTransformation:
+  """The experiment's optimizer."""
+  return make_optimizer(config.optim, config.train.steps, abstract(config.model))
+
+
+def init_state(config: Config) -> TrainState:
+  """Makes the state of step 0, a function of the experiment."""
+  model = build(jax.random.key(config.seed), config.model)
+  return TrainState(jnp.zeros((), jnp.int32), model, optimizer_of(config).init(model))
 
 
 def train_shardings(mesh: Mesh, state: TrainState, zero: int = 3) -> TrainState:
@@ -51,24 +58,22 @@ def train_shardings(mesh: Mesh, state: TrainState, zero: int = 3) -> TrainState:
   )
 
 
-def init_sharded(
-  config: ModelConfig, seed: int, optimizer, mesh: Mesh, zero: int = 3
-) -> TrainState:
+def init_sharded(config: Config, mesh: Mesh) -> TrainState:
   """Makes the state of step 0 where it will live: the same bits on every mesh of a platform.
 
   No device ever holds more than its part.
   """
-  make = lambda: init_state(config, seed, optimizer)  # noqa: E731
-  shardings = train_shardings(mesh, jax.eval_shape(make), zero)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
   options = same_bits_options(mesh.devices.flat[0].platform)
+  make = functools.partial(init_state, config)
   return jax.jit(make, out_shardings=shardings, compiler_options=options)()
 
 
-def abstract_state(config: ModelConfig, optimizer, mesh: Mesh, zero: int = 3) -> TrainState:
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
   """Describes the state (shapes, dtypes, shardings) without making it."""
-  shapes = jax.eval_shape(lambda: init_state(config, 0, optimizer))
+  shapes = jax.eval_shape(lambda: init_state(config))
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes,
-    train_shardings(mesh, shapes, zero),
+    train_shardings(mesh, shapes, config.train.zero),
   )

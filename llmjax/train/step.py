@@ -4,8 +4,6 @@ ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054) is a choice of layouts: of the 
 steps, of the sum of gradients, of the optimizer's state.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -24,9 +22,10 @@ from llmjax.parallel.rules import (
   ways,
   weight_shardings,
 )
+from llmjax.train.config import Config
 from llmjax.train.losses import LossConfig, head_loss
 from llmjax.train.pipelined import PipelineConfig, pipelined_grad
-from llmjax.train.state import TrainState, train_shardings
+from llmjax.train.state import TrainState, abstract_state, optimizer_of
 
 
 def loss_and_grad(
@@ -98,104 +97,60 @@ def micro_batches(batch: Batch, parts: int) -> Batch:
   )
 
 
-def train_step(state: TrainState, batch: Batch, **how):
-  """Advances the state by one batch; takes what `advance` takes.
-
-  Returns:
-    (state, metrics): `loss` in nats a token, `grad_norm` before clipping, `tokens` predicted.
-  """
-  return advance(state, batch, **how)[:2]
-
-
-def advance(
-  state: TrainState,
-  batch: Batch,
-  *,
-  optimizer,
-  accumulation: int = 1,
-  loss: LossConfig | None = None,
-  seed: int = 0,
-  zero: int = 3,
-  pipeline: PipelineConfig | None = None,
-):
+def advance(state: TrainState, batch: Batch, config: Config, optimizer=None):
   """Advances the state by one batch.
 
   Args:
     state: what the step takes.
-    batch: [b, t], b a multiple of `accumulation`.
-    optimizer: optax transformation.
-    accumulation: micro-batches.
-    loss: terms beside the cross-entropy.
-    seed: with the step number, decides what dropout drops.
-    zero: what `fsdp` cuts: 1 optimizer state, 2 and gradients, 3 and weights.
-    pipeline: see `loss_and_grad`.
+    batch: [b, t], b a multiple of `config.train.accumulation`.
+    config: the experiment; seed and step decide what dropout drops.
+    optimizer: optax transformation, by default the experiment's.
   Returns:
-    (state, metrics, gradients before clipping).
+    (state, metrics, gradients before clipping); metrics are `loss` in nats a token, `grad_norm`
+    before clipping, `tokens` predicted.
   """
   key = None
-  if state.model.config.dropout:
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+  if config.model.dropout:
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+  how = config.train
   nll, grads, count = loss_and_grad(
-    state.model, batch, accumulation, loss, key, zero, pipeline
+    state.model, batch, how.accumulation, config.loss, key, how.zero, config.pipeline
   )
   # Each device of `fsdp` updates its part, whatever it holds of the weights.
   grads, model = lay_out(grads, WEIGHTS), lay_out(state.model, WEIGHTS)
-  updates, opt_state = optimizer.update(grads, state.optimizer, model)
+  updates, opt_state = (optimizer or optimizer_of(config)).update(grads, state.optimizer, model)
   model = optax.apply_updates(model, updates)
   metrics = {"loss": nll, "grad_norm": optax.tree.norm(grads), "tokens": count}
   return TrainState(state.step + 1, model, opt_state), metrics, grads
 
 
-def compile_step(
-  state: TrainState,
-  mesh: Mesh,
-  optimizer,
-  *,
-  accumulation: int,
-  batch_size: int,
-  loss: LossConfig | None = None,
-  seed: int = 0,
-  zero: int = 3,
-  pipeline: PipelineConfig | None = None,
-  with_grads: bool = False,
-):
+def compile_step(config: Config, mesh: Mesh, with_grads: bool = False):
   """Jits the step for a mesh: state donated, every input and output sharding given.
 
   Args:
-    state: the state, or its description.
+    config: the experiment, `model.vocab_size` filled in.
     mesh: the run's mesh.
-    optimizer: optax transformation.
-    accumulation: micro-batches a step.
-    batch_size: rows of the global batch.
-    loss: terms beside the cross-entropy.
-    seed: with the step number, decides what dropout drops.
-    zero: what `fsdp` cuts: 1 optimizer state, 2 and gradients, 3 and weights.
-    pipeline: see `loss_and_grad`.
     with_grads: the step also returns the gradients.
   Returns:
-    `(state, batch) -> (state, metrics)`.
+    `(state, batch) -> (state, metrics)`, of states as `abstract_state` describes them.
   Raises:
     UserError: the batch does not divide into the micro-batches, or those over the mesh.
   """
-  if accumulation < 1 or batch_size % accumulation:
+  accumulation, rows = config.train.accumulation, config.data.batch_size
+  if rows % accumulation:
     raise UserError(
-      f"data.batch_size {batch_size} is not a multiple of train.accumulation {accumulation}"
+      f"data.batch_size {rows} is not a multiple of train.accumulation {accumulation}"
     )
-  check_divides(mesh, "micro-batch", "b", (batch_size // accumulation,), ACTIVATIONS)
-  check_divides(mesh, "row", "t", (state.model.config.context,), ACTIVATIONS)
-  check_layout(mesh, state.model, WEIGHTS if zero == 3 else REPLICATED)
-  shardings = train_shardings(mesh, state, zero)
-  step = functools.partial(
-    advance if with_grads else train_step,
-    optimizer=optimizer,
-    accumulation=accumulation,
-    loss=loss,
-    seed=seed,
-    zero=zero,
-    pipeline=pipeline,
-  )
-  out = (shardings, NamedSharding(mesh, PartitionSpec()))
-  if with_grads:
-    out = (*out, weight_shardings(mesh, state.model))
+  check_divides(mesh, "micro-batch", "b", (rows // accumulation,), ACTIVATIONS)
+  check_divides(mesh, "row", "t", (config.model.context,), ACTIVATIONS)
+  state = abstract_state(config, mesh)
+  check_layout(mesh, state.model, WEIGHTS if config.train.zero == 3 else REPLICATED)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+  out = (shardings, NamedSharding(mesh, PartitionSpec()), weight_shardings(mesh, state.model))
+  kept = 3 if with_grads else 2
+
+  def step(state, batch):
+    return advance(state, batch, config)[:kept]
+
   into = (shardings, batch_sharding(mesh))
-  return jax.jit(step, in_shardings=into, out_shardings=out, donate_argnums=0)
+  return jax.jit(step, in_shardings=into, out_shardings=out[:kept], donate_argnums=0)

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
+from llmjax.train.config import Config
 from llmjax.train.losses import LossConfig
 from llmjax.train.optim import OptimConfig, make_optimizer
 from llmjax.train.state import TrainState
-from llmjax.train.step import train_step
+from llmjax.train.step import advance
 from tests.models.test_coverage import CHOICES
 from tests.models.test_reach import reached
 from tests.models.variants import IMAGE, batch_of, inputs, make_config, scored_places, weights_of
@@ -127,12 +128,13 @@ def trains(config, muon: bool):
   optimizer = optax.chain(keeping_gradients(), rule)
   targets, weights = scored_places(config, values)
   batch = batch_of(values, targets_bt=jnp.asarray(targets), loss_mask_bt=jnp.asarray(weights))
+  loss = LossConfig(z_loss=0.01, label_smoothing=0.1, chunk=5)
+  experiment = Config(model=config, loss=loss)
 
   @jax.jit
   def step(model, batch):
     state = TrainState(jnp.int32(0), model, optimizer.init(model))
-    loss = LossConfig(z_loss=0.01, label_smoothing=0.1, chunk=5)
-    return train_step(state, batch, optimizer=optimizer, loss=loss)
+    return advance(state, batch, experiment, optimizer)[:2]
 
   after, metrics = step(model, batch)
   assert np.isfinite(metrics["loss"]) and 0 < metrics["grad_norm"] < 1e5

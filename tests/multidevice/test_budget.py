@@ -4,6 +4,7 @@ Bytes are those that a device holds of the whole (`parallel/collectives.py`). Of
 all-reduce and its slice XLA's CPU backend makes no reduce-scatter, so either counts over `fsdp`.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -16,7 +17,6 @@ from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.schedules import make_schedule
 from llmjax.train.check import _quick
 from llmjax.train.config import Config
-from llmjax.train.optim import make_optimizer
 from llmjax.train.shrink import made_up_batch, shrink
 from llmjax.train.state import abstract_state
 from llmjax.train.step import compile_step
@@ -40,11 +40,9 @@ SMALL = 20_000  # scalars, scales of norms, positions and segments
 def traffic(zero=3, accumulation=1, **sizes) -> dict:
   """Bytes a step sends, by (kind, axes)."""
   mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
-  optimizer = make_optimizer(CONFIG.optim, 10, SHAPES)
-  state = abstract_state(CONFIG.model, optimizer, mesh, zero)
-  step = compile_step(
-    state, mesh, optimizer, accumulation=accumulation, batch_size=ROWS, loss=CONFIG.loss, zero=zero
-  )
+  train = dataclasses.replace(CONFIG.train, zero=zero, accumulation=accumulation)
+  config = dataclasses.replace(CONFIG, train=train)
+  state, step = abstract_state(config, mesh), compile_step(config, mesh)
   batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), made_up_batch(CONFIG))
   with jax.set_mesh(mesh):
     compiled = step.lower(state, batch).compile(compiler_options=_quick())

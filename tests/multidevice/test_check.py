@@ -6,7 +6,7 @@ import jax
 
 from llmjax import cli
 from llmjax.core.config import override
-from llmjax.nn import ring
+from llmjax.nn import norm, ring
 from llmjax.parallel import rules
 from llmjax.train import check as checks
 from llmjax.train import step as steps
@@ -62,6 +62,24 @@ def test_an_unmatched_rule_is_an_error_that_names_it(monkeypatch):
     monkeypatch.delitem(rules.WEIGHTS, letter)
   found = row({"tensor": 4, "data": 2})
   assert not found["ok"] and "mesh axis tensor 4 cuts no weight" in found["error"]
+
+
+def test_an_activation_that_lives_whole_is_an_error_that_names_its_line(monkeypatch):
+  right = norm.Norm.__call__
+
+  def whole(self, x_btd):
+    made = right(self, x_btd)
+    if jax.sharding.get_abstract_mesh().empty:
+      return made
+    return jax.lax.with_sharding_constraint(made, jax.sharding.PartitionSpec())
+
+  mesh = {"data": 2, "fsdp": 2, "expert": 2}
+  assert row(mesh)["ok"]
+  monkeypatch.setattr(norm.Norm, "__call__", whole)
+  found = row(mesh)
+  assert not found["ok"]
+  assert "f32[16,64,64]" in found["error"] and "b → data, fsdp, expert" in found["error"]
+  assert "/test_check.py:" in found["error"]
 
 
 def test_a_leaf_that_is_out_is_named_and_the_status_is_1(tmp_path, capsys, monkeypatch):

@@ -6,11 +6,13 @@ windows, z-loss, clipping and remat on; all 56 meshes of 8 devices are marked sl
 
 import dataclasses
 import functools
+import os
+import time
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from llmjax.core import tree
@@ -21,7 +23,6 @@ from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import batch_sharding, weight_shardings
 from llmjax.train.check import all_meshes, compare, on_mesh, on_one_device, some_meshes
 from llmjax.train.config import Config
-from llmjax.train.optim import make_optimizer
 from llmjax.train.pipelined import PipelineConfig
 from llmjax.train.shrink import made_up_batch, shrink
 from llmjax.train.state import init_sharded
@@ -167,10 +168,15 @@ def test_bf16_is_as_near_to_fp32_on_a_mesh_as_on_one_device():
   assert off["many"] < 2 * off["one"] < 0.2
 
 
+SEED = int(os.environ.get("LLMJAX_SEED") or time.time())
+
+
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None, print_blob=True)
+@seed(SEED)
+@settings(max_examples=12, deadline=None, database=None)
 @given(st.data())
 def test_random_meshes_and_configs(data):
+  print(f"drawn with LLMJAX_SEED={SEED}")  # pytest shows it where the test fails
   draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
   sizes = data.draw(st.sampled_from(list(all_meshes(8))))
   changes = (
@@ -194,10 +200,7 @@ def test_muon():
 
 
 def test_weights_are_really_cut():
-  config = experiment().model
-  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-  optimizer = make_optimizer(Config().optim, 10, abstract(config))
-  state = init_sharded(config, 0, optimizer, mesh)
+  state = init_sharded(experiment(), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
   leaves = tree.flatten((state.model, state.optimizer))
   assert sum(leaf.ndim >= 3 for leaf in leaves.values()) == 3 * 7
   for path, leaf in leaves.items():
@@ -206,11 +209,10 @@ def test_weights_are_really_cut():
 
 
 def test_init_is_the_same_on_every_mesh():
-  config = experiment().model
-  optimizer = make_optimizer(Config().optim, 10, abstract(config))
-  one = init_sharded(config, 7, optimizer, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+  config = experiment("seed=7")
+  one = init_sharded(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
   for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"stage": 4, "expert": 2}):
-    many = init_sharded(config, 7, optimizer, make_mesh(MeshConfig(**{"data": 1, **sizes})))
+    many = init_sharded(config, make_mesh(MeshConfig(**{"data": 1, **sizes})))
     for path, leaf in tree.flatten(many).items():
       np.testing.assert_array_equal(leaf, tree.flatten(one)[path], err_msg=path)
 
@@ -221,14 +223,14 @@ def test_a_mesh_that_does_not_divide_names_array_and_sizes():
   with pytest.raises(UserError, match=r"key_dkh' has 1 key/value heads \('k'\).*tensor 8"):
     weight_shardings(make_mesh(MeshConfig(data=1, tensor=8)), abstract(few))
   mesh = make_mesh(MeshConfig(data=8))
-  optimizer = make_optimizer(config.optim, 10, abstract(config.model))
-  state = init_sharded(config.model, 0, optimizer, mesh)
+  odd = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=12))
+  odd = dataclasses.replace(odd, train=dataclasses.replace(config.train, accumulation=2))
   with pytest.raises(UserError, match=r"micro-batch' has 6 batch \('b'\), which mesh data 8 does"):
-    compile_step(state, mesh, optimizer, accumulation=2, batch_size=12)
-  odd = dataclasses.replace(state, model=abstract(dataclasses.replace(config.model, context=20)))
+    compile_step(odd, mesh)
+  odd = dataclasses.replace(config, model=dataclasses.replace(config.model, context=20))
   mesh = make_mesh(MeshConfig(data=1, context=8))
   with pytest.raises(UserError, match=r"row' has 20 query positions \('t'\).*context 8"):
-    compile_step(odd, mesh, optimizer, accumulation=1, batch_size=8)
+    compile_step(odd, mesh)
 
 
 def test_a_batch_is_the_same_on_every_mesh():

@@ -102,6 +102,12 @@ def test_a_large_weight_that_nothing_cuts_is_named(monkeypatch, tiny_config):
     check_layout(abstract_mesh(1, 1, 2), shapes, WEIGHTS)
 
 
+def test_a_mesh_axis_that_cuts_no_activation_is_named(monkeypatch, tiny_config):
+  monkeypatch.setitem(ACTIVATIONS, "b", ("fsdp", "expert"))
+  with pytest.raises(UserError, match=r"axis data 8 cuts neither rows \(b\) nor positions \(t\)"):
+    check_layout(abstract_mesh(8, 1, 1), abstract(tiny_config), WEIGHTS)
+
+
 def test_check_divides_multiplies_the_axes_of_a_letter():
   mesh = abstract_mesh(2, 3, 1)
   check_divides(mesh, "batch", "bt", (12, 5), ACTIVATIONS)

@@ -11,10 +11,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
+from llmjax.data.loader import DataConfig
 from llmjax.data.tasks import language_model
-from llmjax.models.build import abstract
 from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.train.optim import OptimConfig, make_optimizer
+from llmjax.train.config import Config, TrainConfig
+from llmjax.train.optim import OptimConfig
 from llmjax.train.state import abstract_state, init_sharded
 from llmjax.train.step import compile_step, loss_and_grad, micro_batches
 
@@ -90,16 +91,25 @@ def test_micro_batches_hold_every_row_once():
   assert_array_equal(parts.tokens_bt, parts.positions_bt)
 
 
+def experiment(model, accumulation, optim=None) -> Config:
+  """An experiment of ten steps of `ROWS` rows."""
+  return Config(
+    model=model,
+    data=DataConfig(batch_size=ROWS),
+    optim=optim or OptimConfig(),
+    train=TrainConfig(steps=10, accumulation=accumulation),
+  )
+
+
 def test_a_compiled_step_is_the_optimizers_and_starts_from_the_seed(tiny_config, batch, plain):
   # With eps = 1 an update is smooth in its gradient, so clipping and rounding show as they are.
   config = OptimConfig(
     learning_rate=1.0, warmup=1, clip_norm=0.5, eps=1.0, weight_decay=0.1
   )
-  optimizer = make_optimizer(config, 10, abstract(tiny_config))
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  like = abstract_state(tiny_config, optimizer, mesh)
-  step = compile_step(like, mesh, optimizer, accumulation=2, batch_size=ROWS)
-  state = init_sharded(tiny_config, 0, optimizer, mesh)  # seed 0 is tiny_decoder's key
+  whole = experiment(tiny_config, accumulation=2, optim=config)
+  like, step = abstract_state(whole, mesh), compile_step(whole, mesh)
+  state = init_sharded(whole, mesh)  # seed 0 is tiny_decoder's key
   described, made = tree.flatten(like), tree.flatten(state)
   assert {path: (a.shape, a.dtype) for path, a in described.items()} == {
     path: (a.shape, a.dtype) for path, a in made.items()
@@ -126,10 +136,8 @@ def test_a_compiled_step_is_the_optimizers_and_starts_from_the_seed(tiny_config,
     assert_allclose(tree.flatten(after.model)[path], expected, rtol=0, atol=atol, err_msg=path)
 
 
-@pytest.mark.parametrize("accumulation", [0, 3, 8])
+@pytest.mark.parametrize("accumulation", [3, 8])
 def test_a_batch_that_does_not_divide_is_a_user_error(tiny_config, accumulation):
-  optimizer = make_optimizer(OptimConfig(), 10, abstract(tiny_config))
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  like = abstract_state(tiny_config, optimizer, mesh)
   with pytest.raises(UserError, match=rf"batch_size 4 .* train.accumulation {accumulation}"):
-    compile_step(like, mesh, optimizer, accumulation=accumulation, batch_size=ROWS)
+    compile_step(experiment(tiny_config, accumulation), mesh)
