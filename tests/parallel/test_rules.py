@@ -13,11 +13,13 @@ from llmjax.core.dims import LETTERS
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
 from llmjax.parallel import rules
+from llmjax.parallel.layout_plot import STREAM, draw_layouts, owners
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import (
   ACTIVATIONS,
   REPLICATED,
   WEIGHTS,
+  axes_of,
   batch_sharding,
   check_divides,
   check_layout,
@@ -106,6 +108,24 @@ def test_a_mesh_axis_that_cuts_no_activation_is_named(monkeypatch, tiny_config):
   monkeypatch.setitem(ACTIVATIONS, "b", ("fsdp", "expert"))
   with pytest.raises(UserError, match=r"axis data 8 cuts neither rows \(b\) nor positions \(t\)"):
     check_layout(abstract_mesh(8, 1, 1), abstract(tiny_config), WEIGHTS)
+
+
+@pytest.mark.parametrize("letters", ["bt", "df"])
+@pytest.mark.parametrize(
+  "sizes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"context": 2, "tensor": 2}]
+)
+def test_the_picture_of_layouts_is_what_jax_does(letters, sizes):
+  table = STREAM if letters == "bt" else WEIGHTS
+  mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  axes = [tuple(a for a in axes_of(letter, table) if a in sizes) or None for letter in letters]
+  held = owners(letters, table, sizes)
+  shard = NamedSharding(mesh, P(*axes)).shard_shape((4, 4))
+  assert (held.sum((0, 1)) == shard[0] * shard[1]).all() and held.any(2).all()
+
+
+def test_the_picture_of_layouts_is_drawn(tmp_path):
+  draw_layouts(tmp_path / "layouts.png")
+  assert (tmp_path / "layouts.png").stat().st_size > 5000
 
 
 def test_check_divides_multiplies_the_axes_of_a_letter():
