@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import operator
 import os
 import statistics
 import sys
@@ -31,10 +32,9 @@ from llmjax.serve.sample import Sampling
 from llmjax.text.report import report
 from llmjax.text.tokenizer import from_state, to_state
 from llmjax.train.checkpoint import load_model, newest_meta
-from llmjax.train.config import Config, TrainConfig, binding
+from llmjax.train.config import Config, binding
 from llmjax.train.loop import fit
 from llmjax.train.metrics import read_metrics
-from llmjax.train.pipelined import PipelineConfig
 from llmjax.train.plot import plot_loss
 
 _REPORTED = 1000  # held-out documents that the tokenizer is measured on
@@ -229,13 +229,13 @@ def _check_workdir(config: Config, meta: dict, workdir: Path):
 
 def _check_used(config: Config, mesh):
   """Refuses a choice of how to cut that this mesh would never read."""
-  if mesh.shape["stage"] == 1 and config.pipeline != PipelineConfig():
-    raise UserError(
-      f"pipeline.schedule={config.pipeline.schedule}, chunks={config.pipeline.chunks} change "
-      "nothing on a mesh of stage 1"
-    )
-  if mesh.shape["fsdp"] == 1 and config.train.zero != TrainConfig().zero:
-    raise UserError(f"train.zero={config.train.zero} changes nothing on a mesh of fsdp 1")
+  for axis, key in (
+    ("stage", "pipeline.schedule"), ("stage", "pipeline.chunks"), ("fsdp", "train.zero"),
+    ("context", "model.attention.context"),
+  ):
+    read = operator.attrgetter(key)
+    if mesh.shape[axis] == 1 and read(config) != read(Config()):
+      raise UserError(f"{key}={read(config)} changes nothing on a mesh of {axis} 1")
 
 
 def _tokenizer(config: Config, documents):

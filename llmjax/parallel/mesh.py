@@ -99,6 +99,8 @@ def lay_out(devices: Sequence, sizes: dict[str, int], slices: int, across: str) 
     UserError: the slices do not divide that axis, or are not of equal size.
   """
   groups = _slices(devices, slices)
+  if across != MeshConfig.across and len(groups) == 1:
+    raise UserError(f"mesh.across={across} changes nothing: all devices are of one slice")
   if sizes[across] % len(groups):
     raise UserError(f"mesh.{across} {sizes[across]} is not a multiple of the {len(groups)} slices")
   shape = [size // len(groups) if axis == across else size for axis, size in sizes.items()]
