@@ -65,9 +65,8 @@ class Metadata:
     self.values = values
     self.name = values.get("general.architecture")
     if self.name not in ARCHITECTURES:
-      raise UserError(
-        f"GGUF architecture {self.name!r} is not one of {', '.join(sorted(ARCHITECTURES))}"
-      )
+      known = ", ".join(sorted(ARCHITECTURES))
+      raise UserError(f"GGUF architecture {self.name!r} is not one of {known}")
     self.architecture = ARCHITECTURES[self.name]
 
   def get(self, key: str, default=None):
@@ -165,8 +164,8 @@ def _norm(metadata: Metadata, shapes) -> NormConfig:
   eps = metadata.get("attention.layer_norm_rms_epsilon")
   if eps is not None:
     return NormConfig(place=place, eps=eps)
-  eps = metadata.get("attention.layer_norm_epsilon", 1e-5)
   bias = any(name.endswith("norm.bias") for name in shapes)
+  eps = metadata.get("attention.layer_norm_epsilon", 1e-5)
   return NormConfig(kind="layer", place=place, eps=eps, bias=bias)
 
 

@@ -6,7 +6,6 @@ The families are tables (`hf_decoders`, `hf_encoders`, `hf_vision`), which `hf_f
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,12 @@ import numpy as np
 from llmjax.core import tree
 from llmjax.core.errors import UserError, nearest
 from llmjax.models.config import ModelConfig
+from llmjax.models.hf_canonical import canonical
 from llmjax.models.hf_decoders import DECODERS
 from llmjax.models.hf_encoders import BERT, ROBERTA, T5
-from llmjax.models.hf_family import Family, canonical, misfits, note, read_config, write_config
-from llmjax.models.hf_files import DTYPES, Chosen, Files, read_json, save_tensors, write_json
-from llmjax.models.hf_layout import from_tensors, to_tensors
+from llmjax.models.hf_family import Family, misfits, note, read_config, write_config
+from llmjax.models.hf_files import DTYPES, open_tensors, read_json, save_tensors, write_json
+from llmjax.models.hf_layout import Tensors, from_tensors, matches, to_tensors
 from llmjax.models.hf_vision import GEMMA3_SHELL, LLAVA, VIT
 from llmjax.models.model import Model
 from llmjax.text.folder import load_tokenizer
@@ -48,7 +48,7 @@ def load_folder(path) -> Model:
   path = Path(path)
   theirs = read_json(path / "config.json")
   family = family_of(theirs)
-  tensors = Files(path, family.aliases)
+  tensors = open_tensors(path, family.aliases)
   config = _tied(family, read_config(family, theirs), tensors)
   parameters = read_tensors(family, config, tensors)
   return Model(config, parameters, _tokenizer(path))
@@ -62,35 +62,30 @@ def family_of(theirs: dict) -> Family:
   return FAMILIES[name]
 
 
-def read_tensors(family: Family, config: ModelConfig, tensors: Mapping):
+def read_tensors(family: Family, config: ModelConfig, tensors: Tensors):
   """Builds a family's model from tensors under its names, copies and buffers left out."""
-  dropped = [name for name in tensors if _matches(name, family.dropped)]
+  dropped = [name for name in tensors if matches(name, family.dropped)]
   if dropped:
     note(f"{len(dropped)} tensors have no place in llmjax and are left out, such as {dropped[0]!r}")
   kept = {
-    name
-    for name in tensors
-    if not _matches(name, family.dropped + family.ignore)
+    name: reader
+    for name, reader in tensors.readers.items()
+    if not matches(name, family.dropped + family.ignore)
     and not family.skip(name, config)
     and not _is_copy(family, name, tensors)
   }
-  return from_tensors(
-    config, Chosen(tensors, kept), family.table(config), family.offset, family.optional
-  )
-
-
-def _matches(name, patterns) -> bool:
-  return any(re.search(pattern, name) for pattern in patterns)
+  table = family.table(config)
+  return from_tensors(config, Tensors(kept), table, family.offset, family.optional)
 
 
 def _is_copy(family, name, tensors) -> bool:
-  original = family.twins.get(name)
+  original = family.copies.get(name)
   return original in tensors and np.array_equal(tensors[name], tensors[original])
 
 
-def _tied(family: Family, config: ModelConfig, tensors: Mapping) -> ModelConfig:
+def _tied(family: Family, config: ModelConfig, tensors: Tensors) -> ModelConfig:
   """Decides by the tensors whether the head reads the embedding, as transformers does."""
-  head = next((name for name, row in family.tensors.items() if row[1] == "embed/head_dv"), None)
+  head = family.name_of("embed/head_dv")
   if config.tie_embeddings and head in tensors and not _is_copy(family, head, tensors):
     note(f"{head} differs from the embedding, so they are not tied, whatever config.json says")
     return dataclasses.replace(config, tie_embeddings=False)
@@ -124,9 +119,8 @@ def save_folder(model: Model, path, dtype: str = "float32", family: str = ""):
   tensors = to_tensors(config, leaves, chosen.table(config), chosen.offset)
   for name, (value, like) in chosen.constants.items():
     tensors[name] = np.full_like(tensors[like], value)
-  theirs = write_config(chosen, config) | {"torch_dtype": dtype}
   ids = _token_ids(model)
-  theirs = ids | theirs
+  theirs = ids | write_config(chosen, config) | {"torch_dtype": dtype}
   path = Path(path)
   path.mkdir(parents=True, exist_ok=True)
   write_json(path / "config.json", theirs)
@@ -140,11 +134,11 @@ def save_folder(model: Model, path, dtype: str = "float32", family: str = ""):
 
 def _begun(model: Model) -> Model:
   """Writes down the id that an encoder_decoder begins with, where that is the tokenizer's BOS."""
-  embed = model.config.embed
-  if model.config.kind != "encoder_decoder" or embed.start_token >= 0 or model.tokenizer is None:
+  config, embed = model.config, model.config.embed
+  if config.kind != "encoder_decoder" or embed.start_token >= 0 or model.tokenizer is None:
     return model
   embed = dataclasses.replace(embed, start_token=start_id(model.tokenizer))
-  return dataclasses.replace(model, config=dataclasses.replace(model.config, embed=embed))
+  return dataclasses.replace(model, config=dataclasses.replace(config, embed=embed))
 
 
 def choose(config: ModelConfig, name: str = "") -> Family:
@@ -174,27 +168,25 @@ def half_layout(model: Model) -> tuple[ModelConfig, dict]:
   Channels 2i and 2i + 1 of queries and keys become i and i + r/2; products of the two stay as they
   were.
   """
-  config = canonical(model.config)
   leaves = tree.flatten(model.parameters)
-  position = model.config.position
+  position, h = model.config.position, model.config.dims["h"]
   if position.kind == "rope" and position.layout == "interleaved":
-    r, h = position.rotary_dim(config.dims["h"]), config.dims["h"]
+    r = position.rotary_dim(h)
     order = np.concatenate([np.arange(0, r, 2), np.arange(1, r, 2), np.arange(r, h)])
     turned = re.compile(r"/attention/(query|key)(_norm/scale)?_(bias_)?\w*h$")
-    leaves = {
-      path: np.asarray(leaf)[..., order] if turned.search(path) else leaf
-      for path, leaf in leaves.items()
-    }
-  return config, leaves
+    for path in filter(turned.search, leaves):
+      leaves[path] = np.asarray(leaves[path])[..., order]
+  return canonical(model.config), leaves
 
 
 def _token_ids(model: Model) -> dict:
   """The tokenizer's special ids. A decoder without one says null, where transformers would assume
   the ids of the published model, which a smaller vocabulary may not have."""
-  names = ("bos", "eos", "pad") if model.config.kind == "decoder" else ()
-  made: dict = {f"{name}_token_id": None for name in names}
+  made = {}
   for name in ("bos", "eos", "pad"):
     number = getattr(model.tokenizer, f"{name}_id", None)
     if number is not None and 0 <= number < model.config.vocab_size:
       made[f"{name}_token_id"] = number
+    elif model.config.kind == "decoder":
+      made[f"{name}_token_id"] = None
   return made

@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 from llmjax.core import config as configs
 from llmjax.core.errors import UserError
-from llmjax.models.config import ModelConfig, VisionConfig
-from llmjax.nn.attention import AttentionConfig
-from llmjax.nn.position import PositionConfig
+from llmjax.models.config import ModelConfig
+from llmjax.models.hf_canonical import canonical
 
 # Keys that change no number an evaluation computes.
 _HARMLESS = (
@@ -40,7 +39,7 @@ class Key:
 
   Attributes:
     ours: our dotted key; empty for a key that is only checked.
-    default: their value where the key is absent.
+    default: their value where the key is absent, or a function of our values so far.
     values: their value → ours, the first of several being the one written; None: as it is.
     null: what their null means, and what is written as null; by default it is as if absent.
   """
@@ -79,16 +78,16 @@ class Family:
     name: their `model_type`.
     architecture: the class that transformers builds.
     keys: their key → `Key`.
-    fixed: our dotted key → the value that the family implies.
+    tensors: their name → our module, or (letters, our path or paths); see `hf_layout`.
     parts: what tables cannot say.
-    tensors: their name → (letters, our path or paths); see `hf_layout`.
+    fixed: our dotted key → the value that the family implies.
     rows: further rows that depend on the architecture.
     offset: norm scales are stored less this number.
     aliases: (pattern, replacement): other spellings of their names.
     ignore: patterns of their names that hold nothing a model needs.
     dropped: patterns of their names that llmjax has no place for; reading says so.
     skip: (their name, config) → whether this config leaves the tensor out.
-    twins: name of a copy → its original; equal copies are dropped.
+    twins: name of a copy → its original, beside the head that may be a copy of the embedding.
     optional: patterns of our paths that a folder may lack.
     constants: name written beside ours → (value, name of the tensor whose shape it has).
     head_optional: a folder without a head is one of tied embeddings, whatever its config says.
@@ -98,9 +97,9 @@ class Family:
   name: str
   architecture: str
   keys: dict
-  fixed: dict
-  parts: tuple
   tensors: dict
+  parts: tuple = ()
+  fixed: dict = dataclasses.field(default_factory=dict)
   rows: Callable[[ModelConfig], dict] = lambda config: {}
   offset: float = 0.0
   aliases: tuple = ()
@@ -117,6 +116,15 @@ class Family:
     """The rows of an architecture."""
     return self.tensors | self.rows(config)
 
+  def name_of(self, path: str) -> str | None:
+    """Their name of one of our weights."""
+    return next((name for name, row in self.tensors.items() if row[1:] == (path,)), None)
+
+  @property
+  def copies(self) -> dict:
+    """Name of a copy → its original; equal copies are dropped."""
+    return self.twins | {self.name_of("embed/head_dv"): self.name_of("embed/token_vd")}
+
 
 def note(text: str):
   """Tells the user what was decided for them."""
@@ -124,14 +132,8 @@ def note(text: str):
 
 
 def read_config(family: Family, theirs: dict, quiet: bool = False) -> ModelConfig:
-  """Translates a `config.json`.
+  """Translates a `config.json`, with a note of unknown keys unless `quiet`; arithmetic is fp32.
 
-  Args:
-    family: whose it is.
-    theirs: its values.
-    quiet: say nothing of unknown keys.
-  Returns:
-    The architecture; arithmetic in fp32.
   Raises:
     UserError: a key is missing, or has a value that llmjax cannot compute with.
   """
@@ -143,16 +145,7 @@ def read_values(family: Family, theirs: dict, quiet: bool = False) -> dict:
   """Translates a `config.json` (or a section of one) into our dotted keys; see `read_config`."""
   values = dict(family.fixed)
   for name, key in family.keys.items():
-    value = theirs.get(name, key.default)
-    if value is None:
-      value = key.default if key.null is REQUIRED else key.null
-    if value is REQUIRED:
-      raise UserError(f"config.json of this {family.name} model has no {name!r}")
-    if key.values is not None:
-      if isinstance(value, list | dict) or value not in key.values:
-        known = ", ".join(repr(each) for each in key.values)
-        raise UserError(f"{family.name} with {name}={value!r} is not supported; known: {known}")
-      value = key.values[value]
+    value = _value(family, name, key, theirs, values)
     if key.ours:
       values[key.ours] = value
   for part in family.parts:
@@ -164,6 +157,23 @@ def read_values(family: Family, theirs: dict, quiet: bool = False) -> dict:
   if unknown and not quiet:
     note(f"config.json has keys that llmjax does not know and leaves out: {', '.join(unknown)}")
   return values
+
+
+def _value(family: Family, name: str, key: Key, theirs: dict, values: dict):
+  """Our value of one of their keys."""
+  value = theirs.get(name, key.default)
+  if value is None:
+    value = key.default if key.null is REQUIRED else key.null
+  if value is REQUIRED:
+    raise UserError(f"config.json of this {family.name} model has no {name!r}")
+  if callable(value):
+    value = value(values)
+  if key.values is None:
+    return value
+  if isinstance(value, list | dict) or value not in key.values:
+    known = ", ".join(repr(each) for each in key.values)
+    raise UserError(f"{family.name} with {name}={value!r} is not supported; known: {known}")
+  return key.values[value]
 
 
 def _nest(values: dict) -> dict:
@@ -213,78 +223,3 @@ def misfits(family: Family, config: ModelConfig) -> list[str]:
     for key in want
     if have[key] != want[key] and key not in RUN_KEYS
   ]
-
-
-def canonical(config: ModelConfig) -> ModelConfig:
-  """Writes an architecture one way: sizes filled in, values that change nothing at their defaults.
-
-  Rotary positions come out in half layout; see `hf.half_layout` for the weights.
-  """
-  dims, attention = config.dims, config.attention
-  layers = [attention.pattern[i % len(attention.pattern)] for i in range(config.layers)]
-  changed = {
-    "pattern": shortest_pattern(layers),
-    "mask": "auto" if config.causal == (config.kind == "decoder") else attention.mask,
-    "scale": 0.0 if attention.scale == dims["h"] ** -0.5 else attention.scale,
-  }
-  if config.kind == "encoder_decoder":
-    changed["mask"] = "auto"
-  if "window" not in layers:
-    changed["window"] = 0
-  if "sparse" not in layers:
-    changed |= _defaults(AttentionConfig, ("sparse_",))
-  attention = dataclasses.replace(attention, **changed)
-  encoder_layers = config.encoder_layers or config.layers
-  if config.kind != "encoder_decoder":
-    encoder_layers = 0
-  vision = config.vision
-  if not vision.image_size:
-    vision = VisionConfig()
-  return dataclasses.replace(
-    config,
-    kv_heads=dims["k"],
-    head_dim=dims["h"],
-    encoder_layers=encoder_layers,
-    attention=attention,
-    position=_canonical_position(config.position, dims["h"], "window" in layers),
-    norm=dataclasses.replace(config.norm, final=config.norm.final or config.norm.place == "post"),
-    vision=vision,
-    **({"context": 1, "tie_embeddings": True} if config.kind == "vision" else {}),
-  )
-
-
-def _canonical_position(position: PositionConfig, head_dim: int, windows: bool) -> PositionConfig:
-  keep = {
-    "rope": ("theta", "fraction", "scaling", *(["local_theta"] if windows else [])),
-    "sinusoidal": ("theta",),
-    "relative": ("buckets", "max_distance"),
-  }.get(position.kind, ())
-  if position.kind == "rope":
-    stretch = ("factor", "original_context")
-    keep += {
-      "linear": ("factor",),
-      "ntk": ("factor",),
-      "yarn": (*stretch, "beta_fast", "beta_slow", "attention_factor"),
-      "llama3": (*stretch, "low_freq_factor", "high_freq_factor"),
-    }.get(position.scaling, ())
-  made = PositionConfig(kind=position.kind, **{key: getattr(position, key) for key in keep})
-  if made.local_theta == made.theta and made.scaling == "none":
-    made = dataclasses.replace(made, local_theta=0.0)
-  if made.scaling == "ntk":  # the same angles as a larger base
-    r = made.rotary_dim(head_dim)
-    theta = made.theta * made.factor ** (r / (r - 2))
-    made = dataclasses.replace(made, theta=theta, scaling="none", factor=1.0)
-  return made
-
-
-def _defaults(section: type, prefixes: tuple) -> dict:
-  fields = dataclasses.fields(section)
-  return {field.name: field.default for field in fields if field.name.startswith(prefixes)}
-
-
-def shortest_pattern(layers: list) -> tuple:
-  """Finds the shortest pattern whose repetition begins with these kinds of layers."""
-  for period in range(1, len(layers) + 1):
-    if all(kind == layers[i % period] for i, kind in enumerate(layers)):
-      return tuple(layers[:period])
-  return ("full",)

@@ -1,8 +1,8 @@
 """The files of a Hugging Face folder: JSON, and safetensors in one file or in shards."""
 
+import functools
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,63 +11,43 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llmjax.core.errors import UserError
+from llmjax.models.hf_layout import Tensors
 
 DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}
 SHARD_BYTES = 5_000_000_000
 
 
-class Files(Mapping):
-  """The tensors of a folder, each read when it is asked for.
+def open_tensors(path: Path, aliases: tuple = ()) -> Tensors:
+  """Opens the tensors of a folder.
 
   Args:
     path: folder of `model.safetensors`, or of shards with an index.
     aliases: (pattern, replacement) that turn other spellings of names into the usual one.
+  Raises:
+    UserError: a file is missing or damaged.
   """
-
-  def __init__(self, path: Path, aliases: tuple = ()):
-    self._at = {}
-    for file in tensor_files(path):
-      try:
-        opened = safe_open(file, "np")
-      except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read as safetensors: {error}") from error
-      for spelled in opened.keys():  # noqa: SIM118
-        name = spelled
-        for pattern, usual in aliases:
-          name = re.sub(pattern, usual, name)
-        self._at[name] = (opened, spelled)
-
-  def __getitem__(self, name):
-    opened, spelled = self._at[name]
+  readers = {}
+  for file in tensor_files(path):
     try:
-      array = opened.get_tensor(spelled)
-    except (SafetensorError, TypeError, AttributeError) as error:
-      raise UserError(f"tensor {spelled!r} cannot be read: {error}") from error
-    if array.dtype.name not in (*DTYPES, "float64"):
-      raise UserError(f"tensor {spelled!r} is of {array.dtype.name}; known: {', '.join(DTYPES)}")
-    return array
-
-  def __iter__(self):
-    return iter(self._at)
-
-  def __len__(self):
-    return len(self._at)
+      opened = safe_open(file, "np")
+    except (SafetensorError, OSError) as error:
+      raise UserError(f"{file} cannot be read as safetensors: {error}") from error
+    for spelled in opened.keys():  # noqa: SIM118
+      name = spelled
+      for pattern, usual in aliases:
+        name = re.sub(pattern, usual, name)
+      readers[name] = functools.partial(_read_tensor, opened, spelled)
+  return Tensors(readers)
 
 
-class Chosen(Mapping):
-  """Some of a mapping's entries."""
-
-  def __init__(self, tensors: Mapping, names: set):
-    self._tensors, self._names = tensors, names
-
-  def __getitem__(self, name):
-    return self._tensors[name]
-
-  def __iter__(self):
-    return iter(self._names)
-
-  def __len__(self):
-    return len(self._names)
+def _read_tensor(opened, name: str) -> np.ndarray:
+  try:
+    array = opened.get_tensor(name)
+  except (SafetensorError, TypeError, AttributeError) as error:
+    raise UserError(f"tensor {name!r} cannot be read: {error}") from error
+  if array.dtype.name not in (*DTYPES, "float64"):
+    raise UserError(f"tensor {name!r} is of {array.dtype.name}; known: {', '.join(DTYPES)}")
+  return array
 
 
 def tensor_files(path: Path) -> list[Path]:
@@ -76,22 +56,21 @@ def tensor_files(path: Path) -> list[Path]:
   Raises:
     UserError: there are none, or one of its index is missing.
   """
-  index = path / "model.safetensors.index.json"
   if (path / "model.safetensors").is_file():
     return [path / "model.safetensors"]
+  index = path / "model.safetensors.index.json"
   if index.is_file():
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    for name in names:
-      if not (path / name).is_file():
-        raise UserError(f"{index} names {name}, which is not there")
-    return [path / name for name in names]
+    named = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    for file in named:
+      if not file.is_file():
+        raise UserError(f"{index} names {file.name}, which is not there")
+    return named
   found = sorted(path.glob("*.safetensors"))
   if found:
     return found
-  others = [file.name for file in (*path.glob("*.bin"), *path.glob("*.pt*"), *path.glob("*.h5"))]
-  if others:
+  for file in (*path.glob("*.bin"), *path.glob("*.pt*"), *path.glob("*.h5")):
     raise UserError(
-      f"{path} holds {others[0]}, which can run code and is not opened; save it as safetensors"
+      f"{path} holds {file.name}, which can run code and is not opened; save it as safetensors"
     )
   raise UserError(f"{path} has a config.json but no safetensors")
 
@@ -125,14 +104,13 @@ def save_tensors(tensors: dict, path: Path):
     size += array.nbytes
   for old in path.glob("model*.safetensors*"):
     old.unlink()
-  if len(shards) == 1:
-    save_file(shards[0], path / "model.safetensors", metadata={"format": "pt"})
-    return
   weight_map = {}
   for number, shard in enumerate(shards, 1):
-    name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+    name = f"model{part}.safetensors"
     save_file(shard, path / name, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(shard, name)
-  total = sum(array.nbytes for array in tensors.values())
-  index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-  write_json(path / "model.safetensors.index.json", index)
+  if len(shards) > 1:
+    total = sum(array.nbytes for array in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(path / "model.safetensors.index.json", index)

@@ -1,6 +1,9 @@
 """How another project lays a tensor out, as an expression of letters, and moving it both ways.
 
-A table has one row a tensor: their name → (letters of their layout, our path or paths).
+A table has a row for each module, a norm or a projection whose first dimension is what it makes:
+their name → ours; the letters are those of our weights. `{q,k}_proj` → `{query,key}` is two rows in
+one, `qk_proj` → `{query,key}` one tensor that holds two of our weights. Any other tensor has a row
+of its own: its name → (letters of its layout, our path or paths).
 
 - `d(nh)`: two dimensions, the second holding heads × head width in one; `{l}` in a name counts the
   layers, which stand in one array here.
@@ -13,7 +16,7 @@ A table has one row a tensor: their name → (letters of their layout, our path 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +30,26 @@ from llmjax.models.config import ModelConfig
 from llmjax.models.hf_family import note
 
 
+class Tensors(Mapping):
+  """Tensors by name, each read when it is asked for.
+
+  Args:
+    readers: name → function that reads the array.
+  """
+
+  def __init__(self, readers: dict[str, Callable[[], np.ndarray]]):
+    self.readers = readers
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self.readers[name]()
+
+  def __iter__(self):
+    return iter(self.readers)
+
+  def __len__(self):
+    return len(self.readers)
+
+
 def from_tensors(
   config: ModelConfig, tensors: Mapping, table: dict, offset: float = 0.0, optional: tuple = ()
 ) -> nnx.Module:
@@ -35,8 +58,7 @@ def from_tensors(
   Args:
     config: the architecture.
     tensors: numpy arrays by their name; each is asked for once.
-    table: their name → (their letters, our path or paths). Rows whose paths the architecture lacks
-      are passed over.
+    table: rows as above; those whose paths the architecture lacks are passed over.
     offset: added to the scales of norms.
     optional: patterns (regular expressions) of our paths that may be missing: a square matrix then
       becomes the identity, a scale 1, everything else 0, and a note on stderr says so.
@@ -47,79 +69,36 @@ def from_tensors(
   """
   like = abstract(config)
   shapes = {path: leaf.shape for path, leaf in tree.flatten(like).items()}
-  made, blank, left = {}, [], set(tensors)
+  made, left = {}, set(tensors)
   for name, letters, paths in _rows(table, shapes):
     stacked = "{l}" in name
     names = [name.format(l=i) for i in range(shapes[paths[0]][0])] if stacked else [name]
     missing = [each for each in names if each not in left]
-    if missing and all(_matches(path, optional) for path in paths):
-      made |= {path: _blank(path, shapes[path]) for path in paths}
-      blank += paths
+    if missing and all(matches(path, optional) for path in paths):
       continue
     if missing:
       raise UserError(f"tensor {missing[0]!r} (for {', '.join(paths)}) is missing")
+    left -= set(names)
     targets = [(path, shapes[path][1:] if stacked else shapes[path]) for path in paths]
     layers = [unpack(tensors[each], letters, targets, config, each) for each in names]
-    left -= set(names)
     for path, *arrays in zip(paths, *layers, strict=True):
-      made[path] = np.stack(arrays) if stacked else arrays[0]
-      if offset and is_scale(path):
-        made[path] = made[path] + np.float32(offset)
+      array = np.stack(arrays) if stacked else arrays[0]
+      made[path] = array + np.float32(offset) if offset and is_scale(path) else array
   if left:
     shown = ", ".join(sorted(left)[:4])
     raise UserError(f"{len(left)} tensors have no place in the model: {shown}")
-  if blank:
-    note(f"no tensors for {', '.join(blank)}: identity matrices, scales of 1 and zeros stand in")
-  for path in shapes:
-    if path not in made:
-      raise UserError(f"no tensor of this layout holds the model's {path!r}")
+  made |= _blanks({path: shape for path, shape in shapes.items() if path not in made}, optional)
   return jax.tree.map(jnp.asarray, tree.unflatten(like, made))
 
 
-def to_tensors(
-  config: ModelConfig, parameters: nnx.Module | dict, table: dict, offset: float = 0.0
-) -> dict[str, np.ndarray]:
-  """Lays a model out under another project's names: the inverse of `from_tensors`.
-
-  Args:
-    config: the architecture.
-    parameters: the module, or its leaves by path.
-    table: their name → (their letters, our path or paths).
-    offset: subtracted from the scales of norms.
-  Returns:
-    fp32 arrays by their name.
-  Raises:
-    UserError: a weight that no row of the table holds.
-  """
-  leaves = parameters if isinstance(parameters, dict) else tree.flatten(parameters)
-  shapes = {path: leaf.shape for path, leaf in leaves.items()}
-  tensors, left = {}, set(leaves)
-  for name, letters, paths in _rows(table, shapes):
-    arrays = [np.asarray(leaves[path], np.float32) for path in paths]
-    if offset:
-      pairs = zip(paths, arrays, strict=True)
-      arrays = [array - np.float32(offset) if is_scale(path) else array for path, array in pairs]
-    left -= set(paths)
-    if "{l}" not in name:
-      tensors[name] = pack(arrays, letters, paths, config)
-      continue
-    for i in range(len(arrays[0])):
-      tensors[name.format(l=i)] = pack([array[i] for array in arrays], letters, paths, config)
-  if left:
-    raise UserError(f"this layout has no tensor for {sorted(left)[0]!r} ({len(left)} weights)")
-  return tensors
-
-
-def _rows(table, shapes):
-  """The rows that this architecture has, as (name, letters, paths)."""
-  for name, (letters, paths) in table.items():
-    paths = (paths,) if isinstance(paths, str) else paths
-    if paths[0] in shapes:
-      yield name, letters, paths
-
-
-def _matches(path, patterns) -> bool:
-  return any(re.search(pattern, path) for pattern in patterns)
+def _blanks(shapes: dict, optional: tuple) -> dict[str, np.ndarray]:
+  """What stands in for the weights that no tensor holds, if they may be missing."""
+  for path in shapes:
+    if not matches(path, optional):
+      raise UserError(f"no tensor of this layout holds the model's {path!r}")
+  if shapes:
+    note(f"no tensors for {', '.join(shapes)}: identity matrices, scales of 1 and zeros stand in")
+  return {path: _blank(path, shape) for path, shape in shapes.items()}
 
 
 def _blank(path, shape):
@@ -128,6 +107,74 @@ def _blank(path, shape):
   if path.endswith("_id") and shape[0] == shape[1]:
     return np.eye(shape[0], dtype=np.float32)
   return np.zeros(shape, np.float32)
+
+
+def to_tensors(
+  config: ModelConfig, leaves: Mapping, table: dict, offset: float = 0.0
+) -> dict[str, np.ndarray]:
+  """Lays weights by path out under another project's names: the inverse of `from_tensors`.
+
+  Returns:
+    fp32 arrays by their name.
+  Raises:
+    UserError: a weight that no row of the table holds.
+  """
+  tensors, left = {}, set(leaves)
+  for name, letters, paths in _rows(table, leaves):
+    arrays = [np.asarray(leaves[path], np.float32) for path in paths]
+    if offset and is_scale(paths[0]):
+      arrays = [array - np.float32(offset) for array in arrays]
+    left -= set(paths)
+    if "{l}" not in name:
+      tensors[name] = pack(arrays, letters, paths, config)
+      continue
+    for i, layer in enumerate(zip(*arrays, strict=True)):
+      tensors[name.format(l=i)] = pack(layer, letters, paths, config)
+  if left:
+    raise UserError(f"this layout has no tensor for {sorted(left)[0]!r} ({len(left)} weights)")
+  return tensors
+
+
+def _rows(table, leaves):
+  """The rows that this architecture has, as (name of a tensor, letters, paths)."""
+  held = {}  # (module, bias or weight) → (path, letters)
+  for path in leaves:
+    module, bias, letters = re.fullmatch(r"(.+?)(?:/scale|[/_](bias))?_([a-z]+)", path).groups()
+    held[module, bias or "weight"] = path, letters
+  for name, row in table.items():
+    if isinstance(row, str):
+      yield from _module_rows(_listed(name), _listed(row), held)
+      continue
+    letters, paths = row
+    paths = (paths,) if isinstance(paths, str) else paths
+    if paths[0] in leaves:
+      yield name, letters, paths
+
+
+def _listed(name: str) -> list[str]:
+  """`{a,b}_c` → `a_c`, `b_c`; braces without a comma stay."""
+  before, words, after = re.fullmatch(r"(.*?)(?:\{(\w+,[\w,]+)\}(.*))?", name).groups()
+  return [before + word + after for word in words.split(",")] if words else [name]
+
+
+def _module_rows(theirs: list, ours: list, held: dict):
+  """Rows of as many modules on both sides, or of one of theirs that holds several of ours."""
+  if len(theirs) > 1:
+    for one, other in zip(theirs, ours, strict=True):
+      yield from _module_rows([one], [other], held)
+    return
+  for kind in ("weight", "bias"):
+    found = [held[module, kind] for module in ours if (module, kind) in held]
+    if found:  # a head's channels stand beside each other, and what is made comes first
+      sides = [re.findall("[nk]h|.", letters)[::-1] for _, letters in found]
+      dimensions = ["+".join(side[0] for side in sides), *sides[0][1:]]
+      letters = "".join(each if len(each) == 1 else f"({each})" for each in dimensions)
+      yield f"{theirs[0]}.{kind}", letters, tuple(path for path, _ in found)
+
+
+def matches(name: str, patterns) -> bool:
+  """Whether one of these regular expressions is found in a name."""
+  return any(re.search(pattern, name) for pattern in patterns)
 
 
 def is_scale(path: str) -> bool:
@@ -143,96 +190,70 @@ def unpack(array, letters: str, targets, config: ModelConfig, name: str) -> list
     letters: its expression.
     targets: (path, shape) of each of our arrays in it.
     config: the architecture, for the sides of a patch.
-    name: for messages.
+    name: their tensor's.
   Returns:
     fp32 arrays in our layout.
+  Raises:
+    UserError: the tensor is of another shape.
   """
   layout = _Layout(letters, targets, config)
   if array.shape != layout.shape:
     raise UserError(
       f"tensor {name!r} has shape {array.shape}, which is not {letters} = {layout.shape}"
     )
-  array = np.asarray(array, np.float32).reshape(layout.joined)
-  if layout.star is not None:
-    array = array.reshape(layout.starred)
-    fine = [np.take(array, i, axis=layout.star) for i in range(len(targets))]
-  else:
-    cuts = np.cumsum([size for size, _ in layout.parts])[:-1]
-    pieces = np.split(array, cuts, axis=layout.axis)
-    fine = [piece for piece, (_, kept) in zip(pieces, layout.parts, strict=True) if kept]
-  return [
-    np.ascontiguousarray(piece.reshape(shape).transpose(order))
-    for piece, shape, order in zip(fine, layout.fine, layout.orders, strict=True)
-  ]
+  array = np.asarray(array, np.float32)
+  return [np.ascontiguousarray(layout.view(array, i)) for i in range(len(targets))]
 
 
 def pack(arrays, letters: str, paths, config: ModelConfig) -> np.ndarray:
   """Puts one of their tensors together: the inverse of `unpack`."""
   targets = [(path, array.shape) for path, array in zip(paths, arrays, strict=True)]
   layout = _Layout(letters, targets, config)
-  fine = [
-    array.transpose(np.argsort(order)) for array, order in zip(arrays, layout.orders, strict=True)
-  ]
-  if layout.star is not None:
-    return np.stack(fine, axis=layout.star).reshape(layout.shape)
-  pieces, made = iter(fine), []
-  for size, kept in layout.parts:
-    shape = [size if i == layout.axis else n for i, n in enumerate(layout.joined)]
-    made.append(next(pieces).reshape(shape) if kept else np.zeros(shape, np.float32))
-  return np.concatenate(made, axis=layout.axis).reshape(layout.shape)
+  made = np.zeros(layout.shape, np.float32)
+  for i, array in enumerate(arrays):
+    layout.view(made, i)[...] = array
+  return made
 
 
 class _Layout:
-  """An expression with its sizes.
+  """An expression with its sizes: the shape of their tensor, and where in one our arrays are.
 
   Attributes:
     shape: their tensor's; joined: with the three dimensions of `I` as one.
-    axis: the dimension of `joined` that may hold several parts; parts: (size, kept) of each.
-    star: where in `starred`, `joined` with every letter by itself, our arrays are stacked.
-    fine: shape of each of our arrays in their order of letters; orders: from that to ours.
+    groups: the parts of each dimension of `joined`.
+    ours: letters of each of our arrays; sizes: of every letter, the star among them.
   """
 
   def __init__(self, letters, targets, config):
+    self.ours = [path.rsplit("/", 1)[-1].rsplit("_", 1)[-1] for path, _ in targets]
+    if "k" not in letters:  # a layout with as many keys as queries
+      self.ours = [ours.replace("k", "n") for ours in self.ours]
+    self.sizes = {"*": len(targets)}
+    for ours, (_, shape) in zip(self.ours, targets, strict=True):
+      self.sizes |= zip(ours, shape, strict=True)
     found = re.findall(r"\(([^)]*)\)|(.)", letters.replace("I", "i"))
-    groups = [(inner or single).split("+") for inner, single in found]
-    several = [i for i, parts in enumerate(groups) if len(parts) > 1 or "*" in parts[0]]
-    self.axis = several[0] if several else 0
-    held = groups[self.axis]
-    choices = [part for part in held if not part.isdigit()] if several else held
-    choices *= len(targets) if "*" in letters else 1
-    self.star, self.fine, self.orders, sizes_of = None, [], [], []
-    for (path, shape), choice in zip(targets, choices, strict=True):
-      chosen = [choice if i == self.axis else parts[0] for i, parts in enumerate(groups)]
-      sizes, ours = _sizes(path, shape, "".join(chosen))
-      plain = re.sub(r"[\d*]", "", "".join(chosen))
-      self.fine.append([sizes[letter] for letter in plain])
-      self.orders.append([plain.index(letter) for letter in ours])
-      sizes_of.append([_size(part, sizes) for part in chosen])
-      if "*" in choice:
-        self.star = re.sub(r"\d", "", "".join(chosen)).index("*")
-    ends = iter(sizes[self.axis] for sizes in sizes_of)
-    self.parts = [
-      (int(part), False) if several and part.isdigit() else (next(ends), True) for part in held
-    ]
-    self.joined = list(sizes_of[0])
-    self.joined[self.axis] = sum(size for size, _ in self.parts)
-    if self.star is not None:
-      self.joined[self.axis] *= len(targets)
-      self.starred = [*self.fine[0][: self.star], len(targets), *self.fine[0][self.star :]]
+    self.groups = [(several or one).split("+") for several, one in found]
+    self.joined = [sum(map(self._size, parts)) for parts in self.groups]
     self.shape = tuple(self.joined)
     if "I" in letters:
       at, vision = letters.index("I"), config.vision
       sides = (vision.channels, vision.patch, vision.patch)
       self.shape = (*self.shape[:at], *sides, *self.shape[at + 1 :])
 
+  def _size(self, part: str) -> int:
+    return int(part) if part.isdigit() else math.prod(self.sizes[letter] for letter in part)
 
-def _sizes(path, shape, spelled):
-  """(size of each letter, our letters as their expression spells them)."""
-  ours = path.rsplit("/", 1)[-1].rsplit("_", 1)[-1]
-  if "k" in ours and "k" not in spelled:  # a layout with as many of both
-    ours = ours.replace("k", "n")
-  return dict(zip(ours, shape, strict=True)), ours
-
-
-def _size(part, sizes):
-  return int(part) if part.isdigit() else math.prod(sizes[x] for x in part if x != "*")
+  def view(self, array, number: int) -> np.ndarray:
+    """Our array of this number as a view of theirs, which is contiguous."""
+    cut, spelled = [], ""
+    for parts in self.groups:
+      kept = [i for i, part in enumerate(parts) if not part.isdigit()] or [0]
+      at = kept[number % len(kept)]
+      start = sum(map(self._size, parts[:at]))
+      cut.append(slice(start, start + self._size(parts[at])))
+      spelled += parts[at].strip("1")
+    array = array.reshape(self.joined)[tuple(cut)]
+    array = array.reshape([self.sizes[letter] for letter in spelled])
+    stars = "*" if "*" in spelled else ""
+    array = array.transpose([spelled.index(letter) for letter in stars + self.ours[number]])
+    return array[number] if stars else array

@@ -8,26 +8,12 @@ import math
 
 from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig
-from llmjax.models.hf_family import Part, shortest_pattern
+from llmjax.models.hf_canonical import READ, shortest_pattern
+from llmjax.models.hf_family import Part
 
-# rope_type → their key → ours
-SCALINGS = {
-  "default": {},
-  "linear": {"factor": "factor"},
-  "llama3": {
-    "factor": "factor",
-    "original_max_position_embeddings": "original_context",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-  },
-  "yarn": {
-    "factor": "factor",
-    "original_max_position_embeddings": "original_context",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "attention_factor": "attention_factor",
-  },
-}
+SCALINGS = ("default", "linear", "llama3", "yarn")
+# Ours → theirs; the other values of a scaling are called alike.
+WORDS = {"original_context": "original_max_position_embeddings"}
 KINDS = {"full_attention": "full", "sliding_attention": "window"}
 
 
@@ -35,7 +21,7 @@ def rope(
   theta_key: str = "rope_theta",
   fraction_key: str = "",
   fraction: float = 1.0,
-  scalings: tuple = tuple(SCALINGS),
+  scalings: tuple = SCALINGS,
 ) -> Part:
   """Rotary positions of a family.
 
@@ -76,8 +62,8 @@ def _read_scaling(scaling: dict, scalings: tuple, original: int, context: int) -
   if kind == "yarn":
     _read_yarn(scaling, original, context)
   made = {"position.scaling": kind}
-  for name, ours in SCALINGS[kind].items():
-    value = scaling.pop(name, None)
+  for ours in READ[kind]:
+    value = scaling.pop(WORDS.get(ours, ours), None)
     if value is None and ours == "original_context":
       value = original
     if value is not None:
@@ -107,9 +93,7 @@ def _write_scaling(config: ModelConfig, scalings: tuple) -> dict:
     return {}
   if position.scaling not in scalings:
     raise UserError(f"it has no rope scaling {position.scaling!r}")
-  words = {
-    name: getattr(position, ours) for name, ours in SCALINGS[position.scaling].items()
-  }
+  words = {WORDS.get(ours, ours): getattr(position, ours) for ours in READ[position.scaling]}
   if not position.attention_factor:
     words.pop("attention_factor", None)
   return {"rope_scaling": {"rope_type": position.scaling, **words}}
@@ -124,7 +108,7 @@ def _read_gemma3_rope(theirs, values):
   if local.get("rope_type", "default") != "default":
     raise UserError(f"rope type {local['rope_type']!r} in window layers is not supported")
   made = {"position.theta": theta, "position.local_theta": local_theta}
-  return made | _read_scaling(scaling, tuple(SCALINGS), values["context"], values["context"])
+  return made | _read_scaling(scaling, SCALINGS, values["context"], values["context"])
 
 
 def _write_gemma3_rope(config):
@@ -134,7 +118,7 @@ def _write_gemma3_rope(config):
     raise UserError("it does not scale the positions of window layers")
   local = position.local_theta or position.theta
   made = {"rope_theta": position.theta, "rope_local_base_freq": local}
-  return made | _write_scaling(config, tuple(SCALINGS))
+  return made | _write_scaling(config, SCALINGS)
 
 
 GEMMA3_ROPE = Part(
@@ -144,17 +128,19 @@ GEMMA3_ROPE = Part(
 )
 
 
-def _layers(kinds: list, window) -> dict:
-  """Kinds of layers, in their words, as our pattern and window."""
+def _layers(theirs: dict, slides: list, size) -> dict:
+  """Pattern and window by `layer_types`, or where it is silent by which layers slide."""
+  kinds = ["sliding_attention" if each else "full_attention" for each in slides]
+  kinds = theirs.get("layer_types") or kinds
   unknown = [kind for kind in kinds if kind not in KINDS]
   if unknown:
     raise UserError(f"layer_types with {unknown[0]!r} is not supported; known: {', '.join(KINDS)}")
   pattern = shortest_pattern([KINDS[kind] for kind in kinds])
   if "window" not in pattern:
     return {"attention.pattern": pattern}
-  if not window:
+  if not size:
     raise UserError("layer_types has sliding_attention, but there is no sliding_window")
-  return {"attention.pattern": pattern, "attention.window": window}
+  return {"attention.pattern": pattern, "attention.window": size}
 
 
 def _kinds(config: ModelConfig) -> list:
@@ -170,8 +156,7 @@ def window(default: int | None) -> Part:
 
   def read(theirs, values):
     size = theirs.get("sliding_window", default)
-    kind = "sliding_attention" if size else "full_attention"
-    return _layers(theirs.get("layer_types") or [kind] * values["layers"], size)
+    return _layers(theirs, [size] * values["layers"], size)
 
   def write(config):
     if len(set(_kinds(config))) > 1:
@@ -184,10 +169,7 @@ def window(default: int | None) -> Part:
 def _read_qwen(theirs, values):
   size = theirs.get("sliding_window", 4096) if theirs.get("use_sliding_window") else None
   full = theirs.get("max_window_layers", 28) if size else values["layers"]
-  kinds = [
-    "full_attention" if i < full else "sliding_attention" for i in range(values["layers"])
-  ]
-  return _layers(theirs.get("layer_types") or kinds, size)
+  return _layers(theirs, [i >= full for i in range(values["layers"])], size)
 
 
 def _write_qwen(config):
@@ -212,11 +194,8 @@ def gemma_layers(period: int) -> Part:
 
   def read(theirs, values):
     every = theirs.get("sliding_window_pattern") or theirs.get("_sliding_window_pattern") or period
-    kinds = [
-      "sliding_attention" if (i + 1) % every else "full_attention"
-      for i in range(values["layers"])
-    ]
-    return _layers(theirs.get("layer_types") or kinds, theirs.get("sliding_window", 4096))
+    slides = [(i + 1) % every for i in range(values["layers"])]
+    return _layers(theirs, slides, theirs.get("sliding_window", 4096))
 
   def write(config):
     made = {"sliding_window": config.attention.window or 4096, "layer_types": _kinds(config)}

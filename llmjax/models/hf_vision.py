@@ -8,28 +8,11 @@ import re
 
 from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig, VisionConfig
-from llmjax.models.hf_decoders import (
-  GEMMA3,
-  LAYER_NORM,
-  LLAMA,
-  LLAMA_TENSORS,
-  MISTRAL,
-  PLAIN,
-  linear,
-  norm,
-)
-from llmjax.models.hf_encoders import BERT_TENSORS, ENCODER_KEYS, A, B, L, M, renamed
-from llmjax.models.hf_family import (
-  Family,
-  Key,
-  Part,
-  canonical,
-  misfits,
-  only,
-  read_values,
-  write_config,
-)
+from llmjax.models.hf_canonical import canonical
+from llmjax.models.hf_decoders import GEMMA3, LEARNED, LLAMA, MISTRAL, PLAIN, SIZES
+from llmjax.models.hf_family import Family, Key, Part, misfits, only, read_values, write_config
 
+B = "vision/encoder/blocks/"
 CLIP_IMAGE = {
   "image_size": Key("vision.image_size"),
   "patch_size": Key("vision.patch"),
@@ -49,90 +32,58 @@ def _write_vit(config):
   }
 
 
-VIT_BLOCKS = {
-  **norm("vit.encoder.layer.{l}.layernorm_before", B + "attention_norm"),
-  **renamed(
-    {name: row for name, row in BERT_TENSORS.items() if L in name and "LayerNorm" not in name},
-    ("bert.", "vit."),
-    ("attention.self.", "attention.attention."),
-  ),
-  **norm("vit.encoder.layer.{l}.layernorm_after", B + "mlp_norm"),
-}
-
-
-def _inside(table: dict, folder: str) -> dict:
-  """The same rows for weights that stand deeper in our tree."""
-  deeper = lambda paths: paths if isinstance(paths, str) else paths[0]  # noqa: E731
-  return {name: (letters, folder + deeper(paths)) for name, (letters, paths) in table.items()}
-
-
+V = "vit.embeddings."
+L = "vit.encoder.layer.{l}."
 VIT = Family(
-  "vit",
-  "ViTForImageClassification",
-  ENCODER_KEYS
+  "vit", "ViTForImageClassification",
+  SIZES
   | CLIP_IMAGE
-  | {"hidden_act": Key("activation", "gelu", PLAIN), "qkv_bias": only(True)},
-  LAYER_NORM
   | {
-    "kind": "vision",
-    "attention.bias": "all",
-    "position.kind": "learned",
-    "vision.class_token": True,
-    "vision.patch_bias": True,
+    "layer_norm_eps": Key("norm.eps", 1e-12),
+    "hidden_act": Key("activation", "gelu", PLAIN),
+    "qkv_bias": only(True),
+  },
+  {
+    V + "cls_token": ("11d", "vision/class_d"),
+    V + "position_embeddings": ("1td", "vision/position_td"),
+    V + "patch_embeddings.projection.weight": ("dI", "vision/patch_id"),
+    V + "patch_embeddings.projection.bias": ("d", "vision/patch_bias_d"),
+    L + "layernorm_before": B + "attention_norm",
+    L + "attention.attention.{query,key,value}": B + "attention/{query,key,value}",
+    L + "attention.output.dense": B + "attention/out",
+    L + "layernorm_after": B + "mlp_norm",
+    L + "{intermediate,output}.dense": B + "mlp/{up,down}",
+    "vit.layernorm": "vision/encoder/norm",
+    "classifier": "head/head",
   },
   (Part(("encoder_stride", "pooler_act", "pooler_output_size"), _read_vit, _write_vit),),
-  {
-    "vit.embeddings.cls_token": ("11d", "vision/class_d"),
-    "vit.embeddings.position_embeddings": ("1td", "vision/position_td"),
-    "vit.embeddings.patch_embeddings.projection.weight": ("dI", "vision/patch_id"),
-    "vit.embeddings.patch_embeddings.projection.bias": ("d", "vision/patch_bias_d"),
-    **_inside(VIT_BLOCKS, "vision/"),
-    **norm("vit.layernorm", "vision/encoder/norm"),
-    "classifier.weight": ("vd", "head/head_dv"),
-    "classifier.bias": ("v", "head/head_bias_v"),
-  },
+  LEARNED | {"kind": "vision", "vision.class_token": True, "vision.patch_bias": True},
   aliases=((r"^(embeddings|encoder|layernorm)\.", r"vit.\1."),),
   dropped=(r"^(vit\.)?pooler\.",),
   optional=(r"^head/",),
 )
-T = "vision_tower.vision_model."
-C = T + "encoder.layers.{l}."
-CLIP_BLOCKS = {
-  **norm(C + "layer_norm1", B + "attention_norm"),
-  **linear(C + "self_attn.q_proj", A + "query", "nh", "d"),
-  **linear(C + "self_attn.k_proj", A + "key", "kh", "d"),
-  **linear(C + "self_attn.v_proj", A + "value", "kh", "d"),
-  **linear(C + "self_attn.out_proj", A + "out", "d", "nh"),
-  **norm(C + "layer_norm2", B + "mlp_norm"),
-  **linear(C + "mlp.fc1", M + "up", "f", "d"),
-  **linear(C + "mlp.fc2", M + "down", "d", "f"),
-}
 CLIP = Family(
-  "clip_vision_model",
-  "CLIPVisionModel",
+  "clip_vision_model", "CLIPVisionModel",
   CLIP_IMAGE
+  | {name: Key(f"vision.{key.ours}") for name, key in SIZES.items()}
   | {
-    "hidden_size": Key("vision.width"),
-    "num_hidden_layers": Key("vision.layers"),
-    "num_attention_heads": Key("vision.heads"),
-    "intermediate_size": Key("vision.mlp_width"),
     "hidden_act": Key("vision.activation", "quick_gelu", PLAIN),
     "layer_norm_eps": Key("vision.eps", 1e-5),
   },
-  {"vision.class_token": True, "vision.patch_bias": False, "vision.input_norm": True},
-  (Part(("projection_dim", "vocab_size")),),
   {},
-  written=False,
+  (Part(("projection_dim", "vocab_size")),),
+  {"vision.class_token": True, "vision.patch_bias": False, "vision.input_norm": True},
 )
 TEXTS = {"llama": LLAMA, "mistral": MISTRAL}
+SHELL_KEYS = ("text_config", "vision_config", "image_token_index", "tie_word_embeddings")
+LLAVA_KEYS = (
+  "image_token_id", "image_seq_length", "vision_feature_layer", "vocab_size", "ignore_index"
+)
+GEMMA3_KEYS = ("mm_tokens_per_image", "boi_token_index", "eoi_token_index")
 # What transformers takes a text_config to say where it is silent, as that of LLaVA 1.5 is.
 LLAMA_7B = {
-  "vocab_size": 32000,
-  "hidden_size": 4096,
-  "intermediate_size": 11008,
-  "num_hidden_layers": 32,
-  "num_attention_heads": 32,
-  "max_position_embeddings": 2048,
+  "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+  "num_attention_heads": 32, "max_position_embeddings": 2048,
 }
 
 
@@ -176,44 +127,28 @@ def _unread_layer(name: str, config: ModelConfig) -> bool:
   return layer is not None and int(layer[1]) >= config.vision.layers
 
 
+T = "vision_tower.vision_model."
+C = T + "encoder.layers.{l}."
 LLAVA = Family(
-  "llava",
-  "LlavaForConditionalGeneration",
+  "llava", "LlavaForConditionalGeneration",
   {
     "vision_feature_select_strategy": only("default"),
     "projector_hidden_act": only("gelu"),
     "multimodal_projector_bias": only(True),
   },
-  {},
-  (
-    Part(
-      (
-        "text_config",
-        "vision_config",
-        "image_token_index",
-        "image_token_id",
-        "image_seq_length",
-        "vision_feature_layer",
-        "tie_word_embeddings",
-        "vocab_size",
-        "ignore_index",
-      ),
-      _read_llava,
-      _write_llava,
-    ),
-  ),
   {
     T + "embeddings.class_embedding": ("d", "vision/class_d"),
     T + "embeddings.patch_embedding.weight": ("dI", "vision/patch_id"),
     T + "embeddings.position_embedding.weight": ("td", "vision/position_td"),
-    **norm(T + "pre_layrnorm", "vision/input_norm"),
-    **_inside(CLIP_BLOCKS, "vision/"),
-    "multi_modal_projector.linear_1.weight": ("fi", "projector/up_if"),
-    "multi_modal_projector.linear_1.bias": ("f", "projector/up_bias_f"),
-    "multi_modal_projector.linear_2.weight": ("df", "projector/down_fd"),
-    "multi_modal_projector.linear_2.bias": ("d", "projector/down_bias_d"),
-    **{f"language_model.{name}": row for name, row in LLAMA_TENSORS.items()},
+    T + "pre_layrnorm": "vision/input_norm",
+    C + "layer_norm1": B + "attention_norm",
+    C + "self_attn.{q,k,v,out}_proj": B + "attention/{query,key,value,out}",
+    C + "layer_norm2": B + "mlp_norm",
+    C + "mlp.fc{1,2}": B + "mlp/{up,down}",
+    "multi_modal_projector.linear_{1,2}": "projector/{up,down}",
+    **{f"language_model.{name}": row for name, row in LLAMA.tensors.items()},
   },
+  (Part(SHELL_KEYS + LLAVA_KEYS, _read_llava, _write_llava),),
   aliases=(
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     (r"^vision_tower\.(?!vision_model\.)", T),
@@ -222,7 +157,6 @@ LLAVA = Family(
   ),
   ignore=(r"rotary_emb\.inv_freq$", r"position_ids$", r"\.post_layernorm\."),
   skip=_unread_layer,
-  twins={"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"},
   constants={
     T + "post_layernorm.weight": (1.0, T + "pre_layrnorm.weight"),
     T + "post_layernorm.bias": (0.0, T + "pre_layrnorm.bias"),
@@ -241,20 +175,7 @@ GEMMA3_SHELL = dataclasses.replace(
   name="gemma3",
   keys={},
   fixed={},
-  parts=(
-    Part(
-      (
-        "text_config",
-        "vision_config",
-        "mm_tokens_per_image",
-        "image_token_index",
-        "boi_token_index",
-        "eoi_token_index",
-        "tie_word_embeddings",
-      ),
-      _read_gemma3,
-    ),
-  ),
+  parts=(Part(SHELL_KEYS + GEMMA3_KEYS, _read_gemma3),),
   aliases=(
     (r"^language_model\.", ""),
     (r"^model\.language_model\.", "model."),

@@ -15,8 +15,8 @@ from llmjax.data.tasks import language_model
 from llmjax.models import hf, hf_files
 from llmjax.models.build import build
 from llmjax.models.config import ModelConfig
+from llmjax.models.hf_canonical import canonical
 from llmjax.models.hf_decoders import LLAMA
-from llmjax.models.hf_family import canonical
 from llmjax.models.hf_layout import from_tensors
 from llmjax.models.model import Model
 from llmjax.nn.attention import AttentionConfig

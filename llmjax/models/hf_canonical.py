@@ -1,0 +1,81 @@
+"""One way of writing an architecture, so that two configs of the same computation are equal.
+
+Families are found by it: one holds a config if writing and reading give the same one back.
+"""
+
+import dataclasses
+
+from llmjax.models.config import ModelConfig, VisionConfig
+from llmjax.nn.attention import AttentionConfig
+from llmjax.nn.position import PositionConfig
+
+
+def canonical(config: ModelConfig) -> ModelConfig:
+  """Writes an architecture one way: sizes filled in, values that change nothing at their defaults.
+
+  Rotary positions come out in half layout; see `hf.half_layout` for the weights.
+  """
+  dims, vision = config.dims, config.kind == "vision"
+  encoder_layers = config.encoder_layers or config.layers
+  return dataclasses.replace(
+    config,
+    kv_heads=dims["k"],
+    head_dim=dims["h"],
+    encoder_layers=encoder_layers if config.kind == "encoder_decoder" else 0,
+    attention=_canonical_attention(config),
+    position=_canonical_position(config),
+    norm=dataclasses.replace(config.norm, final=config.norm.final or config.norm.place == "post"),
+    vision=config.vision if config.vision.image_size else VisionConfig(),
+    context=1 if vision else config.context,
+    tie_embeddings=vision or config.tie_embeddings,
+  )
+
+
+def _canonical_attention(config: ModelConfig) -> AttentionConfig:
+  attention, h = config.attention, config.dims["h"]
+  layers = [attention.pattern[i % len(attention.pattern)] for i in range(config.layers)]
+  usual = config.kind == "encoder_decoder" or config.causal == (config.kind == "decoder")
+  unread = ("window", "sparse_block", "sparse_local", "sparse_global", "sparse_stride")
+  unread = [key for key in unread if key.partition("_")[0] not in layers]
+  return dataclasses.replace(
+    attention,
+    pattern=shortest_pattern(layers),
+    mask="auto" if usual else attention.mask,
+    scale=0.0 if attention.scale == h**-0.5 else attention.scale,
+    **{key: getattr(AttentionConfig(), key) for key in unread},
+  )
+
+
+# What a kind of positions or a scaling of rotary ones reads.
+READ = {
+  "rope": ("theta", "local_theta", "fraction", "scaling"),
+  "sinusoidal": ("theta",),
+  "relative": ("buckets", "max_distance"),
+  "linear": ("factor",),
+  "ntk": ("factor",),
+  "yarn": ("factor", "original_context", "beta_fast", "beta_slow", "attention_factor"),
+  "llama3": ("factor", "original_context", "low_freq_factor", "high_freq_factor"),
+}
+
+
+def _canonical_position(config: ModelConfig) -> PositionConfig:
+  position = config.position
+  words = (position.kind, position.scaling) if position.kind == "rope" else (position.kind,)
+  read = [key for word in words for key in READ.get(word, ())]
+  made = PositionConfig(kind=position.kind, **{key: getattr(position, key) for key in read})
+  windows = "window" in config.attention.pattern[: config.layers]
+  if not windows or (made.local_theta == made.theta and made.scaling == "none"):
+    made = dataclasses.replace(made, local_theta=0.0)
+  if made.scaling == "ntk":  # the same angles as a larger base
+    r = made.rotary_dim(config.dims["h"])
+    theta = made.theta * made.factor ** (r / (r - 2))
+    made = dataclasses.replace(made, theta=theta, scaling="none", factor=1.0)
+  return made
+
+
+def shortest_pattern(layers: list) -> tuple:
+  """Finds the shortest pattern whose repetition begins with these kinds of layers."""
+  for period in range(1, len(layers) + 1):
+    if all(kind == layers[i % period] for i, kind in enumerate(layers)):
+      return tuple(layers[:period])
+  return ("full",)
