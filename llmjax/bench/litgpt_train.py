@@ -15,21 +15,15 @@ from llmjax.bench.torch_peers import prepare_step
 def train(spec: Spec):
   """Prepares litgpt's `GPT` of the same architecture, with the same weights."""
   size = SIZES[spec.size]
-  config = Config(
-    name="bench",
+  config = Config.from_name(
+    "Llama-2-7b-hf",
     block_size=size.length,
     vocab_size=size.vocab_size,
     padded_vocab_size=size.vocab_size,
     n_layer=size.layers,
     n_head=size.heads,
     n_embd=size.width,
-    n_query_groups=size.heads,
-    rotary_percentage=1.0,
-    parallel_residual=False,
-    bias=False,
-    norm_class_name="RMSNorm",
     norm_eps=NORM_EPS,
-    mlp_class_name="LLaMAMLP",
     intermediate_size=size.mlp_width,
     rope_base=int(ROPE_THETA),
   )
