@@ -5,8 +5,7 @@ Memory is what the compiler sets aside for temporaries, so it is known for lengt
 
 import functools
 import os
-import time
-from collections.abc import Callable
+import timeit
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +15,8 @@ from llmjax.nn.mask import Rule, self_mask
 from llmjax.nn.scores import Scores
 
 POSITIONS = (512, 1024, 2048, 4096, 8192, 16384)
+KERNELS = ("direct", "blockwise")
 _HEADS, _HEAD_DIM = 2, 64
-
-
-def _causal(kernel: str, q_btnh, k_bskh, v_bskh):
-  positions_bt = jnp.arange(q_btnh.shape[1])[None]
-  mask = self_mask(Rule(), None, positions_bt)
-  return attend(q_btnh, k_bskh, v_bskh, mask, Scores(_HEAD_DIM**-0.5), kernel)
-
-
-# Causal attention by name, (q_btnh, k_bskh, v_bskh) -> o_btnh.
-KERNELS: dict[str, Callable] = {
-  name: functools.partial(_causal, name) for name in ("direct", "blockwise")
-}
 
 
 def measure(options, positions=POSITIONS) -> dict:
@@ -41,40 +29,34 @@ def measure(options, positions=POSITIONS) -> dict:
     One case a kernel; a row holds `positions`, `temp_bytes`, and `seconds_per_step` unless it
     would not fit into half of the memory that is free.
   """
+  title = f"attention, batch 1, {_HEADS} heads of {_HEAD_DIM}, forward and backward"
   cases = []
-  for name, kernel in KERNELS.items():
+  for kernel in KERNELS:
     rows = [_row(kernel, length, options) for length in positions]
-    cases.append(
-      {
-        "title": f"{name} attention, batch 1, {_HEADS} heads of {_HEAD_DIM}, forward and backward",
-        "kernel": name,
-        "rows": rows,
-      }
-    )
+    cases.append({"title": f"{kernel} {title}", "kernel": kernel, "rows": rows})
   return {"cases": cases}
 
 
-def _row(kernel, length: int, options) -> dict:
+def _row(kernel: str, length: int, options) -> dict:
   shape = (1, length, _HEADS, _HEAD_DIM)
   keys = jax.random.split(jax.random.key(0), 3)
   q, k, v = (jax.random.normal(key, shape, jnp.dtype(options.dtype)) for key in keys)
   compiled = jax.jit(functools.partial(_gradient, kernel)).lower(q, k, v).compile()
   row = {"positions": str(length), "temp_bytes": compiled.memory_analysis().temp_size_in_bytes}
-  if row["temp_bytes"] < _free_bytes() / 2:
-    jax.block_until_ready(compiled(q, k, v))
-    times = []
-    for _ in range(options.rounds):
-      began_s = time.perf_counter()
-      jax.block_until_ready(compiled(q, k, v))
-      times.append(time.perf_counter() - began_s)
-    row["seconds_per_step"] = min(times)
+  free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  if row["temp_bytes"] < free_bytes / 2:
+    step = lambda: jax.block_until_ready(compiled(q, k, v))  # noqa: E731
+    step()
+    row["seconds_per_step"] = min(timeit.repeat(step, number=1, repeat=options.rounds))
   return row
 
 
-def _gradient(kernel, q, k, v):
-  loss = lambda q, k, v: jnp.sum(jnp.square(kernel(q, k, v).astype(jnp.float32)))  # noqa: E731
-  return jax.grad(loss, (0, 1, 2))(q, k, v)
+def _gradient(kernel: str, q_btnh, k_bskh, v_bskh):
+  """The gradient of the sum of squares of causal attention."""
+  mask = self_mask(Rule(), None, jnp.arange(q_btnh.shape[1])[None])
 
+  def loss(q_btnh, k_bskh, v_bskh):
+    o_btnh = attend(q_btnh, k_bskh, v_bskh, mask, Scores(_HEAD_DIM**-0.5), kernel)
+    return jnp.sum(jnp.square(o_btnh.astype(jnp.float32)))
 
-def _free_bytes() -> int:
-  return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  return jax.grad(loss, (0, 1, 2))(q_btnh, k_bskh, v_bskh)

@@ -11,29 +11,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from llmjax.bench.peers import Spec
-from llmjax.bench.sizes import (
-  NEW_TOKENS,
-  NORM_EPS,
-  PROMPT_TOKENS,
-  ROPE_THETA,
-  SIZES,
-  Size,
-)
+from llmjax.bench.sizes import NEW_TOKENS, NORM_EPS, PROMPT_TOKENS, ROPE_THETA, SIZES, Size
 from llmjax.bench.timing import prepare_decode
 
 _SEQUENCES = 8
-
-_NAMES = {
-  "input_layernorm": "attn_norm",
-  "post_attention_layernorm": "ffn_norm",
-  "self_attn.q_proj": "attn_q",
-  "self_attn.k_proj": "attn_k",
-  "self_attn.v_proj": "attn_v",
-  "self_attn.o_proj": "attn_output",
-  "mlp.gate_proj": "ffn_gate",
-  "mlp.up_proj": "ffn_up",
-  "mlp.down_proj": "ffn_down",
-}
 
 
 def write_gguf(size: Size, tensors: dict, dtype: str, path: Path) -> None:
@@ -51,22 +32,15 @@ def write_gguf(size: Size, tensors: dict, dtype: str, path: Path) -> None:
   writer.add_vocab_size(size.vocab_size)
   writer.add_tokenizer_model("no_vocab")
 
-  def add(name, array):
+  names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, size.layers)
+  for theirs, array in tensors.items():
+    name, kind = names.get_name(theirs, [".weight"]), None
+    if name.endswith(("attn_q.weight", "attn_k.weight")):
+      array = _interleave_halves(array, size.heads)
     if array.ndim == 2 and dtype == "bfloat16":
       kind = gguf.GGMLQuantizationType.BF16
-      writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
-    else:
-      writer.add_tensor(name, array)
-
-  add("token_embd.weight", tensors["model.embed_tokens.weight"])
-  add("output.weight", tensors["lm_head.weight"])
-  add("output_norm.weight", tensors["model.norm.weight"])
-  for layer in range(size.layers):
-    for theirs, name in _NAMES.items():
-      array = tensors[f"model.layers.{layer}.{theirs}.weight"]
-      if name in ("attn_q", "attn_k"):
-        array = _interleave_halves(array, size.heads)
-      add(f"blk.{layer}.{name}.weight", array)
+      array = gguf.quants.quantize(array, kind)
+    writer.add_tensor(name, array, raw_dtype=kind)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()

@@ -35,9 +35,7 @@ class Worker:
 
   Args:
     name: for messages.
-    spec: what it prepares.
     environment: variables set on top of this process's.
-
   Attributes:
     facts: what it said when it was ready.
   """
@@ -95,9 +93,7 @@ def interleave(
   """Asks every worker in turn, `rounds` times, every other round in reverse order.
 
   Args:
-    workers: by name.
     requests: what a round asks of each worker, by its name.
-    rounds: how often.
     tell: called with the round's number and a worker's name before it is asked.
   Returns:
     By worker, for each of its requests, one answer a round.

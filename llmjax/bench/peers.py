@@ -49,14 +49,14 @@ _TORCH = ("torch", "transformers")
 PEERS = {
   "train": {
     "llmjax": Peer("llmjax.bench.ours:train"),
-    "transformers": Peer("llmjax.bench.torch_train:transformers_eager", _TORCH),
-    "transformers-compile": Peer("llmjax.bench.torch_train:transformers_compile", _TORCH),
+    "transformers": Peer("llmjax.bench.torch_peers:train", _TORCH),
+    "transformers-compile": Peer("llmjax.bench.torch_peers:train_compiled", _TORCH),
     "litgpt": Peer("llmjax.bench.litgpt_train:train", (*_TORCH, "litgpt", "lightning")),
   },
   "decode": {
     "llmjax": Peer("llmjax.bench.ours:decode"),
-    "transformers": Peer("llmjax.bench.torch_decode:dynamic_cache", _TORCH),
-    "transformers-static": Peer("llmjax.bench.torch_decode:static_cache", _TORCH),
+    "transformers": Peer("llmjax.bench.torch_peers:decode", _TORCH),
+    "transformers-static": Peer("llmjax.bench.torch_peers:decode_static", _TORCH),
     "llama.cpp": Peer("llmjax.bench.ggml:decode", ("llama_cpp", "gguf")),
   },
   "data": {
@@ -73,8 +73,6 @@ def pick(bench: str, names: Sequence[str] = ()) -> dict[str, Peer]:
   Args:
     bench: a key of `PEERS`.
     names: peers wanted; all by default.
-  Returns:
-    Peers by name, in the order of `PEERS`.
   Raises:
     UserError: a name is unknown.
   """
@@ -86,8 +84,7 @@ def pick(bench: str, names: Sequence[str] = ()) -> dict[str, Peer]:
   for name, peer in list(chosen.items()):
     missing = [package for package in peer.needs if importlib.util.find_spec(package) is None]
     if missing:
-      print(
-        f"llmjax: {name} is left out, {missing[0]} is not installed; {INSTALL}", file=sys.stderr
-      )
+      why = f"{missing[0]} is not installed; {INSTALL}"
+      print(f"llmjax: {name} is left out, {why}", file=sys.stderr)
       del chosen[name]
   return chosen

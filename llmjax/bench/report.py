@@ -1,21 +1,16 @@
 """From rounds to figures: medians, spreads, ratios, a table, and the machine they are of."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _PACKAGES = (
-  "jax",
-  "jaxlib",
-  "flax",
-  "numpy",
-  "torch",
-  "transformers",
-  "litgpt",
-  "llama-cpp-python",
+  "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "litgpt", "llama-cpp-python",
 )
 
 
@@ -47,14 +42,11 @@ def ratio(ours: Sequence[dict], theirs: Sequence[dict], key: str = "tokens_per_s
 
 
 def compare(rounds: Mapping[str, Sequence[dict]], base: str) -> list[dict]:
-  """Makes one row a peer, with `ratio` = base ÷ peer where the base was measured.
+  """Makes one row a peer, in order, out of the peers' answers.
 
-  Args:
-    rounds: answers by peer.
-    base: the peer that others are compared with.
   Returns:
-    Rows in the order given: `peer`, what `summary` says, `ratio`; `decode_ratio` where there are
-    decoding rates.
+    `peer`, what `summary` says, and where the base was measured `ratio` = base ÷ peer;
+    `decode_ratio` where there are decoding rates.
   """
   rows = []
   for name, made in rounds.items():
@@ -90,17 +82,11 @@ def _cell(value) -> str:
 def machine() -> dict:
   """Describes where figures come from: processor, cores, load before, versions."""
   info = Path("/proc/cpuinfo")
-  models = [
-    line.partition(":")[2].strip()
-    for line in (info.read_text().splitlines() if info.exists() else ())
-    if line.startswith("model name")
-  ]
+  models = re.findall(r"^model name\s*: *(.*)", info.read_text() if info.exists() else "", re.M)
   versions = {}
   for name in _PACKAGES:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
   return {
     "cpu": models[0] if models else platform.processor(),
     "cores": cores(),

@@ -77,15 +77,12 @@ def _shapes(size: Size) -> dict[str, tuple[tuple[int, ...], float]]:
     "lm_head.weight": ((v, d), 0.02),
     "model.norm.weight": ((d,), 0.0),
   }
+  block = {f"self_attn.{name}_proj": ((d, d), d**-0.5) for name in "qkvo"}
+  block |= {f"mlp.{name}_proj": ((f, d), d**-0.5) for name in ("gate", "up")}
+  block["mlp.down_proj"] = ((d, f), f**-0.5)
+  block |= {f"{name}_layernorm": ((d,), 0.0) for name in ("input", "post_attention")}
   for layer in range(size.layers):
-    prefix = f"model.layers.{layer}."
-    shapes |= {
-      prefix + f"self_attn.{name}_proj.weight": ((d, d), d**-0.5) for name in ("q", "k", "v", "o")
-    }
-    shapes |= {prefix + f"mlp.{name}_proj.weight": ((f, d), d**-0.5) for name in ("gate", "up")}
-    shapes[prefix + "mlp.down_proj.weight"] = ((d, f), f**-0.5)
-    for name in ("input", "post_attention"):
-      shapes[prefix + f"{name}_layernorm.weight"] = ((d,), 0.0)
+    shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in block.items()}
   return shapes
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmjax.bench import attention
 from llmjax.bench.harness import Worker, interleave
-from llmjax.bench.peers import Spec, pick
+from llmjax.bench.peers import PEERS, Spec, pick
 from llmjax.bench.report import compare, cores, machine, ratio, table
 from llmjax.bench.sizes import SIZES, write_weights
 from llmjax.core.config import override
@@ -41,11 +41,9 @@ class Options:
   overrides: tuple[str, ...] = ()
 
   def __post_init__(self):
-    for key, known in (("size", SIZES), ("dtype", DTYPES)):
-      if getattr(self, key) not in known:
-        raise UserError(
-          f"bench: unknown {key} {getattr(self, key)!r}; {nearest(getattr(self, key), known)}"
-        )
+    for key, value, known in (("size", self.size, SIZES), ("dtype", self.dtype, DTYPES)):
+      if value not in known:
+        raise UserError(f"bench: unknown {key} {value!r}; {nearest(value, known)}")
     if self.rounds < 1 or self.seconds <= 0:
       raise UserError(f"bench: rounds {self.rounds} and seconds {self.seconds} must be positive")
     override(Config(), self.overrides)
@@ -107,111 +105,89 @@ def _value(row: dict, column: str):
   return value / 1e6 if value is not None and column.endswith("_bytes") else value
 
 
-class _Run:
-  """Workers of one benchmark, over one folder of weights; closes them all."""
+def _measure(bench: str, options: Options, requests: Sequence[dict]):
+  """Goes round a benchmark's workers.
 
-  def __init__(self, options: Options):
-    self.options = options
-    self.workers: dict[str, Worker] = {}
-    self._folders: dict[str, str] = {}
-    self._stack = contextlib.ExitStack()
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *error):
-    self._stack.close()
-
-  def start(self, name: str, where: str, size: str, environment=None) -> Worker:
-    """Starts a worker and waits until it is ready."""
-    _say(f"preparing {name}")
-    if size not in self._folders:
-      folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="llmjax-bench-"))
-      write_weights(SIZES[size], Path(folder))
-      self._folders[size] = folder
-    options = self.options
-    spec = Spec(where, size, options.dtype, self._folders[size], cores(), options.overrides)
-    worker = Worker(name, spec, environment)
-    self._stack.callback(worker.close)
-    return worker
-
-  def scratch(self) -> str:
-    """Makes an empty folder that lives as long as the run."""
-    return self._stack.enter_context(tempfile.TemporaryDirectory(prefix="llmjax-bench-"))
-
-  def go(self, requests: Sequence[dict]) -> dict[str, list[list[dict]]]:
-    """Goes round all workers with the same requests."""
-    tell = lambda number, name: _say(f"round {number + 1} of {self.options.rounds}: {name}")  # noqa: E731
-    same = dict.fromkeys(self.workers, requests)
-    return interleave(self.workers, same, self.options.rounds, tell)
+  Returns:
+    For each request (answers by peer, rows), and what is told of llmjax's first step.
+  """
+  tell = lambda number, name: _say(f"round {number + 1} of {options.rounds}: {name}")  # noqa: E731
+  with contextlib.ExitStack() as stack:
+    workers, told = _start(stack, bench, options)
+    made = interleave(workers, dict.fromkeys(workers, requests), options.rounds, tell)
+  results = []
+  for place in range(len(requests)):
+    rounds = {name: answers[place] for name, answers in made.items()}
+    rows = compare(rounds, next(iter(PEERS[bench])))
+    results.append((rounds, [{**workers[row["peer"]].facts, **row} for row in rows]))
+  return results, told
 
 
-def _start_peers(run: _Run, bench: str) -> dict:
-  """Starts the chosen peers of a benchmark; returns llmjax's times to a first step."""
-  times = {}
-  for name, peer in pick(bench, run.options.peers).items():
-    if name != "llmjax":
-      run.workers[name] = run.start(name, peer.where, run.options.size)
-      continue
-    cache = {
-      "JAX_COMPILATION_CACHE_DIR": run.scratch(),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    run.workers[name] = run.start(name, peer.where, run.options.size, cache)
-    warm = run.start(
-      f"{name} once more, from its compilation cache", peer.where, run.options.size, cache
-    )
-    times = {
-      "first_step_cold_s": run.workers[name].facts["first_step_s"],
-      "first_step_warm_s": warm.facts["first_step_s"],
-    }
-    warm.close()
-  if not run.workers:
+def _start(stack: contextlib.ExitStack, bench: str, options: Options):
+  """Starts the chosen peers over one folder of weights; llmjax twice, to time its first step."""
+  chosen = pick(bench, options.peers)
+  if not chosen:
     raise UserError(f"bench {bench}: none of the peers asked for is installed")
-  return times
+  folder = _scratch(stack)
+  write_weights(SIZES[options.size], Path(folder))
+
+  def start(name: str, environment: dict, again: str = "") -> Worker:
+    _say(f"preparing {name}{again}")
+    where = chosen[name].where
+    spec = Spec(where, options.size, options.dtype, folder, cores(), options.overrides)
+    return stack.enter_context(contextlib.closing(Worker(name + again, spec, environment)))
+
+  if "llmjax" not in chosen:
+    return {name: start(name, {}) for name in chosen}, {"notes": []}
+  cache = {"JAX_COMPILATION_CACHE_DIR": _scratch(stack)}
+  cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  workers = {"llmjax": start("llmjax", cache)}
+  warm = start("llmjax", cache, " once more, from its compilation cache")
+  warm.close()
+  workers |= {name: start(name, {}) for name in chosen if name != "llmjax"}
+  return workers, _first_step(workers["llmjax"].facts["first_step_s"], warm.facts["first_step_s"])
 
 
-def _with_facts(rows: list[dict], run: _Run) -> list[dict]:
-  return [{**run.workers[row["peer"]].facts, **row} for row in rows]
+def _scratch(stack: contextlib.ExitStack) -> str:
+  return stack.enter_context(tempfile.TemporaryDirectory(prefix="llmjax-bench-"))
+
+
+def _first_step(cold_s: float, warm_s: float) -> dict:
+  note = (
+    f"llmjax's first step: {cold_s:.1f} s with an empty compilation cache, {warm_s:.1f} s with a "
+    "filled one"
+  )
+  return {"first_step_cold_s": cold_s, "first_step_warm_s": warm_s, "notes": [note]}
 
 
 def _train(options: Options) -> dict:
-  with _Run(options) as run:
-    times = _start_peers(run, "train")
-    made = run.go([{"seconds": options.seconds}])
-    rounds = {name: answers[0] for name, answers in made.items()}
-    rows = _with_facts(compare(rounds, "llmjax"), run)
+  ((_, rows),), told = _measure("train", options, [{"seconds": options.seconds}])
   losses = [row["first_loss"] for row in rows]
-  notes = _first_step_notes(times)
   if max(losses) - min(losses) > _LOSS_TOLERANCE[options.dtype]:
-    notes.append(f"WARNING: first losses differ, peers do not do the same: {losses}")
+    told["notes"].append(f"WARNING: first losses differ, peers do not do the same: {losses}")
   size = SIZES[options.size]
   title = (
     f"training, {size.parameters / 1e6:.1f} M parameters, batch {size.batch_size} × {size.length};"
     " ratio: llmjax ÷ peer, median over rounds; peak: of the steps"
   )
-  return {"cases": [{"title": title, "rows": rows}], **times, "notes": notes}
+  return {"cases": [{"title": title, "rows": rows}], **told}
 
 
 def _decode(options: Options) -> dict:
   batches = (1, 8)
-  with _Run(options) as run:
-    times = _start_peers(run, "decode")
-    made = run.go([{"batch": batch} for batch in batches])
-    cases, notes = [], _first_step_notes(times)
-    for place, batch in enumerate(batches):
-      rounds = {name: answers[place] for name, answers in made.items()}
-      rows = _with_facts(compare(rounds, "llmjax"), run)
-      for row in rows:
-        row["same_tokens"] = _same(rounds, row["peer"])
-      if any(row["same_tokens"] < 8 for row in rows):
-        notes.append(f"WARNING: greedy tokens differ early (batch {batch}), see same_tokens")
-      title = (
-        f"decoding, batch {batch}, prompt 128, 128 new, greedy; tokens/s of a whole call; "
-        "ratio: llmjax ÷ peer, median over rounds"
-      )
-      cases.append({"title": title, "batch": batch, "rows": rows})
-  return {"cases": cases, **times, "notes": notes}
+  results, told = _measure("decode", options, [{"batch": batch} for batch in batches])
+  cases = []
+  for batch, (rounds, rows) in zip(batches, results, strict=True):
+    for row in rows:
+      row["same_tokens"] = _same(rounds, row["peer"])
+    if any(row["same_tokens"] < 8 for row in rows):
+      told["notes"].append(f"WARNING: greedy tokens differ early (batch {batch}), see same_tokens")
+    title = (
+      f"decoding, batch {batch}, prompt 128, 128 new, greedy; tokens/s of a whole call; "
+      "ratio: llmjax ÷ peer, median over rounds"
+    )
+    cases.append({"title": title, "batch": batch, "rows": rows})
+  return {"cases": cases, **told}
 
 
 def _same(rounds, name: str) -> int:
@@ -221,22 +197,8 @@ def _same(rounds, name: str) -> int:
   return differs[0] if differs else len(ids)
 
 
-def _first_step_notes(times: dict) -> list[str]:
-  if not times:
-    return []
-  return [
-    f"llmjax's first step: {times['first_step_cold_s']:.1f} s with an empty compilation cache, "
-    f"{times['first_step_warm_s']:.1f} s with a filled one"
-  ]
-
-
 def _data(options: Options) -> dict:
-  with _Run(options) as run:
-    for name, peer in pick("data", options.peers).items():
-      run.workers[name] = run.start(name, peer.where, options.size)
-    made = run.go([{"seconds": options.seconds}])
-    rounds = {name: answers[0] for name, answers in made.items()}
-    rows = _with_facts(compare(rounds, "step"), run)
+  ((rounds, rows),), _ = _measure("data", options, [{"seconds": options.seconds}])
   for row in rows:
     if "ratio" in row:
       row["ratio"] = ratio(rounds[row["peer"]], rounds["step"])

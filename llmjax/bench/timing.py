@@ -11,7 +11,6 @@ def timed_steps(run_step, tokens: int, seconds: float) -> dict:
   Args:
     run_step: does one step and returns its loss.
     tokens: predicted a step.
-    seconds: at least so long.
   Returns:
     `tokens`, `seconds`, `tokens_per_s` and the `losses`.
   """
@@ -28,7 +27,6 @@ def prepare_decode(size: Size, run):
   """Makes a peer out of a function that continues prompts.
 
   Args:
-    size: the architecture.
     run: `(rows of ids, new tokens) -> new ids of each row`, greedy, EOS ignored.
   Returns:
     (facts, measure), as `Peer.where` wants them; `measure({"batch": n})`.

@@ -5,6 +5,7 @@ then answers every line of standard input, a JSON request, with one measured rou
 it waits for input and uses no core. What libraries print goes to standard error.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -32,20 +33,12 @@ def peak_bytes() -> int:
 
 def reset_peak() -> None:
   """Forgets the peak so far, where the kernel allows it: then the peak is that of the steps."""
-  try:
+  with contextlib.suppress(OSError):
     Path("/proc/self/clear_refs").write_text("5")
-  except OSError:
-    return
 
 
 def serve(spec: Spec, requests, answer) -> None:
-  """Prepares the peer of `spec`, then answers requests until they end.
-
-  Args:
-    spec: what to prepare.
-    requests: lines of JSON.
-    answer: called with each answer, a dict.
-  """
+  """Prepares the peer of `spec`, then calls `answer` for each of the requests, lines of JSON."""
   module, function = spec.where.split(":")
   began_s = time.perf_counter()
   prepare = getattr(importlib.import_module(module), function)
@@ -63,6 +56,5 @@ def main() -> None:
   """Serves the spec of the command line over standard input and output."""
   out = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)  # a library that prints must not speak in between
-  spec = json.loads(sys.argv[1])
-  spec["overrides"] = tuple(spec["overrides"])
-  serve(Spec(**spec), sys.stdin, lambda made: print(json.dumps(made), file=out))
+  spec = Spec(**json.loads(sys.argv[1]))
+  serve(spec, sys.stdin, lambda made: print(json.dumps(made), file=out))

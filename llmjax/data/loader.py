@@ -79,21 +79,14 @@ def batches(
   seed: int = 0,
   read_ahead: int = 8,
 ) -> Iterator[Batch]:
-  """Yields the global batches of steps `start` to `stop - 1`.
+  """Yields the global batches of steps `start` to `stop - 1`, placed on the devices.
 
   Args:
-    rows: packed rows by number.
-    task: what is made of them.
     sharding: where [b, t] arrays live.
     batch_size: rows of the global batch.
-    start: first step.
-    stop: step to end before.
     seed: with step and row, decides what the task draws.
     read_ahead: batches made in advance.
-  Returns:
-    An iterator over device-placed batches.
   """
-
   local = local_rows(sharding, batch_size)
 
   def host_part(step) -> Batch:
@@ -122,8 +115,6 @@ def place(part: Batch, sharding: NamedSharding, rows=None, batch_size: int | Non
     sharding: where [b, t] arrays live.
     rows: their numbers in the global batch; by default the part is the whole batch.
     batch_size: rows of the global batch.
-  Returns:
-    The batch as global arrays.
   """
   batch_size = batch_size or len(jax.tree.leaves(part)[0])
   at = {row: i for i, row in enumerate(range(batch_size) if rows is None else rows)}

@@ -16,7 +16,6 @@ class PackedRows:
   """Rows of `row_tokens + 1` tokens; rows that follow each other in the text share one token.
 
   Args:
-    store: tokenized documents.
     row_tokens: positions a row predicts.
     seed: decides the order of documents and of rows, anew each epoch.
   Raises:
@@ -69,7 +68,6 @@ def windows(store: TokenStore, row_tokens: int, stride: int):
   """Cuts every document into overlapping rows that predict each of its tokens exactly once.
 
   Args:
-    store: tokenized documents.
     row_tokens: positions in a row.
     stride: new predictions a row after a document's first, at most `row_tokens`; the other
       positions are context only.

@@ -21,6 +21,7 @@ from llmjax.data.sources import Document
 from llmjax.text.tokenizer import Tokenizer, fingerprint, frame
 
 _FORMAT = 1
+_CHUNK = 256  # documents encoded as one batch
 _DTYPE = np.dtype("<u4")
 
 
@@ -62,10 +63,7 @@ def prepare(documents: Sequence[Document], tokenizer: Tokenizer, cache: Path) ->
 
   Args:
     documents: texts, in the order they are to be numbered.
-    tokenizer: turns text into ids.
     cache: folder of stores, made if it is missing.
-  Returns:
-    The opened store.
   """
   key = store_key(documents, tokenizer)
   folder = Path(cache, key)
@@ -83,12 +81,12 @@ def prepare(documents: Sequence[Document], tokenizer: Tokenizer, cache: Path) ->
   return _open(folder)
 
 
-def _write(documents: Sequence[Document], tokenizer: Tokenizer, folder: Path, chunk: int = 256):
+def _write(documents: Sequence[Document], tokenizer: Tokenizer, folder: Path):
   writer = ArrayRecordWriter(str(folder / "tokens.array_record"), "group_size:1")
   lengths = []
   before, after = frame(tokenizer)
-  for start in range(0, len(documents), chunk):
-    texts = [document.text for document in documents[start : start + chunk]]
+  for start in range(0, len(documents), _CHUNK):
+    texts = [document.text for document in documents[start : start + _CHUNK]]
     for ids in tokenizer.encode_batch(texts):
       row = np.asarray([before, *ids, after], _DTYPE)
       lengths.append(len(row))

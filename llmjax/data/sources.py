@@ -120,7 +120,6 @@ def split(documents: list[Document], share: float) -> tuple[list[Document], list
   empty (a handful of files), the last `share` of each document is held out, cut at a line end.
 
   Args:
-    documents: all of them.
     share: about how much to hold out, in (0, 1).
   Returns:
     (training, held-out) documents, both non-empty.
@@ -130,9 +129,8 @@ def split(documents: list[Document], share: float) -> tuple[list[Document], list
   most_bytes = _LARGEST_HELD_OUT_SHARE * sum(document.size_bytes for document in documents)
   chosen = [path_hash(doc) < share and doc.size_bytes <= most_bytes for doc in documents]
   if any(chosen) and not all(chosen):
-    train = [doc for doc, out in zip(documents, chosen, strict=True) if not out]
-    held_out = [doc for doc, out in zip(documents, chosen, strict=True) if out]
-    return train, held_out
+    both = list(zip(documents, chosen, strict=True))
+    return [doc for doc, out in both if not out], [doc for doc, out in both if out]
   pairs = [_cut(document, share) for document in documents]
   train = [head for head, _ in pairs if head.text]
   held_out = [tail for _, tail in pairs if tail.text]

@@ -7,6 +7,7 @@ made of (seed, step, row), so that a batch does not depend on who makes it.
 import dataclasses
 import math
 
+import jax
 import numpy as np
 
 from llmjax.core.choices import check_choice
@@ -77,17 +78,13 @@ class Task:
       "masked_lm": self._masked_lm,
       "span_corruption": self._span_corruption,
     }[self.config.name]
-    rows = [
-      dataclasses.asdict(make(tokens_u, segments_u, np.random.default_rng(seed)))
-      for tokens_u, segments_u, seed in zip(tokens_bu, segments_bu, seeds, strict=True)
-    ]
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return Batch(**{name: None if a[0] is None else np.stack(a) for name, a in columns.items()})
+    rngs = map(np.random.default_rng, seeds)
+    rows = [make(*row) for row in zip(tokens_bu, segments_bu, rngs, strict=True)]
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
 
   def _prefix_lm(self, tokens_u, segments_u, rng) -> Batch:
     """Each document's first tokens, at least one and not all, are seen by all of it."""
-    whole = language_model(tokens_u[None], segments_u[None])
-    row = Batch(*(None if a is None else a[0] for a in dataclasses.astuple(whole)))
+    row = jax.tree.map(lambda a: a[0], language_model(tokens_u[None], segments_u[None]))
     lengths = np.bincount(row.segments_bt)
     splits = np.array([rng.integers(1, max(2, length)) for length in lengths])[row.segments_bt]
     known = row.positions_bt + 1 < splits  # the next token is itself in the prefix
@@ -119,15 +116,11 @@ class Task:
     Source: Raffel et al. 2019, arXiv:1910.10683, sec. 3.1.4.
     """
     t = len(tokens_u) - 1
-    sources, targets = [], []
-    for number in range(1, int(segments_u.max()) + 1):
-      ids = tokens_u[:-1][segments_u[:-1] == number]
-      if len(ids) >= _SHORTEST:
-        source, target = self._corrupt(ids, rng)
-        sources.append(source)
-        targets.append(target)
-    source_s, source_segments_s = _lay_out(sources, t)
-    target_t, segments_t = _lay_out(targets, self.target_width(t))
+    numbers = range(1, int(segments_u.max()) + 1)
+    documents = [tokens_u[:-1][segments_u[:-1] == number] for number in numbers]
+    pairs = [self._corrupt(ids, rng) for ids in documents if len(ids) >= _SHORTEST]
+    source_s, source_segments_s = _lay_out([source for source, _ in pairs], t)
+    target_t, segments_t = _lay_out([target for _, target in pairs], self.target_width(t))
     positions_t = segment_positions(segments_t[None])[0]
     given_t = np.where(positions_t == 0, self.start * (segments_t > 0), np.roll(target_t, 1))
     return Batch(

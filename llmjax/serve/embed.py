@@ -10,6 +10,7 @@ from flax import nnx
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.model import Model
+from llmjax.serve.prompt import bucket, lay_out
 
 _ROWS = 32  # texts a batch
 
@@ -39,7 +40,10 @@ def embed(
   shortest_first = sorted(range(len(rows)), key=lambda number: len(rows[number]))
   for first in range(0, len(rows), _ROWS):
     chosen = shortest_first[first : first + _ROWS]
-    batch = _batch([rows[number] for number in chosen], model.config.context)
+    empty = [[]] * (bucket(len(chosen), 1) - len(chosen))
+    own = [rows[number] for number in chosen]
+    tokens_bt, inside_bt = lay_out([*own, *empty], model.config.context, 1)
+    batch = Batch(tokens_bt, segments_bt=inside_bt.astype(np.int32))
     made[chosen] = _pooled(model.parameters, batch, pooling)[: len(chosen)]
   if normalize:
     made /= np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-12)
@@ -48,8 +52,7 @@ def embed(
 
 def _encode(model: Model, texts: Sequence[str]) -> list[list[int]]:
   tokenizer, context = model.tokenizer, model.config.context
-  before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+  before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
   rows = [[*before, *ids, *after] for ids in tokenizer.encode_batch(list(texts))]
   for number, row in enumerate(rows):
     if not 0 < len(row) <= context:
@@ -58,21 +61,6 @@ def _encode(model: Model, texts: Sequence[str]) -> list[list[int]]:
         f"{context}"
       )
   return rows
-
-
-def _batch(rows: Sequence[Sequence[int]], context: int) -> Batch:
-  """Pads rows on the right; all sizes are powers of two, so that few shapes are compiled."""
-  width = min(_bucket(max(map(len, rows))), context)
-  tokens_bt = np.zeros((_bucket(len(rows)), width), np.int32)
-  segments_bt = np.zeros_like(tokens_bt)
-  for number, row in enumerate(rows):
-    tokens_bt[number, : len(row)] = row
-    segments_bt[number, : len(row)] = 1
-  return Batch(tokens_bt, segments_bt=segments_bt)
-
-
-def _bucket(count: int) -> int:
-  return 1 << (count - 1).bit_length()
 
 
 @functools.partial(jax.jit, static_argnames="pooling")

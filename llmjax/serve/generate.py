@@ -15,7 +15,7 @@ import numpy as np
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.model import Model
-from llmjax.serve.prompt import Prompts, check_room, encode_prompts, end_ids
+from llmjax.serve.prompt import Prompts, bucket, check_room, encode_prompts, end_ids, lay_out
 from llmjax.serve.sample import Sampling, draw
 
 
@@ -47,7 +47,6 @@ def generate(
     model: as `llmjax.load` returns it, with a tokenizer.
     prompts: texts; BOS is put before each, if the tokenizer is so made. An encoder_decoder reads
       them and begins anew.
-    sampling: how tokens are drawn.
     images: for each prompt a sequence of image files or open images; None: no images. They stand
       where the prompt spells the image token, or before it where it spells none.
     chat: each prompt is a user's message, put into the tokenizer's chat template; the assistant's
@@ -82,7 +81,6 @@ def generate_ids(
   Args:
     model: a decoder or an encoder_decoder.
     prompts: rows, each with at least one id; as `Prompts` where there are sources or images.
-    sampling: how tokens are drawn.
     ends: each ends a row, and is kept as its last id.
   Returns:
     The new ids of each row.
@@ -98,8 +96,8 @@ def generate_ids(
   check_room(prompts, context)
   lengths = np.array([len(row) for row in rows], np.int32)
   new_tokens = min(sampling.max_tokens, context - int(lengths.min()))
-  batch = _batch(model, prompts, lengths)
-  slots = min(_bucket(batch.tokens_bt.shape[1] + new_tokens), context)
+  batch = _batch(prompts, context)
+  slots = min(bucket(batch.tokens_bt.shape[1] + new_tokens), context)
   out_bt, count_b = _run(
     model.decoding,
     batch,
@@ -116,36 +114,15 @@ def generate_ids(
   return [[int(i) for i in row[:n]] for row, n in zip(np.asarray(out_bt), counts, strict=True)]
 
 
-def _batch(model: Model, prompts: Prompts, lengths) -> Batch:
+def _batch(prompts: Prompts, context: int) -> Batch:
   """Lays prompts out as a batch; a prefix model sees the whole of each at once."""
-  context = model.config.context
-  tokens_bt = _rectangle(prompts.rows, context)
-  prefix_bt = np.arange(tokens_bt.shape[1]) < lengths[:, None]
-  source_bs = source_segments_bs = None
-  if prompts.sources is not None:
-    source_bs = _rectangle(prompts.sources, context)
-    source_lengths = np.array([len(row) for row in prompts.sources])
-    source_segments_bs = (np.arange(source_bs.shape[1]) < source_lengths[:, None]).astype(np.int32)
-  return Batch(
-    tokens_bt,
-    prefix_bt=prefix_bt,
-    source_bs=source_bs,
-    source_segments_bs=source_segments_bs,
-    patches_bsi=prompts.patches_bsi,
-  )
-
-
-def _rectangle(rows: Sequence[Sequence[int]], context: int) -> np.ndarray:
-  """Puts rows left-aligned into one array, its width one of few."""
-  made = np.zeros((len(rows), min(_bucket(max(map(len, rows))), context)), np.int32)
-  for number, row in enumerate(rows):
-    made[number, : len(row)] = row
-  return made
-
-
-def _bucket(length: int) -> int:
-  """Rounds up to a power of two, so that few shapes are ever compiled."""
-  return 1 << max(4, (length - 1).bit_length())
+  tokens_bt, inside_bt = lay_out(prompts.rows, context)
+  batch = Batch(tokens_bt, prefix_bt=inside_bt, patches_bsi=prompts.patches_bsi)
+  if prompts.sources is None:
+    return batch
+  source_bs, inside_bs = lay_out(prompts.sources, context)
+  segments_bs = inside_bs.astype(np.int32)
+  return dataclasses.replace(batch, source_bs=source_bs, source_segments_bs=segments_bs)
 
 
 @functools.partial(jax.jit, static_argnames=("top_k", "slots"))

@@ -12,7 +12,7 @@ import numpy as np
 from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig
 from llmjax.serve.image import read_image
-from llmjax.text.chat import encode_chat, render
+from llmjax.text.chat import encode_chat, end_tokens, render
 from llmjax.text.tokenizer import Tokenizer, start_id
 
 _ANSWER = "this is what the assistant says"
@@ -39,9 +39,6 @@ def encode_prompts(
   """Turns texts into what a model continues.
 
   Args:
-    config: the model's.
-    tokenizer: its tokenizer.
-    texts: prompts.
     images: for each prompt a sequence of image files or open images; None: no images.
     chat: each prompt is a user's message, put into the tokenizer's chat template.
   Returns:
@@ -56,10 +53,8 @@ def encode_prompts(
     raise UserError(f"a model of kind {config.kind!r} writes no text")
   images = [()] * len(texts) if images is None else images
   _check_images(config, texts, images)
-  rows = [
-    _encode(config, tokenizer, text, len(own), chat)
-    for text, own in zip(texts, images, strict=True)
-  ]
+  pairs = zip(texts, images, strict=True)
+  rows = [_encode(config, tokenizer, text, len(own), chat) for text, own in pairs]
   if config.kind == "encoder_decoder":
     prompts = _as_sources(config, tokenizer, rows)
   else:
@@ -74,15 +69,31 @@ def check_room(prompts: Prompts, context: int):
   Raises:
     UserError: a prompt is empty or too long.
   """
-  for name, rows, most in (
-    ("prompt", prompts.rows, context - 1), ("source", prompts.sources or (), context)
-  ):
+  limits = (("prompt", prompts.rows, context - 1), ("source", prompts.sources or (), context))
+  for name, rows, most in limits:
     for number, row in enumerate(rows):
       if not 0 < len(row) <= most:
         raise UserError(
           f"{name} {number} has {len(row)} tokens (special ones counted); this model's context of "
           f"{context} takes from 1 to {most}"
         )
+
+
+def lay_out(rows: Sequence[Sequence[int]], context: int, least: int = 16):
+  """Puts rows left-aligned into one array: (ids int32 [b, t], true where a row has an id).
+
+  Its width is a `bucket` of at least `least`, at most the context.
+  """
+  lengths = np.array([len(row) for row in rows])
+  inside_bt = np.arange(min(bucket(int(lengths.max()), least), context)) < lengths[:, None]
+  ids_bt = np.zeros(inside_bt.shape, np.int32)
+  ids_bt[inside_bt] = [i for row in rows for i in row]
+  return ids_bt, inside_bt
+
+
+def bucket(count: int, least: int = 16) -> int:
+  """Rounds up to a power of two, so that few shapes are ever compiled."""
+  return max(least, 1 << (count - 1).bit_length())
 
 
 def end_ids(tokenizer: Tokenizer, chat: bool = False) -> list[int]:
@@ -93,11 +104,9 @@ def end_ids(tokenizer: Tokenizer, chat: bool = False) -> list[int]:
   found = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
   if chat:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
-    names = {i: text for text, i in tokenizer.special_tokens.items()}
-    bos, eos = names.get(tokenizer.bos_id, ""), names.get(tokenizer.eos_id, "")
-    after = render(tokenizer.chat_template, turns, bos_token=bos, eos_token=eos)
+    after = render(tokenizer.chat_template, turns, **end_tokens(tokenizer))
     ids = tokenizer.encode(after.rpartition(_ANSWER)[2], allow_special=True)
-    found += [i for i in ids if i in names][:1]
+    found += [i for i in ids if i in tokenizer.special_names][:1]
   return list(dict.fromkeys(found))
 
 
@@ -150,12 +159,11 @@ def _patches(config: ModelConfig, images) -> np.ndarray | None:
   if not most:
     return None
   vision = config.vision
-  made = np.zeros((len(images), most * vision.patches, vision.patch_numbers), np.float32)
+  made = np.zeros((len(images), most, vision.patches, vision.patch_numbers), np.float32)
   for row, own in enumerate(images):
     for number, image in enumerate(own):
-      start = number * vision.patches
-      made[row, start : start + vision.patches] = read_image(image, vision)
-  return made
+      made[row, number] = read_image(image, vision)
+  return made.reshape(len(images), most * vision.patches, vision.patch_numbers)
 
 
 def _as_sources(config: ModelConfig, tokenizer: Tokenizer, rows) -> Prompts:

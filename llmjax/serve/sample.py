@@ -28,14 +28,11 @@ class Sampling:
   seed: int = 0
 
   def __post_init__(self):
-    if self.temperature < 0:
-      raise UserError(f"temperature {self.temperature} is negative")
-    if self.top_k < 0:
-      raise UserError(f"top_k {self.top_k} is negative")
+    for name in ("temperature", "top_k", "seed"):
+      if getattr(self, name) < 0:
+        raise UserError(f"{name} {getattr(self, name)} is negative")
     if not 0 < self.top_p <= 1:
       raise UserError(f"top_p {self.top_p} is not in (0, 1]")
-    if self.seed < 0:
-      raise UserError(f"seed {self.seed} is negative")
     if self.max_tokens < 1:
       raise UserError(f"max_tokens {self.max_tokens} is less than 1")
 
@@ -67,7 +64,6 @@ def draw(key, logits_bv, temperature, top_k: int, top_p):
   """Draws one token a row; at temperature 0 the highest score.
 
   Args:
-    key: PRNG key of this draw.
     logits_bv: fp32 scores.
     temperature: ≥ 0, may be traced.
     top_k: static.

@@ -1,12 +1,12 @@
 """What all tokenizers share: special tokens, which ids mark beginnings and ends, decoding.
 
-A kind brings three methods (`_encode`, `_encode_batch`, `_decode`) that know ordinary text alone.
-Text that looks like a special token stays ordinary text unless the caller asks otherwise.
+A kind brings `_encode` and `_decode`, which know ordinary text alone, and `encode_batch` where its
+library has threads. What looks like a special token stays ordinary text unless the caller asks.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from llmjax.core.errors import UserError
 
@@ -44,58 +44,50 @@ class Settings:
 PLAIN = Settings()
 
 
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-  """What a model file says of its ids.
-
-  Attributes:
-    size: ids run from 0 to size - 1.
-    special: text → id of the tokens that stand for no text.
-    bos_id: begins a document, or None.
-    eos_id: ends one, or None.
-    pad_id: fills rows up, or None.
-    unk_id: stands for what the vocabulary lacks, or None.
-  """
-
-  size: int
-  special: Mapping[str, int]
-  bos_id: int | None = None
-  eos_id: int | None = None
-  pad_id: int | None = None
-  unk_id: int | None = None
-
-
-class Base:
-  """A tokenizer of any kind; `Tokenizer` in `llmjax/text/tokenizer.py` says what it offers.
+class Tokenizer:
+  """A tokenizer of any kind; ids that do not exist are None.
 
   Args:
     model: the trained model, enough to rebuild it.
     settings: what the caller knows beside it.
-    vocabulary: what the model says of its ids.
+    size: the model's ids run from 0 to size - 1.
+    special: text → id of the model's tokens that stand for no text.
+    ids: BOS, EOS, PAD and UNK, which stands for what the vocabulary lacks, as the model says.
+  Attributes:
+    special_tokens: text → id; `special_names` is id → text.
+    bos_id: as chosen by settings or model; `eos_id`, `pad_id` and `unk_id` likewise.
   Raises:
     UserError: BOS, EOS or PAD lies outside the vocabulary.
   """
 
   kind = ""
 
-  def __init__(self, model: bytes, settings: Settings, vocabulary: Vocabulary):
+  def __init__(
+    self,
+    model: bytes,
+    settings: Settings,
+    size: int,
+    special: Mapping[str, int],
+    ids: Sequence[int | None],
+  ):
     self._model = model
-    added = {t: i for t, i in settings.added.items() if vocabulary.special.get(t) != i}
-    self.special_tokens = {**vocabulary.special, **added}
-    self.vocab_size = max(vocabulary.size, 1 + max(added.values(), default=-1))
-    self.bos_id = self._choose("BOS", settings.bos_id, vocabulary.bos_id)
-    self.eos_id = self._choose("EOS", settings.eos_id, vocabulary.eos_id)
-    self.pad_id = self._choose("PAD", settings.pad_id, vocabulary.pad_id)
+    added = {t: i for t, i in settings.added.items() if special.get(t) != i}
+    self.special_tokens = {**special, **added}
+    self.vocab_size = max(size, 1 + max(added.values(), default=-1))
+    bos_id, eos_id, pad_id, self.unk_id = ids
+    self.bos_id = self._choose("BOS", settings.bos_id, bos_id)
+    self.eos_id = self._choose("EOS", settings.eos_id, eos_id)
+    self.pad_id = self._choose("PAD", settings.pad_id, pad_id)
     # What only repeats the file is left out, so that equal tokenizers have equal fingerprints.
     self.settings = dataclasses.replace(
       settings,
-      bos_id=_unlike(self.bos_id, vocabulary.bos_id),
-      eos_id=_unlike(self.eos_id, vocabulary.eos_id),
-      pad_id=_unlike(self.pad_id, vocabulary.pad_id),
+      bos_id=_unlike(self.bos_id, bos_id),
+      eos_id=_unlike(self.eos_id, eos_id),
+      pad_id=_unlike(self.pad_id, pad_id),
       added=added,
     )
-    self.unk_id = vocabulary.unk_id
-    self._no_text = frozenset(self.special_tokens.values())
+    self.chat_template = settings.chat_template
+    self.special_names = {i: token for token, i in self.special_tokens.items()}
     longest_first = sorted(self.special_tokens, key=len, reverse=True)
     self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
@@ -107,11 +99,6 @@ class Base:
       raise UserError(f"{name} is id {chosen}, the tokenizer's run from 0 to {self.vocab_size - 1}")
     return chosen
 
-  @property
-  def chat_template(self) -> str | None:
-    """Jinja source that turns messages into text, or None."""
-    return self.settings.chat_template
-
   def find(self, token: str) -> int | None:
     """The id of a token by its own name, as a model file spells it; None where there is none."""
     return self.special_tokens.get(token)
@@ -120,7 +107,6 @@ class Base:
     """Turns text into ids, with neither BOS nor EOS.
 
     Args:
-      text: what to encode.
       allow_special: special tokens written out in the text become their ids; only for text whose
         special tokens are your own, as a rendered chat template.
     """
@@ -136,14 +122,14 @@ class Base:
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     """Encodes many texts, on all cores."""
-    return self._encode_batch(texts)
+    return [self._encode(text) for text in texts]
 
   def decode(self, ids: Iterable[int]) -> str:
     """Turns ids back into text.
 
     Special tokens and ids outside the vocabulary vanish, broken UTF-8 becomes U+FFFD.
     """
-    size, no_text = self.vocab_size, self._no_text
+    size, no_text = self.vocab_size, self.special_names
     return self._decode([i for i in map(int, ids) if 0 <= i < size and i not in no_text])
 
   def to_bytes(self) -> bytes:
@@ -163,3 +149,8 @@ def too_large(vocab_size: int, most: int) -> UserError:
   return UserError(
     f"tokenizer.vocab_size {vocab_size} is more than this text supports: at most {most}"
   )
+
+
+def too_small(vocab_size: int, parts: str, least: int | str) -> UserError:
+  """The error of a vocabulary that has no room for what every one must hold."""
+  return UserError(f"tokenizer.vocab_size {vocab_size} is too small: {parts} need {least}")

@@ -9,7 +9,6 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import jinja2
 import jinja2.ext
@@ -17,6 +16,7 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from llmjax.core.errors import UserError
+from llmjax.text.base import Tokenizer
 
 # Stand for themselves in a rendered text until it is returned; drawn anew in every process, so no
 # message can hold them.
@@ -25,30 +25,20 @@ _OPEN, _CLOSE, _CUT = (f"\ufdd0{_NONCE}{mark}\ufdd1" for mark in "oce")
 
 
 def render(
-  template: str,
-  messages: Sequence[Mapping],
-  add_generation_prompt: bool = False,
-  bos_token: str = "",
-  eos_token: str = "",
-  tools: Sequence[Mapping] | None = None,
-  **values,
+  template: str, messages: Sequence[Mapping], add_generation_prompt: bool = False, **values
 ) -> str:
   """Turns messages into text.
 
   Args:
-    template: Jinja source.
     messages: each with `role` and `content` and whatever else the template reads.
     add_generation_prompt: ends with what begins an answer.
-    bos_token: text that the template's `bos_token` stands for.
-    eos_token: text that the template's `eos_token` stands for.
-    tools: JSON schemas of functions that the model may call.
-    **values: further variables of the template.
+    **values: further variables of the template: `bos_token` and `eos_token`, texts, and `tools`,
+      JSON schemas of functions that the model may call; and whatever else it reads.
   Returns:
     The text; its special tokens are spelled out, BOS too where the template writes it.
   Raises:
     UserError: the template is wrong or refuses the messages.
   """
-  values |= {"bos_token": bos_token, "eos_token": eos_token, "tools": tools}
   return spans(template, messages, add_generation_prompt, **values)[0]
 
 
@@ -57,12 +47,8 @@ def spans(
 ) -> tuple[str, list[tuple[int, int]]]:
   """Renders as `render` does and tells which characters the assistant wrote.
 
-  Args:
-    template: Jinja source; what it puts between `{% generation %}` and `{% endgeneration %}` is
-      the assistant's.
-    messages: as for `render`.
-    add_generation_prompt: as for `render`.
-    **values: as for `render`.
+  Those are what the template puts between `{% generation %}` and `{% endgeneration %}`.
+
   Returns:
     (text, [(start, stop), …] in characters); no spans when the template marks none.
   Raises:
@@ -70,21 +56,19 @@ def spans(
   """
   values = {"tools": None, "bos_token": "", "eos_token": "", **values}
   text = _run(template, messages=messages, add_generation_prompt=add_generation_prompt, **values)
-  plain, found, start = [], [], 0
-  length = 0
+  plain, found, start = "", [], 0
   for piece in re.split(f"({_OPEN}|{_CLOSE})", text):
     if piece == _OPEN:
-      start = length
+      start = len(plain)
     elif piece == _CLOSE:
-      found.append((start, length))
+      found.append((start, len(plain)))
     else:
-      plain.append(piece)
-      length += len(piece)
-  return "".join(plain), found
+      plain += piece
+  return plain, found
 
 
 def encode_chat(
-  tokenizer, messages: Sequence[Mapping], add_generation_prompt: bool = False, **values
+  tokenizer: Tokenizer, messages: Sequence[Mapping], add_generation_prompt: bool = False, **values
 ) -> list[int]:
   """Renders messages with the tokenizer's own template and encodes the result.
 
@@ -92,10 +76,7 @@ def encode_chat(
   a user who types `<|im_end|>` cannot end the turn.
 
   Args:
-    tokenizer: with a `chat_template`.
-    messages: as for `render`.
-    add_generation_prompt: as for `render`.
-    **values: as for `render`.
+    tokenizer: with a `chat_template`; the other arguments are those of `render`.
   Returns:
     Ids, BOS among them where the template writes it.
   Raises:
@@ -103,41 +84,16 @@ def encode_chat(
   """
   if not tokenizer.chat_template:
     raise UserError("this tokenizer has no chat template; give render() one")
-  names = {i: text for text, i in tokenizer.special_tokens.items()}
-  values = {
-    "bos_token": names.get(tokenizer.bos_id, ""),
-    "eos_token": names.get(tokenizer.eos_id, ""),
-    **values,
-  }
+  values = {**end_tokens(tokenizer), **values}
   guarded = _guard(messages, tokenizer.special_tokens)
   text = render(tokenizer.chat_template, guarded, add_generation_prompt, **values)
   return [i for part in text.split(_CUT) for i in tokenizer.encode(part, allow_special=True)]
 
 
-def read_template(folder: Path) -> str | None:
-  """Finds a folder's chat template.
-
-  Returns:
-    The text of `chat_template.jinja`, else `chat_template` of `tokenizer_config.json` (of a list
-    of named ones the one named `default`), else None.
-  Raises:
-    UserError: a list of templates without a default.
-  """
-  try:
-    return Path(folder, "chat_template.jinja").read_text(encoding="utf-8")
-  except OSError:
-    pass
-  try:
-    found = json.loads(Path(folder, "tokenizer_config.json").read_text(encoding="utf-8"))
-  except (OSError, ValueError):
-    return None
-  template = found.get("chat_template")
-  if isinstance(template, list):
-    named = {entry["name"]: entry.get("template", "") for entry in template}
-    if "default" not in named:
-      raise UserError(f"{folder}: no chat template is named 'default'; there are {sorted(named)}")
-    template = named["default"]
-  return template
+def end_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+  """What a template calls `bos_token` and `eos_token`: their texts, empty where there is none."""
+  ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+  return {name: tokenizer.special_names.get(i, "") for name, i in ids.items()}
 
 
 def _guard(value, special: Mapping[str, int]):
@@ -173,9 +129,8 @@ def _refuse(message):
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-  return json.dumps(
-    value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-  )
+  how = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+  return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
 
 @functools.cache

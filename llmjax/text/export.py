@@ -8,10 +8,10 @@ import re
 
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as proto
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers
 
-from llmjax.text.base import Base
-from llmjax.text.fast import Fast, byte_level
+from llmjax.text.base import Tokenizer
+from llmjax.text.fast import LETTERS, Fast, byte_level, words
 from llmjax.text.ranks import Tiktoken, merges_of
 from llmjax.text.raw import Bytes
 from llmjax.text.sentencepiece import SentencePiece
@@ -19,7 +19,7 @@ from llmjax.text.sentencepiece import SentencePiece
 _SPACE = "▁"
 
 
-def to_json(tokenizer: Base) -> bytes:
+def to_json(tokenizer: Tokenizer) -> bytes:
   """Writes a tokenizer as a `tokenizer.json`.
 
   Ids are the same for every text with one exception: our own SentencePiece models spell a U+2581
@@ -33,9 +33,7 @@ def to_json(tokenizer: Base) -> bytes:
     made = _from_ranks(tokenizer)
   elif isinstance(tokenizer, Bytes):
     vocabulary = {letter: byte for byte, letter in enumerate(byte_letters())}
-    vocabulary |= tokenizer.special_tokens
-    cutting = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made = byte_level(models.BPE(vocabulary, []), [cutting])
+    made = byte_level(models.BPE(vocabulary | tokenizer.special_tokens, []), LETTERS)
   by_id = sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.get)
   made.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in by_id])
   return made.to_str().encode()
@@ -65,10 +63,7 @@ def _from_ranks(tokenizer: Tiktoken) -> tokenizers.Tokenizer:
   model = models.BPE(vocabulary, merges, ignore_merges=True)
   # In Oniguruma a + after {1,3} repeats, elsewhere it only forbids going back.
   pattern = re.sub(r"(?<=\d\})\+", "", tokenizer.pattern)
-  words = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-  return byte_level(
-    model, [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-  )
+  return byte_level(model, words(pattern))
 
 
 def _from_pieces(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
@@ -79,13 +74,9 @@ def _from_pieces(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
     made = tokenizers.Tokenizer(models.Unigram(scores, tokenizer.unk_id, byte_fallback=fallback))
   else:
     vocabulary = {piece.piece: i for i, piece in enumerate(spec.pieces)}
-    vocabulary |= tokenizer.special_tokens
-    unknown = spec.pieces[tokenizer.unk_id].piece
-    made = tokenizers.Tokenizer(
-      models.BPE(
-        vocabulary, _merges(spec), unk_token=unknown, fuse_unk=True, byte_fallback=fallback
-      )
-    )
+    how = {"unk_token": spec.pieces[tokenizer.unk_id].piece, "byte_fallback": fallback}
+    model = models.BPE(vocabulary | tokenizer.special_tokens, _merges(spec), fuse_unk=True, **how)
+    made = tokenizers.Tokenizer(model)
   made.normalizer = normalizers.Sequence(_normalizing(spec.normalizer_spec))
   after = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
   if spec.normalizer_spec.add_dummy_prefix:

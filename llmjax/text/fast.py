@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from llmjax.core.errors import UserError
-from llmjax.text.base import PLAIN, Base, Settings, Vocabulary, too_large
+from llmjax.text.base import PLAIN, Settings, Tokenizer, too_large, too_small
 
 # Names by which files without a configuration beside them are understood, likeliest first.
 _BOS = ("<s>", "<|bos|>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
@@ -23,8 +23,11 @@ _SPECIAL = ("<|bos|>", "<|eos|>", "<|pad|>")
 _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _BERT_CHARS = 1000  # most characters of a trained WordPiece; rarer ones are [UNK], as in BERT
 
+LETTERS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # cuts nothing
+GPT2_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
-class Fast(Base):
+
+class Fast(Tokenizer):
   """A `tokenizer.json` of any make.
 
   Args:
@@ -45,14 +48,11 @@ class Fast(Base):
       if token.special
     }
     ids = self._plain.get_vocab(with_added_tokens=True)
-
-    def first(names):
-      return next((ids[name] for name in names if name in special), None)
-
+    known = [[ids[name] for name in names if name in special] for names in (_BOS, _EOS, _PAD)]
     unk = json.loads(model)["model"].get("unk_token")
     size = 1 + max(ids.values(), default=-1)
-    found = Vocabulary(size, special, first(_BOS), first(_EOS), first(_PAD), ids.get(unk))
-    super().__init__(model, settings, found)
+    first = [found[0] if found else None for found in known]
+    super().__init__(model, settings, size, special, (*first, ids.get(unk)))
 
   @functools.cached_property
   def _parsing(self) -> tokenizers.Tokenizer:
@@ -64,7 +64,7 @@ class Fast(Base):
     return super().find(token) if i is None else i
 
   def encode(self, text: str, allow_special: bool = False) -> list[int]:
-    """Turns text into ids, with neither BOS nor EOS; see `Base.encode`."""
+    """Turns text into ids, with neither BOS nor EOS; see `Tokenizer.encode`."""
     if allow_special and not self.settings.added:
       return self._parsing.encode(text, add_special_tokens=False).ids
     return super().encode(text, allow_special)
@@ -72,7 +72,8 @@ class Fast(Base):
   def _encode(self, text: str) -> list[int]:
     return self._plain.encode(text, add_special_tokens=False).ids
 
-  def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+  def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    """Encodes many texts, on all cores."""
     found = self._plain.encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in found]
 
@@ -95,18 +96,14 @@ class ByteBPE(Fast):
     """Trains on documents.
 
     Args:
-      texts: documents.
       vocab_size: tokens, counting 256 bytes and 3 special ones.
     Raises:
       UserError: the text supports fewer tokens than asked for, or the bytes alone need more.
     """
     least = 256 + len(_SPECIAL)
     if vocab_size < least:
-      raise UserError(
-        f"tokenizer.vocab_size {vocab_size} is too small: 256 bytes and 3 special tokens "
-        f"need {least}"
-      )
-    tokenizer = byte_level(models.BPE(), [pre_tokenizers.ByteLevel(add_prefix_space=False)])
+      raise too_small(vocab_size, "256 bytes and 3 special tokens", least)
+    tokenizer = byte_level(models.BPE(), GPT2_WORDS)
     trainer = trainers.BpeTrainer(
       vocab_size=vocab_size,
       min_frequency=2,
@@ -131,19 +128,15 @@ class WordPiece(Fast):
     them in order beforehand, equal text makes equal tokenizers.
 
     Args:
-      texts: documents.
       vocab_size: tokens, counting characters and 5 special ones.
     Raises:
       UserError: the text supports fewer tokens than asked for, or its characters need more.
     """
     texts = list(texts)
-    chars, inner = _characters(texts)
-    first = [*_BERT_SPECIAL, *chars, *(f"##{char}" for char in inner)]
+    first = [*_BERT_SPECIAL, *_characters(texts)]
     if vocab_size < len(first):
-      raise UserError(
-        f"tokenizer.vocab_size {vocab_size} is too small: 5 special tokens and the text's own "
-        f"characters need {len(first)}"
-      )
+      parts = "5 special tokens and the text's own characters"
+      raise too_small(vocab_size, parts, len(first))
     trainer = trainers.WordPieceTrainer(
       vocab_size=vocab_size,
       min_frequency=2,
@@ -153,24 +146,21 @@ class WordPiece(Fast):
     )
     scratch = bert({}, lowercase=True)
     scratch.train_from_iterator(texts, trainer)
-    vocabulary = scratch.get_vocab()
-    return _full(cls.build(bert(vocabulary, lowercase=True)), vocab_size)
+    return _full(cls.build(bert(scratch.get_vocab(), lowercase=True)), vocab_size)
 
 
-def byte_level(model, cutting: list, normalizer=None) -> tokenizers.Tokenizer:
-  """Makes a byte-level tokenizer.
-
-  Args:
-    model: a model of the library.
-    cutting: pre-tokenizers in order; the last one must turn text into byte letters.
-    normalizer: changes the text first, or None.
-  """
+def byte_level(model: models.Model, cutting: pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:
+  """Makes a byte-level tokenizer; `cutting` must end in turning text into byte letters."""
   tokenizer = tokenizers.Tokenizer(model)
-  if normalizer is not None:
-    tokenizer.normalizer = normalizer
-  tokenizer.pre_tokenizer = cutting[0] if len(cutting) == 1 else pre_tokenizers.Sequence(cutting)
+  tokenizer.pre_tokenizer = cutting
   tokenizer.decoder = decoders.ByteLevel()
   return tokenizer
+
+
+def words(pattern: str) -> pre_tokenizers.PreTokenizer:
+  """Cuts text where a regular expression matches, and turns the pieces into byte letters."""
+  cutting = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+  return pre_tokenizers.Sequence([cutting, LETTERS])
 
 
 def bert(vocabulary: dict[str, int], lowercase: bool) -> tokenizers.Tokenizer:
@@ -217,8 +207,8 @@ def _full(tokenizer: Fast, vocab_size: int) -> Fast:
   return tokenizer
 
 
-def _characters(texts: list[str]) -> tuple[list[str], list[str]]:
-  """The most frequent 1,000 characters, and those of them that stand inside words."""
+def _characters(texts: list[str]) -> list[str]:
+  """The most frequent 1,000 characters, and as `##c` those of them that stand inside words."""
   normalizer, cutter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
   words = Counter()
   for text in texts:
@@ -229,4 +219,4 @@ def _characters(texts: list[str]) -> tuple[list[str], list[str]]:
       counts[char] += times
   kept = {c for c, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:_BERT_CHARS]}
   inner = {char for word in words for char in word[1:]} & kept
-  return sorted(kept), sorted(inner)
+  return [*sorted(kept), *(f"##{char}" for char in sorted(inner))]

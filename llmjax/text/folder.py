@@ -4,6 +4,7 @@ A Hugging Face folder says beside the tokenizer which ids are BOS, EOS and PAD, 
 written; all of that is read here.
 """
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -13,8 +14,7 @@ from tokenizers import models, pre_tokenizers
 
 from llmjax.core.errors import UserError
 from llmjax.text import fast, sentencepiece
-from llmjax.text.base import NONE, Base, Settings
-from llmjax.text.chat import read_template
+from llmjax.text.base import NONE, Settings, Tokenizer
 from llmjax.text.export import to_json
 from llmjax.text.ranks import Tiktoken
 from llmjax.text.raw import Bytes
@@ -33,7 +33,7 @@ _FILES = {
 }
 
 
-def load_tokenizer(path: str | Path) -> Base:
+def load_tokenizer(path: str | Path) -> Tokenizer:
   """Reads a tokenizer.
 
   Args:
@@ -64,23 +64,21 @@ def load_tokenizer(path: str | Path) -> Base:
     raise UserError(f"tokenizer file {str(file)!r} cannot be read: {why}") from error
 
 
-def save(tokenizer: Base, folder: str | Path):
+def save(tokenizer: Tokenizer, folder: str | Path):
   """Writes a tokenizer so that `load_tokenizer` gives it back and transformers can read it.
 
   Args:
-    tokenizer: of any kind.
     folder: made if it is missing. Gets `tokenizer.json` and `tokenizer_config.json`, beside them
       the model in its own format (`tokenizer.model`, `ranks.tiktoken`) and `chat_template.jinja`.
   """
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  names = {i: text for text, i in tokenizer.special_tokens.items()}
   ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad", "unk")}
   settings, template = tokenizer.settings, tokenizer.chat_template
   config = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "clean_up_tokenization_spaces": False,
-    **{f"{name}_token": names.get(i) for name, i in ids.items()},
+    **{f"{name}_token": tokenizer.special_names.get(i) for name, i in ids.items()},
     "added_tokens_decoder": {
       str(i): {"content": token, "special": True} for token, i in settings.added.items()
     },
@@ -97,17 +95,36 @@ def save(tokenizer: Base, folder: str | Path):
     (folder / _TEMPLATE).write_text(template, encoding="utf-8")
 
 
+def read_template(folder: Path) -> str | None:
+  """Finds a folder's chat template.
+
+  Returns:
+    The text of `chat_template.jinja`, else `chat_template` of `tokenizer_config.json` (of a list
+    of named ones the one named `default`), else None.
+  Raises:
+    UserError: a list of templates without a default, or a configuration that is not JSON.
+  """
+  with contextlib.suppress(OSError):
+    return (folder / _TEMPLATE).read_text(encoding="utf-8")
+  template = _json(folder / _CONFIG).get("chat_template")
+  if not isinstance(template, list):
+    return template
+  named = {entry["name"]: entry.get("template", "") for entry in template}
+  if "default" not in named:
+    raise UserError(f"{folder}: no chat template is named 'default'; there are {sorted(named)}")
+  return named["default"]
+
+
 def _in_folder(folder: Path) -> Path:
   said = _json(folder / _CONFIG).get("model_file")  # a key of ours
   ours = [name for name in _FILES.values() if name == said]
-  for name in (*ours, *_NAMES):
-    for file in sorted(folder.glob(name)):
-      return file
-  wanted = ", ".join(_NAMES)
-  raise UserError(f"tokenizer folder {str(folder)!r} holds none of {wanted}")
+  found = [file for name in (*ours, *_NAMES) for file in sorted(folder.glob(name))]
+  if not found:
+    raise UserError(f"tokenizer folder {str(folder)!r} holds none of {', '.join(_NAMES)}")
+  return found[0]
 
 
-def _recognize(file: Path, config: dict) -> tuple[bytes, type[Base]]:
+def _recognize(file: Path, config: dict) -> tuple[bytes, type[Tokenizer]]:
   """Reads a file: (model, its class); vocabularies become a `tokenizer.json` at once."""
   data = file.read_bytes()
   if data[:1] == b"{" or file.name in _MERGES.values():
@@ -132,7 +149,7 @@ def _gpt2(file: Path, config: dict) -> tokenizers.Tokenizer:
   lines = (file.parent / _MERGES[name]).read_text(encoding="utf-8").split("\n")
   merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
   cutting = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
-  made = fast.byte_level(models.BPE(vocabulary, merges), [cutting])
+  made = fast.byte_level(models.BPE(vocabulary, merges), cutting)
   made.add_special_tokens([token for token in _GPT2_SPECIAL if token in vocabulary])
   return made
 
@@ -144,9 +161,10 @@ def _bert(data: bytes, config: dict) -> tokenizers.Tokenizer:
   return fast.bert(vocabulary, config.get("do_lower_case", not cased))
 
 
-def _settings(folder: Path, config: dict, made: Base) -> Settings:
+def _settings(folder: Path, config: dict, made: Tokenizer) -> Settings:
   """Gathers what a Hugging Face folder says of special tokens, the most specific file first."""
-  added = _added(folder, config, made)
+  beside = {**_listed(config), **_json(folder / "added_tokens.json")}
+  added = {token: i for token, i in beside.items() if made.find(token) is None}
 
   def chosen(name: str) -> int | None:
     for said in (config, _json(folder / "special_tokens_map.json")):
@@ -164,12 +182,6 @@ def _settings(folder: Path, config: dict, made: Base) -> Settings:
   ids = chosen("bos"), chosen("eos"), chosen("pad")
   template, pattern = read_template(folder), made.settings.pattern
   return Settings(*ids, added, template, pattern, config.get("add_bos_token"))
-
-
-def _added(folder: Path, config: dict, made: Base) -> dict[str, int]:
-  """Tokens that stand beside the model file and not in it."""
-  tokens = {**_listed(config), **_json(folder / "added_tokens.json")}
-  return {token: i for token, i in tokens.items() if made.find(token) is None}
 
 
 def _listed(config: dict) -> dict[str, int]:

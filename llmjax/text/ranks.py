@@ -6,17 +6,14 @@ trained. A file does not say how text is cut into words; the known ones are told
 """
 
 import base64
-import binascii
 import os
 
 import tiktoken
 
 from llmjax.core.errors import UserError
-from llmjax.text.base import PLAIN, Base, Settings, Vocabulary
+from llmjax.text.base import PLAIN, Settings, Tokenizer
 
-GPT2_PATTERN = (
-  r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 CL100K_PATTERN = (
   r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
   r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
@@ -42,10 +39,11 @@ def _llama3_special() -> dict[str, int]:
   return {f"<|{name}|>": 128_000 + i for i, name in enumerate(names)}
 
 
-# number of ranks → (how text is cut, special tokens, BOS, EOS), from the makers' own code.
+# number of ranks → (how text is cut, special tokens, BOS, EOS), from the makers' own code:
+# GPT-2 and r50k_base, p50k_base, cl100k_base, Llama 3, Qwen, o200k_base.
 _KNOWN = {
-  50_256: (GPT2_PATTERN, {"<|endoftext|>": 50_256}, None, 50_256),  # GPT-2, r50k_base
-  50_280: (GPT2_PATTERN, {"<|endoftext|>": 50_256}, None, 50_256),  # p50k_base
+  50_256: (GPT2_PATTERN, {"<|endoftext|>": 50_256}, None, 50_256),
+  50_280: (GPT2_PATTERN, {"<|endoftext|>": 50_256}, None, 50_256),
   100_256: (
     CL100K_PATTERN,
     {
@@ -58,23 +56,18 @@ _KNOWN = {
     None,
     100_257,
   ),
-  128_000: (LLAMA3_PATTERN, _llama3_special(), 128_000, 128_001),  # Llama 3
+  128_000: (LLAMA3_PATTERN, _llama3_special(), 128_000, 128_001),
   151_643: (
     QWEN_PATTERN,
     {"<|endoftext|>": 151_643, "<|im_start|>": 151_644, "<|im_end|>": 151_645},
     None,
     151_643,
   ),
-  199_998: (
-    O200K_PATTERN,
-    {"<|endoftext|>": 199_999, "<|endofprompt|>": 200_018},
-    None,
-    199_999,
-  ),  # o200k_base
+  199_998: (O200K_PATTERN, {"<|endoftext|>": 199_999, "<|endofprompt|>": 200_018}, None, 199_999),
 }
 
 
-class Tiktoken(Base):
+class Tiktoken(Tokenizer):
   """A rank file.
 
   Args:
@@ -98,18 +91,18 @@ class Tiktoken(Base):
       )
     special = {} if settings.pattern else known[1]
     size = 1 + max([*self.ranks.values(), *special.values()])
-    super().__init__(model, settings, Vocabulary(size, special, *known[2:]))
+    super().__init__(model, settings, size, special, (*known[2:], None, None))
     self._encoding = tiktoken.Encoding(
       "llmjax", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
     )
     self._text_ids = frozenset(self.ranks.values())
-    self._threads = os.cpu_count() or 1
 
   def _encode(self, text: str) -> list[int]:
     return self._encoding.encode_ordinary(text)
 
-  def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-    return self._encoding.encode_ordinary_batch(texts, num_threads=self._threads)
+  def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    """Encodes many texts, on all cores."""
+    return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
   def _decode(self, ids: list[int]) -> str:
     known = [i for i in ids if i in self._text_ids]  # between ranks and special tokens are gaps
@@ -117,17 +110,15 @@ class Tiktoken(Base):
 
 
 def read_ranks(model: bytes) -> dict[bytes, int]:
-  """Reads a rank file.
+  """Reads a rank file: token → rank.
 
-  Returns:
-    token → rank.
   Raises:
     UserError: a line that is not base64, space, number; or no byte-level vocabulary.
   """
   try:
     lines = [line.split() for line in model.splitlines() if line]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-  except (ValueError, binascii.Error) as error:
+  except ValueError as error:  # binascii's too
     raise UserError("the file is not a tiktoken rank file") from error
   missing = sum(bytes([byte]) not in ranks for byte in range(256))
   if missing:

@@ -12,9 +12,6 @@ from llmjax.text.tokenizer import Tokenizer
 def report(tokenizer: Tokenizer, texts: Sequence[str]) -> dict:
   """Measures a tokenizer on documents.
 
-  Args:
-    tokenizer: of any kind.
-    texts: documents.
   Returns:
     `documents`, `bytes` (UTF-8), `characters`, `tokens`; `bytes_per_token` and
     `characters_per_token`; `unknown_rate`, the share of tokens that are UNK; `exact_rate`, the

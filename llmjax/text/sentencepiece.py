@@ -14,19 +14,21 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from llmjax.core.errors import UserError
-from llmjax.text.base import PLAIN, Base, Settings, Vocabulary, too_large
+from llmjax.text.base import PLAIN, Settings, Tokenizer, too_large, too_small
 
 _SPACE_MARK = "▁"
 _SENTENCE_CHARS = 4000
 _SENTENCE_BYTES = 4 * _SENTENCE_CHARS + 1  # also what tells a model of ours from others
 
 
-class SentencePiece(Base):
+class SentencePiece(Tokenizer):
   """A SentencePiece BPE model.
 
   Args:
     model: serialized `ModelProto`, as in a `tokenizer.model` file.
     settings: ids and tokens that the model does not hold.
+  Attributes:
+    spec: pieces, scores and normalisation; not to be changed.
   Raises:
     UserError: the bytes are not a SentencePiece model.
   """
@@ -42,18 +44,21 @@ class SentencePiece(Base):
       raise UserError("the file is not a SentencePiece model: it is empty")
     try:
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-      self._spec = proto.ModelProto.FromString(model)
+      self.spec = proto.ModelProto.FromString(model)
     except (RuntimeError, DecodeError) as error:
       raise UserError("the file is not a SentencePiece model") from error
-    self._lossless = _is_ours(self._spec)
-    super().__init__(model, settings, _vocabulary(self._processor))
+    self._lossless = _is_ours(self.spec)
+    made = self._processor
+    special = {made.id_to_piece(i): i for i in range(made.vocab_size()) if made.is_control(i)}
+    ids = (made.bos_id(), made.eos_id(), made.pad_id(), made.unk_id())
+    ids = [None if i < 0 else i for i in ids]
+    super().__init__(model, settings, made.vocab_size(), special, ids)
 
   @classmethod
   def train(cls, texts: Iterable[str], vocab_size: int) -> "SentencePiece":
-    """Trains a model with byte fallback that loses nothing.
+    """Trains on documents a model with byte fallback that loses nothing.
 
     Args:
-      texts: documents.
       vocab_size: tokens, counting 256 bytes and 3 special ones.
     Raises:
       UserError: the text supports fewer tokens than asked for, or the bytes alone need more.
@@ -92,28 +97,21 @@ class SentencePiece(Base):
   def _encode(self, text: str) -> list[int]:
     if not (self._lossless and _SPACE_MARK in text):
       return self._processor.encode(text)
-    ids = []
-    for number, part in enumerate(text.split(_SPACE_MARK)):
-      if number:
-        ids += [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
-      ids += self._processor.encode(part)
-    return ids
+    mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+    first, *rest = map(self._processor.encode, text.split(_SPACE_MARK))
+    return first + [i for part in rest for i in (*mark, *part)]
 
-  def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+  def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    """Encodes many texts, on all cores."""
     rows = self._processor.encode(texts, num_threads=-1)
-    if self._lossless:
-      both = zip(texts, rows, strict=True)
-      rows = [self._encode(text) if _SPACE_MARK in text else row for text, row in both]
-    return rows
+    if not self._lossless:
+      return rows
+    both = zip(texts, rows, strict=True)
+    return [self._encode(text) if _SPACE_MARK in text else row for text, row in both]
 
   def _decode(self, ids: list[int]) -> str:
     size = self._processor.vocab_size()
     return self._processor.decode([i for i in ids if i < size])
-
-  @property
-  def spec(self) -> proto.ModelProto:
-    """The model's pieces, scores and normalisation; not to be changed."""
-    return self._spec
 
 
 class Unigram(SentencePiece):
@@ -130,12 +128,12 @@ def kind_of(model: bytes) -> type[SentencePiece]:
   Raises:
     UserError: no SentencePiece model, or one of words or characters.
   """
-  spec = SentencePiece(model).spec
-  kinds = {proto.TrainerSpec.BPE: SentencePiece, proto.TrainerSpec.UNIGRAM: Unigram}
-  if spec.trainer_spec.model_type not in kinds:
-    name = proto.TrainerSpec.ModelType.Name(spec.trainer_spec.model_type).lower()
-    raise UserError(f"the SentencePiece model is of type {name}; bpe and unigram are known")
-  return kinds[spec.trainer_spec.model_type]
+  number = SentencePiece(model).spec.trainer_spec.model_type
+  name = proto.TrainerSpec.ModelType.Name(number).lower()
+  for kind in (SentencePiece, Unigram):
+    if kind.model_type == name:
+      return kind
+  raise UserError(f"the SentencePiece model is of type {name}; bpe and unigram are known")
 
 
 def _is_ours(spec: proto.ModelProto) -> bool:
@@ -149,16 +147,6 @@ def _is_ours(spec: proto.ModelProto) -> bool:
   )
 
 
-def _vocabulary(processor: sentencepiece.SentencePieceProcessor) -> Vocabulary:
-  def found(i):
-    return None if i < 0 else i
-
-  size = processor.vocab_size()
-  special = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i)}
-  ids = processor.bos_id(), processor.eos_id(), processor.pad_id(), processor.unk_id()
-  return Vocabulary(size, special, *map(found, ids))
-
-
 def _sentences(texts: Iterable[str]):
   for text in texts:
     for start in range(0, len(text), _SENTENCE_CHARS):
@@ -169,13 +157,9 @@ def _why(message: str, vocab_size: int) -> UserError:
   most = re.search(r"value <= (\d+)", message)
   if most:
     return too_large(vocab_size, int(most[1]))
-  least = re.search(r"vocab_size\(?\)? ?is too small|smaller than required_chars", message)
   needs = re.search(r"required_chars\. (\d+) vs (\d+)", message)
-  if least or needs:
-    return UserError(
-      f"tokenizer.vocab_size {vocab_size} is too small: 256 bytes, 3 special tokens and the "
-      f"text's own characters need {needs[2] if needs else 'more'}"
-    )
-  return UserError(
-    f"training a tokenizer of {vocab_size} tokens failed: {' '.join(message.split())}"
-  )
+  if needs or re.search(r"vocab_size\(?\)? ?is too small|smaller than required_chars", message):
+    parts = "256 bytes, 3 special tokens and the text's own characters"
+    return too_small(vocab_size, parts, needs[2] if needs else "more")
+  message = " ".join(message.split())
+  return UserError(f"training a tokenizer of {vocab_size} tokens failed: {message}")

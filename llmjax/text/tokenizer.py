@@ -1,4 +1,4 @@
-"""The tokenizer interface, and the one place that knows which kinds there are.
+"""Which tokenizer a run has: the one place that knows which kinds there are.
 
 A tokenizer's whole state is (kind, bytes) and the few settings that its model file does not hold:
 that is what a workdir and a checkpoint keep, and its hash is what tokenized data is keyed by.
@@ -8,11 +8,10 @@ import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Iterable
 
 from llmjax.core.errors import UserError, nearest
-from llmjax.text.base import Settings
+from llmjax.text.base import Settings, Tokenizer
 from llmjax.text.fast import ByteBPE, Fast, WordPiece
 from llmjax.text.folder import load_tokenizer
 from llmjax.text.ranks import Tiktoken
@@ -56,35 +55,6 @@ class TokenizerConfig:
       raise UserError("tokenizer.train_bytes changes nothing beside tokenizer.path: leave it out")
 
 
-class Tokenizer(Protocol):
-  """What every kind offers; ids that do not exist are None."""
-
-  kind: str
-  vocab_size: int
-  bos_id: int | None
-  eos_id: int | None
-  pad_id: int | None
-  unk_id: int | None
-  special_tokens: Mapping[str, int]
-  chat_template: str | None
-  settings: Settings
-
-  def encode(self, text: str, allow_special: bool = False) -> list[int]:
-    """Turns text into ids, with neither BOS nor EOS.
-
-    Special tokens spelled out in the text become their ids with `allow_special` alone.
-    """
-
-  def encode_batch(self, texts: list[str]) -> list[list[int]]:
-    """Encodes many texts, on all cores."""
-
-  def decode(self, ids: Iterable[int]) -> str:
-    """Turns any ids back into text; special tokens vanish, broken UTF-8 becomes U+FFFD."""
-
-  def to_bytes(self) -> bytes:
-    """The trained model; with `settings` enough to rebuild this tokenizer."""
-
-
 def _kind(name: str):
   if name not in KINDS:
     raise UserError(f"unknown tokenizer kind {name!r}; {nearest(name, KINDS)}")
@@ -98,12 +68,12 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     UserError: no such file, one of another kind or size than the config says, or more vocabulary
       than the text supports.
   """
-  if not config.path and config.kind != "bytes":
-    return _kind(config.kind).train(texts, config.vocab_size)
   if config.path:
     made, where = load_tokenizer(config.path), f"in {config.path!r}"
-  else:
+  elif config.kind == "bytes":
     made, where = Bytes(), "of raw bytes"
+  else:
+    return _kind(config.kind).train(texts, config.vocab_size)
   if made.kind != config.kind:
     raise UserError(
       f"the tokenizer {where} is of kind {made.kind!r}; tokenizer.kind says {config.kind!r}"
@@ -137,21 +107,21 @@ def start_id(tokenizer: Tokenizer) -> int:
   Raises:
     UserError: the tokenizer has neither.
   """
-  for wanted in (tokenizer.bos_id, tokenizer.eos_id):
-    if wanted is not None:
-      return wanted
-  raise UserError(f"this {tokenizer.kind} tokenizer has neither BOS nor EOS to begin a text with")
+  start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+  if start is None:
+    raise UserError(f"this {tokenizer.kind} tokenizer has neither BOS nor EOS to begin a text with")
+  return start
 
 
 def to_state(tokenizer: Tokenizer) -> dict:
   """Packs a tokenizer into a JSON value."""
-  state = {
+  settings = tokenizer.settings.to_dict()
+  return {
     "kind": tokenizer.kind,
     "model": base64.b64encode(tokenizer.to_bytes()).decode(),
     "fingerprint": fingerprint(tokenizer),
+    **({"settings": settings} if settings else {}),
   }
-  settings = tokenizer.settings.to_dict()
-  return {**state, "settings": settings} if settings else state
 
 
 def from_state(state: dict) -> Tokenizer:

@@ -6,8 +6,8 @@ import pytest
 
 from llmjax.core.errors import UserError
 from llmjax.text.base import Settings
-from llmjax.text.chat import encode_chat, read_template, render, spans
-from llmjax.text.folder import load_tokenizer
+from llmjax.text.chat import encode_chat, render, spans
+from llmjax.text.folder import load_tokenizer, read_template
 from llmjax.text.raw import Bytes
 from tests.text import chats
 

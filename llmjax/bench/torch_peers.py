@@ -1,0 +1,89 @@
+"""transformers as a peer of training and of decoding; the torch step that litgpt shares.
+
+All train the same step: forward, mean cross-entropy in fp32, backward, AdamW (the fused one,
+torch's fastest); bf16 means autocast over fp32 weights.
+"""
+
+import functools
+import itertools
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from llmjax.bench.peers import Spec
+from llmjax.bench.sizes import BETAS, EPS, LEARNING_RATE, SIZES, WEIGHT_DECAY, token_batches
+from llmjax.bench.timing import prepare_decode, timed_steps
+
+
+class _Logits(torch.nn.Module):
+  """Makes a Hugging Face model a function of ids that returns logits."""
+
+  def __init__(self, model):
+    super().__init__()
+    self.model = model
+
+  def forward(self, ids):
+    """Scores: logits [b, t, v]."""
+    return self.model(input_ids=ids).logits
+
+
+def train(spec: Spec, compiled: bool = False):
+  """Prepares `LlamaForCausalLM` as it is, or under `torch.compile`."""
+  model = AutoModelForCausalLM.from_pretrained(spec.folder, dtype=torch.float32)
+  model.config.use_cache = False
+  model = _Logits(model)
+  return prepare_step(spec, torch.compile(model) if compiled else model)
+
+
+train_compiled = functools.partial(train, compiled=True)
+
+
+def prepare_step(spec: Spec, model):
+  """Makes a peer of training out of a torch module.
+
+  Args:
+    model: ids [b, t] → logits [b, t, v], with fp32 weights.
+  Returns:
+    (facts, measure), as `Peer.where` wants them.
+  """
+  torch.set_num_threads(spec.cores)
+  model.train()
+  rate = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
+  optimizer = torch.optim.AdamW(model.parameters(), fused=True, **rate)
+  size = SIZES[spec.size]
+  feed = itertools.cycle(torch.from_numpy(rows).long() for rows in token_batches(size))
+
+  def run_step() -> float:
+    rows = next(feed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=spec.dtype == "bfloat16"):
+      logits = model(rows[:, :-1])
+    loss = cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+  first_loss = run_step()
+  measure = functools.partial(timed_steps, run_step, size.batch_size * size.length)
+  return {"first_loss": first_loss}, lambda request: measure(request["seconds"])
+
+
+def decode(spec: Spec, **options):
+  """Prepares `generate` with the cache that it has by default, or with `options` of its own."""
+  torch.set_num_threads(spec.cores)
+  model = AutoModelForCausalLM.from_pretrained(spec.folder, dtype=getattr(torch, spec.dtype))
+  model.eval()
+
+  @torch.inference_mode()
+  def run(rows, new_tokens: int) -> list[list[int]]:
+    ids = torch.tensor(rows)
+    lengths = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+    mask = torch.ones_like(ids)
+    made = model.generate(ids, attention_mask=mask, do_sample=False, **lengths, **options)
+    return made[:, ids.shape[1] :].tolist()
+
+  return prepare_decode(SIZES[spec.size], run)
+
+
+decode_static = functools.partial(decode, cache_implementation="static")
