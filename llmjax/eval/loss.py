@@ -72,7 +72,7 @@ def evaluate_loss(
 
 @jax.jit
 def _loss_sum(model: nnx.Module, batch: Batch):
-  x_btd, _ = model.hidden(batch)
+  x_btd = model.hidden(batch)[0]
   _, nll = head_loss(LossConfig(), model.head, x_btd, batch.targets_bt, batch.loss_mask_bt)
   return jnp.stack((nll, jnp.sum(batch.loss_mask_bt)))
 

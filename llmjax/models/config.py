@@ -9,6 +9,7 @@ from llmjax.nn.embed import EmbedConfig
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
+from llmjax.nn.router import MoeConfig
 
 KINDS = ("decoder", "encoder", "encoder_decoder", "vision")
 BLOCKS = ("sequential", "parallel", "parallel_shared")
@@ -115,6 +116,7 @@ class ModelConfig:
   norm: NormConfig = NormConfig()
   embed: EmbedConfig = EmbedConfig()
   vision: VisionConfig = VisionConfig()
+  moe: MoeConfig = MoeConfig()
 
   def __post_init__(self):
     for key, known in (
@@ -141,6 +143,7 @@ class ModelConfig:
       "g": self.heads // k,
       "h": self.head_dim or self.width // self.heads,
       "f": self.mlp_width,
+      "e": self.moe.experts,
       "v": self.vocab_size,
       "t": self.context,
     }
@@ -185,6 +188,15 @@ def _check_kind(config: ModelConfig):
       raise UserError("an encoder_decoder decides its masks itself: leave model.attention.mask")
     if config.block != "sequential":
       raise UserError("an encoder_decoder has sequential blocks: leave model.block")
+  if config.moe.experts:
+    if config.kind not in ("decoder", "encoder"):
+      raise UserError(f"model.kind={config.kind} has no experts: set model.moe.experts to 0")
+    if config.moe.dense_first >= config.layers:
+      raise UserError(
+        f"model.moe.dense_first {config.moe.dense_first} leaves none of {config.layers} layers"
+      )
+    if config.mlp_bias:
+      raise UserError("experts have no biases: leave model.mlp_bias")
   if config.kind == "vision":
     _check_vision(config)
   if config.kind in ("encoder", "encoder_decoder") and config.vision.image_size:

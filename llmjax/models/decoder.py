@@ -35,7 +35,7 @@ class Decoder(nnx.Module):
   def __call__(self, tokens_bt, segments_bt=None, positions_bt=None, cache: Cache | None = None):
     """Scores the next token at every position: (logits_btv in fp32, cache); see `hidden`."""
     batch = Batch(tokens_bt, segments_bt=segments_bt, positions_bt=positions_bt)
-    x_btd, cache = self.hidden(batch, cache)
+    x_btd, cache, _ = self.hidden(batch, cache)
     return self.logits(x_btd), cache
 
   def hidden(self, batch: Batch, cache: Cache | None = None, key=None):
@@ -46,12 +46,13 @@ class Decoder(nnx.Module):
       cache: keys and values so far; new ones go to slot `positions_bt`.
       key: PRNG key of dropout; None drops nothing.
     Returns:
-      (x_btd, the cache with these positions in it or None).
+      (x_btd, the cache with these positions in it or None, what routers did or None).
     """
     x_btd = self.enter(batch, key)
     positions_bt = default_positions(batch.tokens_bt, batch.positions_bt)
     return self.decoder(
-      x_btd, positions_bt, batch.segments_bt, self._prefix(batch), cache, key=_keys(key)[1]
+      x_btd, positions_bt, batch.segments_bt, self._prefix(batch), cache, key=_keys(key)[1],
+      tokens_bt=batch.tokens_bt,
     )
 
   def enter(self, batch: Batch, key=None):
@@ -71,7 +72,8 @@ class Decoder(nnx.Module):
     """Makes what all blocks are given alike. Arguments as of `hidden`."""
     positions_bt = default_positions(batch.tokens_bt, batch.positions_bt)
     return self.decoder.shared(
-      positions_bt, batch.segments_bt, self._prefix(batch), key=_keys(key)[1]
+      positions_bt, batch.segments_bt, self._prefix(batch), key=_keys(key)[1],
+      tokens_bt=batch.tokens_bt,
     )
 
   def leave(self, x_btd):

@@ -44,7 +44,7 @@ class Encoder(nnx.Module):
 
   def __call__(self, tokens_bt, segments_bt=None, positions_bt=None):
     """Scores what each token was: (logits_btv in fp32, None); see `hidden`."""
-    x_btd, _ = self.hidden(Batch(tokens_bt, segments_bt=segments_bt, positions_bt=positions_bt))
+    x_btd, *_ = self.hidden(Batch(tokens_bt, segments_bt=segments_bt, positions_bt=positions_bt))
     return self.logits(x_btd), None
 
   def features(self, batch: Batch, key=None):
@@ -54,11 +54,15 @@ class Encoder(nnx.Module):
       batch: tokens, and whatever else is known of them: segments, positions, types, prefix.
       key: PRNG key of dropout; None drops nothing.
     """
+    return self._features(batch, key)[0]
+
+  def _features(self, batch: Batch, key):
     x_btd = self.enter(batch, key)
     positions_bt = default_positions(batch.tokens_bt, batch.positions_bt)
     return self.encoder(
-      x_btd, positions_bt, batch.segments_bt, self._prefix(batch), key=_keys(key)[1]
-    )[0]
+      x_btd, positions_bt, batch.segments_bt, self._prefix(batch), key=_keys(key)[1],
+      tokens_bt=batch.tokens_bt,
+    )
 
   def enter(self, batch: Batch, key=None):
     """Runs everything before the blocks: x_btd. Arguments as of `features`."""
@@ -71,7 +75,8 @@ class Encoder(nnx.Module):
     """Makes what all blocks are given alike. Arguments as of `features`."""
     positions_bt = default_positions(batch.tokens_bt, batch.positions_bt)
     return self.encoder.shared(
-      positions_bt, batch.segments_bt, self._prefix(batch), key=_keys(key)[1]
+      positions_bt, batch.segments_bt, self._prefix(batch), key=_keys(key)[1],
+      tokens_bt=batch.tokens_bt,
     )
 
   def leave(self, x_btd):
@@ -82,8 +87,9 @@ class Encoder(nnx.Module):
     return batch.prefix_bt if self.config.attention.mask == "prefix" else None
 
   def hidden(self, batch: Batch, cache: None = None, key=None):
-    """Runs everything before the head: (x_btd, None)."""
-    return self._transform(self.features(batch, key)), None
+    """Runs everything before the head: (x_btd, None, what routers did or None)."""
+    x_btd, _, routing = self._features(batch, key)
+    return self._transform(x_btd), None, routing
 
   def _transform(self, x_btd):
     x_btd = dot("bti,id->btd", x_btd, self.transform_id)

@@ -115,8 +115,11 @@ def all_meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def on_one_device(config: Config, batch: Batch) -> Observed:
-  """Runs the reference: no mesh, and the batch as a whole unless dropout counts micro-batches."""
-  if not config.model.dropout:
+  """Runs the reference: no mesh, and the batch as a whole.
+
+  Dropout and load balance are of a micro-batch; with them the reference has as many.
+  """
+  if not config.model.dropout and not config.model.moe.experts:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=1))
   state = jax.jit(lambda: init_state(config))()
   step = jax.jit(lambda state, batch: advance(state, batch, config), compiler_options=_quick())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -56,7 +57,8 @@ class MetricsWriter:
     """Writes one step's values; `step` comes first in the line."""
     self._file.write(json.dumps({"step": step, **values}) + "\n")
     for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+      if not isinstance(value, list):  # a figure of each layer or expert is for metrics.jsonl
+        self._board.add_scalar(name, value, step)
 
   def close(self):
     """Flushes and closes both files."""
@@ -95,7 +97,8 @@ class Pending:
 
   def _take(self, count):
     taken = [self._queue.popleft() for _ in range(max(0, count))]
-    return [(step, {k: float(v) for k, v in values.items()}) for step, values in taken]
+    host = lambda values: {k: np.asarray(v).tolist() for k, v in values.items()}  # noqa: E731
+    return [(step, host(values)) for step, values in taken]
 
 
 class ProgressLine:

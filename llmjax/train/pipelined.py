@@ -19,11 +19,11 @@ from llmjax.core.choices import check_choice
 from llmjax.core.dims import letters_of
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
-from llmjax.models.stack import count, run_some
+from llmjax.models.depth import count, run_some
 from llmjax.parallel.pipeline import run_pipeline
 from llmjax.parallel.rules import REPLICATED, WEIGHTS, spec
 from llmjax.parallel.schedules import KINDS, make_schedule
-from llmjax.train.losses import LossConfig, head_loss
+from llmjax.train.losses import LossConfig, head_loss, routing_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,8 @@ class PipelineConfig:
 
 
 def pipelined_grad(
-  model, parts: Batch, loss: LossConfig, key=None, config: PipelineConfig | None = None, zero=3
+  model, parts: Batch, loss: LossConfig, key=None, config: PipelineConfig | None = None, zero=3,
+  each=1.0,
 ):
   """Computes the sum of the objective's gradient over microbatches, and the cross-entropy sum.
 
@@ -54,8 +55,9 @@ def pipelined_grad(
     key: PRNG key of dropout; microbatch i draws from `fold_in(key, i)`.
     config: schedule and chunks.
     zero: whether weights are cut along `fsdp` in the stages as well.
+    each: factor on routers' terms.
   Returns:
-    (gradient shaped as the model, cross-entropy sum).
+    (gradient shaped as the model, cross-entropy sum, what routers did or None).
   Raises:
     UserError: a kind of model that has no pipeline, or numbers that its schedule cannot take.
   """
@@ -66,26 +68,30 @@ def pipelined_grad(
   stages, microbatches = mesh.shape["stage"], len(jax.tree.leaves(parts)[0])
   schedule = make_schedule(config.schedule, stages, microbatches, config.chunks)
   blocks, outer = _split(model)
-  layers = count(blocks)
+  layers, before = count(blocks), getattr(model, model.config.kind).dense
   deal = _Deal(layers, stages, config.chunks, WEIGHTS if zero == 3 else REPLICATED)
   lone = key is not None and microbatches == 1
 
   def chunk(given, weights, outer, x_btd, virtual, microbatch):
-    parts, key = given
+    parts, key, each = given
     part = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, microbatch, 0, False), parts)
     drop = None if key is None else key if lone else jax.random.fold_in(key, microbatch)
-    x_btd = jax.lax.cond(
-      virtual == 0, lambda outer, x: outer.enter(part, drop), lambda outer, x: x, outer, x_btd
-    )
-    x_btd = run_some(
+    shared = outer.shared(part, drop)
+
+    def start(outer, x_btd):
+      return getattr(outer, outer.config.kind).run_first(outer.enter(part, drop), shared)[0]
+
+    x_btd = jax.lax.cond(virtual == 0, start, lambda outer, x: x, outer, x_btd)
+    x_btd, routing = run_some(
       weights,
       x_btd,
       virtual * deal.each,
       layers,
-      outer.shared(part, drop),
+      shared,
       model.config,
       deal.numbers,
       remat=config.schedule != "zb_h1",
+      before=before,
     )
 
     def end(outer, x_btd):
@@ -94,17 +100,22 @@ def pipelined_grad(
 
     nothing = lambda outer, x: (jnp.float32(0), jnp.float32(0))  # noqa: E731
     objective, nll = jax.lax.cond(virtual == deal.virtual - 1, end, nothing, outer, x_btd)
-    return x_btd, objective, nll
+    if routing is not None:
+      objective += each * routing_loss(loss, routing)
+      routing = jax.tree.map(functools.partial(deal.place, virtual), routing)
+    return x_btd, objective, (nll, routing)
 
   def stage(weights, outer, given):
-    parts, _ = given
+    parts, *_ = given
     b, t = parts.tokens_bt.shape[1:]
     x = jax.ShapeDtypeStruct((b, t, model.config.width), jnp.dtype(model.config.dtype))
     mine = jax.tree.map(lambda leaf: leaf[0], weights)
-    sums = jax.ShapeDtypeStruct((), jnp.float32)
+    one = jax.tree.map(lambda leaf: leaf[0], mine)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    sums = jax.eval_shape(functools.partial(chunk, given), one, outer, x, number, number)[2]
     made = run_pipeline(schedule, functools.partial(chunk, given), mine, outer, x, sums)
-    outer_grads, nll = jax.lax.psum((made.outer, made.sums), "stage")
-    return jax.tree.map(lambda leaf: leaf[None], made.weights), outer_grads, nll
+    outer_grads, sums = jax.lax.psum((made.outer, made.sums), "stage")
+    return jax.tree.map(lambda leaf: leaf[None], made.weights), outer_grads, sums
 
   cut, whole = PartitionSpec("stage"), PartitionSpec()
   run = jax.shard_map(
@@ -115,8 +126,9 @@ def pipelined_grad(
     check_vma=False,
   )
   dealt, undeal = jax.vjp(deal.out, blocks)
-  block_grads, outer_grads, nll = run(dealt, outer, (parts, key))
-  return _join(outer_grads, undeal(block_grads)[0]), nll
+  block_grads, outer_grads, (nll, routing) = run(dealt, outer, (parts, key, each))
+  routing = jax.tree.map(lambda leaf: leaf[:layers], routing)
+  return _join(outer_grads, undeal(block_grads)[0]), nll, routing
 
 
 class _Deal:
@@ -127,6 +139,11 @@ class _Deal:
     self.virtual = stages * chunks
     self.each = math.ceil(layers / self.virtual)
     self.numbers = [[v * self.each + i for v in range(self.virtual)] for i in range(self.each)]
+
+  def place(self, virtual, made):
+    """Puts what a virtual stage's layers made [layer, …] among those of all, which are zeros."""
+    room = jnp.zeros((self.virtual * self.each, *made.shape[1:]), made.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(room, made, virtual * self.each, 0)
 
   def out(self, blocks):
     """Deals stacked layers [l, …] out as [stage, chunk, layer, …]; missing ones are copies."""

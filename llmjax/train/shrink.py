@@ -12,6 +12,7 @@ import numpy as np
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.data.tasks import Task
+from llmjax.nn.router import MoeConfig
 from llmjax.train.config import SUITABLE, Config
 
 _HEAD = 8  # width of a head: even, with channels for every scaling of rope
@@ -40,6 +41,7 @@ def shrink(config: Config, devices: int) -> Config:
   )
   small = dataclasses.replace(
     model,
+    moe=_few(model.moe, devices),
     layers=min(model.layers, max(4, len(model.attention.pattern))),
     encoder_layers=min(model.encoder_layers, 2),
     width=8 * math.gcd(model.width, devices) if not model.vision.image_size else model.width,
@@ -60,6 +62,18 @@ def shrink(config: Config, devices: int) -> Config:
     loss=dataclasses.replace(config.loss, chunk=min(config.loss.chunk, 4) or 0),
     optim=dataclasses.replace(config.optim, warmup=min(config.optim.warmup, 1)),
   )
+
+
+def _few(moe: MoeConfig, devices: int) -> MoeConfig:
+  """Fewer and narrower experts, if routing then has as many to choose from as it wants."""
+  if not moe.experts:
+    return moe
+  experts = math.gcd(moe.experts, 2 * devices)
+  if experts % moe.groups or moe.top_k > experts // moe.groups * moe.top_groups:
+    experts = moe.experts
+  width = 8 * math.gcd(moe.width, devices) if moe.width else 0
+  dense_first = min(moe.dense_first, 1)
+  return dataclasses.replace(moe, experts=experts, width=width, dense_first=dense_first)
 
 
 def made_up_batch(config: Config) -> Batch:

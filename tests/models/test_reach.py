@@ -117,7 +117,7 @@ def test_decoding_with_the_cache_equals_the_row_in_the_reference(name):
 
   @jax.jit
   def step(model, batch, cache):
-    x_btd, cache = model.hidden(batch, cache)
+    x_btd, cache, _ = model.hidden(batch, cache)
     return model.logits(x_btd), cache
 
   own = [key for key in given if not key.startswith("source")]

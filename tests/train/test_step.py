@@ -70,7 +70,7 @@ def test_the_rows_do_differ_in_predictions(batch):
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_loss_and_gradient_are_those_of_the_plain_mean(tiny_decoder, batch, plain, accumulation):
-  loss, grads, count = micro(tiny_decoder, batch, accumulation)
+  loss, grads, count, _ = micro(tiny_decoder, batch, accumulation)
   assert float(count) == float(batch.loss_mask_bt.sum())
   assert_allclose(loss, plain[0], rtol=1e-6)
   assert_close(grads, plain[1])
@@ -78,7 +78,7 @@ def test_loss_and_gradient_are_those_of_the_plain_mean(tiny_decoder, batch, plai
 
 def test_a_batch_without_predictions_has_no_loss_and_no_gradient(tiny_decoder, batch):
   empty = dataclasses.replace(batch, loss_mask_bt=jnp.zeros_like(batch.loss_mask_bt))
-  loss, grads, count = micro(tiny_decoder, empty, 2)
+  loss, grads, count, _ = micro(tiny_decoder, empty, 2)
   assert float(loss) == float(count) == 0
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 

@@ -1,0 +1,129 @@
+"""Tokens to their experts and back: sorted into runs, and exchanged where experts are cut.
+
+Permutations and an all-to-all; what experts do with their rows is a function given. All axes are
+taken by hand, so that a token's way is the same whatever else is cut.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.core.dims import letters_of
+from llmjax.parallel.rules import REPLICATED, inside, spec, stream_spec
+
+
+def by_expert(run: Callable, x_btd, experts_btj, factors_btj, weights: dict, slots: int = 0):
+  """Sums what each token's experts make of it.
+
+  Args:
+    run: (rows_td, weights, sizes_e) → rows_td; rows stand in runs, one run an expert. Where
+      feed-forward width is cut, each device's part of a sum.
+    x_btd: residual stream, as `shard_stream` lays it out.
+    experts_btj: int32; the number of experts where there is none.
+    factors_btj: fp32 factors on what `run` returns.
+    weights: the experts', by name; the name ends in the letters.
+    slots: most tokens of a row that an expert takes; 0: any number.
+  Returns:
+    y_btd, as `shard_stream` lays it out.
+  Source: experts on devices of their own: Lepikhin et al. 2020, arXiv:2006.16668, sec. 3.
+  """
+  experts = next(iter(weights.values())).shape[0]
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return _on_device(run, x_btd, experts_btj, factors_btj, weights, experts, 1, slots)
+  ways = {name: 1 if inside(name) else size for name, size in mesh.shape.items()}
+  stream = stream_spec(x_btd.shape[1])
+
+  def local(x, numbers, factors, weights):
+    if ways["tensor"] > 1 and "tensor" in stream[1]:
+      x, numbers, factors = (
+        jax.lax.all_gather(a, "tensor", axis=1, tiled=True) for a in (x, numbers, factors)
+      )
+    y_btd = _on_device(run, x, numbers, factors, weights, experts, ways["expert"], slots)
+    if ways["tensor"] == 1:
+      return y_btd
+    if "tensor" in stream[1]:
+      return jax.lax.psum_scatter(y_btd, "tensor", scatter_dimension=1, tiled=True)
+    return jax.lax.psum(y_btd, "tensor")
+
+  whole = {name: spec(letters_of(name, leaf.ndim), REPLICATED) for name, leaf in weights.items()}
+  return jax.shard_map(
+    local,
+    in_specs=(stream, stream, stream, whole),
+    out_specs=stream,
+    axis_names={name for name in mesh.axis_names if not inside(name)},
+    check_vma=False,
+  )(x_btd, experts_btj, factors_btj, weights)
+
+
+def _on_device(run, x_btd, experts_btj, factors_btj, weights, experts, ways, slots):
+  """One device's tokens; `experts` is the number of all, of which each of `ways` holds a part."""
+  (b, t, d), j = x_btd.shape, experts_btj.shape[2]
+  numbers = experts_btj.reshape(-1)
+  order = jnp.argsort(numbers, stable=True)
+  back = jnp.argsort(order)
+  places = min(len(numbers), b * experts * slots or len(numbers))
+  sizes_e = (numbers[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32)
+  order, back = order[:places], jnp.minimum(back, places)
+  rows_td = _take(jnp.repeat(x_btd.reshape(b * t, d), j, axis=0), order, back)
+  if ways == 1:
+    made_td = run(rows_td, weights, sizes_e)
+  else:
+    most = min(j, experts // ways) * b * t
+    most = min(most, b * slots * (experts // ways) or most)
+    made_td = _exchange(run, rows_td, weights, sizes_e, ways, min(places, most))
+  made_tjd = _take(made_td, back, order).reshape(b * t, j, d)
+  factors_tj = factors_btj.reshape(b * t, j).astype(x_btd.dtype)
+  y_td = jnp.einsum("tjd,tj->td", made_tjd, factors_tj, preferred_element_type=jnp.float32)
+  return y_td.astype(x_btd.dtype).reshape(b, t, d)
+
+
+def _exchange(run, rows_td, weights, sizes_e, ways: int, most: int):
+  """Sends each run to the device that holds its expert, and what becomes of it back.
+
+  Every pair of devices exchanges `most` rows, which is what one may have for another.
+  """
+  places = len(rows_td)
+  sizes_we = sizes_e.reshape(ways, -1)
+  sent_w = sizes_we.sum(1)
+  first_w = jnp.cumsum(sent_w) - sent_w
+  slot, row = jnp.arange(most), jnp.arange(places)
+  there = jnp.where(slot < sent_w[:, None], first_w[:, None] + slot, places).reshape(-1)
+  owner = jnp.searchsorted(jnp.cumsum(sent_w), row, side="right")
+  at = owner * most + row - first_w[jnp.minimum(owner, ways - 1)]
+  back = jnp.where(owner < ways, at, ways * most)
+
+  def swap(x):
+    shaped = x.reshape(ways, most, -1)
+    return jax.lax.all_to_all(shaped, "expert", 0, 0).reshape(ways * most, -1)
+
+  got_td = swap(_take(rows_td, there, back))
+  got_we = jax.lax.all_to_all(sizes_we, "expert", 0, 0)
+  ends_we = jnp.cumsum(got_we, axis=1)
+  numbers = (slot[None, :, None] >= ends_we[:, None]).sum(-1).reshape(-1)
+  order = jnp.argsort(numbers, stable=True)
+  undone = jnp.argsort(order)
+  made_td = run(_take(got_td, order, undone), weights, got_we.sum(0))
+  return _take(swap(_take(made_td, undone, order)), back, there)
+
+
+@jax.custom_vjp
+def _take(x_td, there, back):
+  """Rows of x by number, zeros for the number that is one too many; `back` undoes `there`.
+
+  Knowing the way back makes the gradient a gather too, where a scatter would be slow.
+  """
+  return x_td.at[there].get(mode="fill", fill_value=0)
+
+
+def _take_forward(x_td, there, back):
+  return _take(x_td, there, back), (there, back)
+
+
+def _take_backward(residuals, grad_td):
+  there, back = residuals
+  return _take(grad_td, back, there), None, None
+
+
+_take.defvjp(_take_forward, _take_backward)
