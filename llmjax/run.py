@@ -23,6 +23,7 @@ from llmjax.eval.loss import compressor_bits_per_byte, evaluate_loss
 from llmjax.models import gguf, hf
 from llmjax.models.build import count_parameters
 from llmjax.models.model import Model
+from llmjax.models.upcycle import begin_from
 from llmjax.parallel import multihost
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import weight_shardings
@@ -35,7 +36,7 @@ from llmjax.train.checkpoint import load_model, newest_meta
 from llmjax.train.config import Config, binding
 from llmjax.train.loop import fit
 from llmjax.train.metrics import read_metrics
-from llmjax.train.plot import plot_loss
+from llmjax.train.plot import plot_experts, plot_loss
 
 _REPORTED = 1000  # held-out documents that the tokenizer is measured on
 EVAL_KEYS = ("data.sources", "data.cache", "eval.batch_size", "eval.stride")
@@ -91,7 +92,14 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
     batch_size, stride = config.eval.batch_size, config.eval.stride
     return evaluate_loss(model, held_store, mesh, task, batch_size, stride)
 
-  fitted = fit(config, workdir, tokenizer, store, mesh, evaluate)
+  def begin(fresh):
+    where = config.init.checkpoint
+    if not where:
+      return fresh
+    _say(f"weights of {where}")
+    return begin_from(load(where), config.model, fresh, config.init.drop, config.seed)
+
+  fitted = fit(config, workdir, tokenizer, store, mesh, evaluate, begin)
   _say("evaluating on held-out text")
   scores = evaluate(fitted.model)
   if writes:
@@ -116,6 +124,9 @@ def _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s) -> di
     "tokenizer": report(tokenizer, [document.text for document in held_out[:_REPORTED]]),
   }
   plot_loss(workdir, workdir / "loss.png", _levels(result))
+  if config.model.moe.experts:
+    plot_experts(workdir, workdir / "experts.png")
+    result["moe_max_load"] = _last_fifth(workdir, "moe_max_load")
   if config.model.kind == "decoder":
     model = Model(config.model, fitted.model, tokenizer)
     _write_samples(model, config.sample.prompts, _sampling(config), workdir)
@@ -195,6 +206,12 @@ def _levels(result: dict) -> dict[str, float]:
     f"{name} on held-out text: {result[key]:.3f} bits per byte": result[key] * nats
     for name, key in names.items()
   }
+
+
+def _last_fifth(workdir: Path, name: str) -> float:
+  """Mean of a metric over the last fifth of a run's reported steps."""
+  values = [line[name] for line in read_metrics(workdir) if name in line]
+  return round(statistics.fmean(values[-max(1, len(values) // 5) :]), 4)
 
 
 def _median_rate(workdir: Path) -> float:

@@ -6,6 +6,7 @@ from llmjax.core.errors import UserError
 from llmjax.data.loader import DataConfig
 from llmjax.data.tasks import Task, TaskConfig
 from llmjax.models.config import ModelConfig
+from llmjax.models.upcycle import InitConfig
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.parallel.rules import ZERO
 from llmjax.text.tokenizer import Tokenizer, TokenizerConfig, start_id
@@ -109,6 +110,7 @@ class Config:
 
   seed: int = 0
   model: ModelConfig = ModelConfig()
+  init: InitConfig = InitConfig()
   tokenizer: TokenizerConfig = TokenizerConfig()
   data: DataConfig = DataConfig()
   task: TaskConfig = TaskConfig()

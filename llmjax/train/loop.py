@@ -51,6 +51,7 @@ def fit(
   store: TokenStore,
   mesh: Mesh,
   evaluate: Callable[[nnx.Module], dict] = lambda model: {},
+  begin: Callable[[nnx.Module], nnx.Module] = lambda fresh: fresh,
 ) -> Fitted:
   """Trains a model, going on from whatever checkpoint the workdir holds.
 
@@ -61,6 +62,7 @@ def fit(
     store: training documents.
     mesh: devices.
     evaluate: called on the model every `eval.every` steps; its values are logged.
+    begin: called on the weights of step 0; what it returns takes their place.
   Returns:
     The trained model and how long it took.
   Raises:
@@ -71,7 +73,7 @@ def fit(
   rows = PackedRows(store, config.model.context, config.seed)
   meta = make_meta(config, tokenizer, store.key)
   checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-  state, start, spent_s = _start(checkpoints, config, mesh, meta)
+  state, start, spent_s = _start(checkpoints, config, mesh, meta, begin)
 
   report = _reporter(config, workdir, start)
   votes = multihost.Votes()
@@ -112,11 +114,12 @@ def fit(
   return Fitted(state.model, train_s)
 
 
-def _start(checkpoints, config, mesh, meta):
+def _start(checkpoints, config, mesh, meta, begin):
   """Returns (state, steps done, seconds spent) from a checkpoint, or of step 0."""
   restored = checkpoints.restore(abstract_state(config, mesh))
   if restored is None:
-    return init_sharded(config, mesh), 0, 0.0
+    state = init_sharded(config, mesh)
+    return dataclasses.replace(state, model=begin(state.model)), 0, 0.0
   state, found = restored
   if found["data_key"] != meta["data_key"]:
     raise UserError(

@@ -12,6 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from llmjax.train.experts import Starving
+
 
 def matmul_peak_flops(dtype: str, size: int = 1024, repeats: int = 5) -> float:
   """Measures this machine's dense matrix multiplication: FLOP/s of its best of a few.
@@ -173,6 +175,7 @@ class Reporter:
     self._writer = MetricsWriter(workdir, done)
     self._line = ProgressLine(steps, done)
     self._pending = Pending()
+    self._starving = Starving()
     self._every, self._steps = every, steps
     self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
     self._seen_s, self._passed_s, self._seen_tokens = time.perf_counter(), 0.0, 0.0
@@ -199,6 +202,8 @@ class Reporter:
       values["tokens_per_s"] = tokens / took_s
       values["utilization"] = self.utilization(tokens / took_s)
       self._writer.write(step, values)
+      for line in self._starving.add(values["moe_load"]) if "moe_load" in values else ():
+        print(f"llmjax: warning: step {step}: {line}", file=sys.stderr, flush=True)
       rate = self.tokens_per_s or values["tokens_per_s"]
       self._line.update(
         step,

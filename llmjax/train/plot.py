@@ -1,4 +1,4 @@
-"""The picture of a run: its loss curve."""
+"""The pictures of a run: its loss curve, and how its experts share the work."""
 
 from pathlib import Path
 
@@ -36,6 +36,37 @@ def plot_loss(workdir: Path, path: Path, levels: dict[str, float]):
   axes.set_ylabel("loss, nats a token")
   axes.grid(alpha=0.3)
   axes.legend(fontsize=8)
+  figure.tight_layout()
+  figure.savefig(path)
+  plt.close(figure)
+
+
+def plot_experts(workdir: Path, path: Path):
+  """Draws each layer's largest load over the steps, and the load of every expert at the end.
+
+  Args:
+    workdir: folder with a `metrics.jsonl` that has `moe_load`.
+    path: PNG to write.
+  """
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+  import numpy as np
+
+  lines = [line for line in read_metrics(workdir) if "moe_load" in line]
+  steps = [line["step"] for line in lines]
+  load_sle = np.array([line["moe_load"] for line in lines])
+  last_le = load_sle[-max(1, len(lines) // 5) :].mean(0)
+  figure, (over_time, at_end) = plt.subplots(1, 2, figsize=(11, 4), dpi=100)
+  for layer, most in enumerate(load_sle.max(-1).T):
+    over_time.plot(steps, most, lw=0.8, label=f"layer {layer}")
+  over_time.axhline(1, color="grey", lw=0.8, ls="--")
+  over_time.set(xlabel="step", ylabel="largest load / mean load", ylim=(0.9, None))
+  over_time.legend(fontsize=7)
+  shown = at_end.imshow(last_le, cmap="coolwarm", vmin=0, vmax=2, aspect="auto")
+  at_end.set(xlabel="expert", ylabel="layer", title="load / mean load, last fifth of the steps")
+  figure.colorbar(shown, ax=at_end)
   figure.tight_layout()
   figure.savefig(path)
   plt.close(figure)

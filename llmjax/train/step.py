@@ -137,7 +137,7 @@ def advance(state: TrainState, batch: Batch, config: Config, optimizer=None):
   metrics = {"loss": nll, "grad_norm": optax.tree.norm(grads), "tokens": count}
   if routing is not None:
     model = move_biases(model, routing.load_e, config.optim.bias_rate)
-    metrics |= routing_metrics(routing)
+    metrics |= routing_metrics(routing, model)
   return TrainState(state.step + 1, model, opt_state), metrics, grads
 
 
