@@ -10,6 +10,7 @@ from llmjax.models.config import ModelConfig
 from llmjax.nn.attention import Attention, View
 from llmjax.nn.cache import KVCache
 from llmjax.nn.dropout import dropout
+from llmjax.nn.latent import LatentAttention
 from llmjax.nn.mlp import Mlp
 from llmjax.nn.moe import Moe
 from llmjax.nn.norm import Norm
@@ -57,7 +58,8 @@ class Block(nnx.Module):
     self.config = config
     self.cross = cross
     self.attention_norm = Norm(next(keys), dims, norm)
-    self.attention = Attention(next(keys), dims, attention, norm, layout, out_scale)
+    kind = LatentAttention if attention.latent.kv_rank else Attention
+    self.attention = kind(next(keys), dims, attention, norm, layout, out_scale)
     if config.block != "parallel_shared":
       self.mlp_norm = Norm(next(keys), dims, norm)
     if config.moe.experts and not dense:

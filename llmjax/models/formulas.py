@@ -34,7 +34,9 @@ def _norm(config: ModelConfig) -> int:
 def _stack_parameters(config: ModelConfig, layers: int, cross: bool = False) -> int:
   last = _norm(config) if config.norm.final and config.norm.place != "post" else 0
   table = config.position.buckets * config.heads if config.position.kind == "relative" else 0
-  return layers * _block_parameters(config, cross) + last + table
+  sparse = layers - config.moe.dense_first if config.moe.experts else 0
+  blocks = sparse * _block_parameters(config, cross, dense=False) if sparse else 0
+  return blocks + (layers - sparse) * _block_parameters(config, cross) + last + table
 
 
 def _tower_parameters(config: ModelConfig) -> int:
@@ -44,41 +46,66 @@ def _tower_parameters(config: ModelConfig) -> int:
   return reading + _stack_parameters(config, config.layers)
 
 
-def _block_parameters(config: ModelConfig, cross: bool) -> int:
-  d, n, k, h, f = (config.dims[letter] for letter in "dnkhf")
-  attention = 2 * d * h * (n + k)
+def _block_parameters(config: ModelConfig, cross: bool, dense: bool = True) -> int:
+  d, n, k, h = (config.dims[letter] for letter in "dnkh")
+  attention = _projections(config)
   attention += {"none": 0, "qkv": h * (n + 2 * k), "all": h * (n + 2 * k) + d}[
     config.attention.bias
   ]
   looking = attention if cross else 0  # cross attention has neither sinks nor norms of its own
   attention += {"none": 0, "head": 2 * h, "all": h * (n + k)}[config.attention.qk_norm]
   attention += n * config.attention.sinks
-  inputs = 2 if config.activation in GATED else 1
-  mlp = (inputs + 1) * d * f + (inputs * f + d) * config.mlp_bias
+  attention += config.attention.latent.kv_rank + config.attention.latent.query_rank  # norms
   norms = 2 - (config.block == "parallel_shared") + cross
   norms += (2 + cross) * (config.norm.place == "sandwich")
-  return attention + looking + mlp + norms * _norm(config)
+  return attention + looking + _mlp_parameters(config, dense) + norms * _norm(config)
+
+
+def _projections(config: ModelConfig) -> int:
+  """Weights of attention's products with the stream and with latents."""
+  d, n, k, h = (config.dims[letter] for letter in "dnkh")
+  latent = config.attention.latent
+  if not latent.kv_rank:
+    return 2 * d * h * (n + k)
+  r, low, value = latent.kv_rank, latent.query_rank, latent.value_dim
+  queries = low * (d + n * h) if low else d * n * h
+  return queries + d * (r + latent.rope_dim) + r * n * (latent.nope_dim + value) + n * value * d
+
+
+def _mlp_parameters(config: ModelConfig, dense: bool) -> int:
+  d, f, moe = config.dims["d"], config.dims["f"], config.moe
+  inputs = 2 if config.activation in GATED else 1
+  if dense:
+    return (inputs + 1) * d * f + (inputs * f + d) * config.mlp_bias
+  router = d * ((moe.router != "hash") + moe.noisy) + moe.bias
+  return router * moe.experts + (inputs + 1) * d * (moe.width or f) * (moe.experts + moe.shared)
 
 
 def forward_flops_per_token(config: ModelConfig, length: int) -> float:
   """Counts the multiply-adds (×2) of one token's forward pass in a row of `length`.
 
   Matrix products and attention's two products only, over the keys that a query may see on average:
-  (length + 1) / 2 in a causal row. Training costs three times as much. Of an encoder_decoder, the
+  (length + 1) / 2 in a causal row. Of experts, those that a token uses; of latent attention, keys
+  and values as training makes them. Training costs three times as much. Of an encoder_decoder, the
   decoder reads `length` tokens and the encoder as many, and both are counted for one token.
   """
   d, n, k, h, f, v, l = (config.dims[letter] for letter in "dnkhfvl")
+  moe, latent = config.moe, config.attention.latent
   inputs = 2 if config.activation in GATED else 1
-  layer = 2 * d * h * (2 * n + 2 * k) + 2 * (inputs + 1) * d * f
-  scores = 2 * 2 * n * h
+  layer = 2 * _projections(config)
+  dense = moe.dense_first if moe.experts else l
+  active = (moe.top_k + moe.shared) * (moe.width or f)
+  thinking = dense * 2 * (inputs + 1) * d * f
+  thinking += (l - dense) * 2 * d * ((inputs + 1) * active + moe.experts * (moe.router != "hash"))
+  scores = 2 * n * (h + (latent.value_dim or h))
   pattern = config.attention.pattern
   seen = sum(_keys_seen(config, pattern[i % len(pattern)], length) for i in range(l))
-  total = l * layer + scores * seen + 2 * d * v
+  total = l * layer + thinking + scores * seen + 2 * d * v
   if config.kind == "encoder":
     total += 2 * d * d
   if config.kind == "encoder_decoder":
     encoder_layers = config.encoder_layers or l
-    total += encoder_layers * (layer + scores * length)
+    total += encoder_layers * (layer + 2 * (inputs + 1) * d * f + scores * length)
     total += l * (2 * d * h * (2 * n + 2 * k) + scores * length)  # cross attention
   return total
 
@@ -112,7 +139,11 @@ def _sparse_keys(rule, place: int, length: int) -> int:
 def cache_bytes_per_token(config: ModelConfig, dtype_bytes: int = 2) -> int:
   """Counts the key/value cache's bytes for each position of a row: 2 · l · k · h · bytes.
 
+  Latent attention keeps l · (kv_rank + rope_dim) numbers.
+
   LLaMA-7B in fp16: 2 · 32 · 32 · 128 · 2 = 524,288, a GiB at 2,048 positions.
   """
   l, k, h = (config.dims[letter] for letter in "lkh")
-  return 2 * l * k * h * dtype_bytes
+  latent = config.attention.latent
+  kept = latent.kv_rank + latent.rope_dim if latent.kv_rank else 2 * k * h
+  return l * kept * dtype_bytes

@@ -8,6 +8,7 @@ import dataclasses
 from llmjax.models.config import ModelConfig, VisionConfig
 from llmjax.nn.attention import AttentionConfig
 from llmjax.nn.position import PositionConfig
+from llmjax.nn.router import MoeConfig
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
@@ -17,6 +18,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
   """
   dims, vision = config.dims, config.kind == "vision"
   encoder_layers = config.encoder_layers or config.layers
+  moe = _canonical_moe(config)
   return dataclasses.replace(
     config,
     kv_heads=dims["k"],
@@ -25,6 +27,8 @@ def canonical(config: ModelConfig) -> ModelConfig:
     attention=_canonical_attention(config),
     position=_canonical_position(config),
     norm=dataclasses.replace(config.norm, final=config.norm.final or config.norm.place == "post"),
+    moe=moe,
+    mlp_width=config.mlp_width if moe.dense_first or not moe.experts else moe.width,
     vision=config.vision if config.vision.image_size else VisionConfig(),
     context=1 if vision else config.context,
     tie_embeddings=vision or config.tie_embeddings,
@@ -44,6 +48,16 @@ def _canonical_attention(config: ModelConfig) -> AttentionConfig:
     scale=0.0 if attention.scale == h**-0.5 else attention.scale,
     **{key: getattr(AttentionConfig(), key) for key in unread},
   )
+
+
+def _canonical_moe(config: ModelConfig) -> MoeConfig:
+  moe = config.moe
+  if not moe.experts:
+    return moe
+  top_groups = 1 if moe.groups == 1 else moe.top_groups
+  drop = moe.drop if moe.capacity else MoeConfig().drop
+  width = moe.width or config.mlp_width
+  return dataclasses.replace(moe, width=width, top_groups=top_groups, drop=drop)
 
 
 # What a kind of positions or a scaling of rotary ones reads.

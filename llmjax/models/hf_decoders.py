@@ -39,7 +39,7 @@ def _divides(config):
   return {}
 
 
-def _without(table: dict, *parts: str) -> dict:
+def without(table: dict, *parts: str) -> dict:
   return {name: row for name, row in table.items() if not any(part in name for part in parts)}
 
 
@@ -75,7 +75,7 @@ LLAMA = Family(
   ignore=(r"rotary_emb\.inv_freq$",),
 )
 # What Llama's successors share; without biases unless they add them.
-COMMON_KEYS = _without(LLAMA.keys, "bias")
+COMMON_KEYS = without(LLAMA.keys, "bias")
 MISTRAL = dataclasses.replace(
   LLAMA, name="mistral", architecture="MistralForCausalLM",
   keys=COMMON_KEYS | {"num_key_value_heads": Key("kv_heads", 8, null=0)},
@@ -97,7 +97,7 @@ OLMO2 = dataclasses.replace(
   keys=COMMON_KEYS | BIAS | {"rms_norm_eps": Key("norm.eps", 1e-5)},
   fixed={"norm.place": "output", "attention.qk_norm": "all"},
   parts=(rope(),),
-  tensors=_without(LLAMA.tensors, "layernorm")
+  tensors=without(LLAMA.tensors, "layernorm")
   | {
     L + "post_attention_layernorm": B + "attention_norm",
     L + "post_feedforward_layernorm": B + "mlp_norm",
@@ -107,7 +107,7 @@ PHI3 = dataclasses.replace(
   LLAMA, name="phi3", architecture="Phi3ForCausalLM",
   keys=COMMON_KEYS | {"rms_norm_eps": Key("norm.eps", 1e-5)},
   parts=(rope(fraction_key="partial_rotary_factor", scalings=("default",)), window(None)),
-  tensors=_without(LLAMA.tensors, "{q,k,v}", "{gate,up}")
+  tensors=without(LLAMA.tensors, "{q,k,v}", "{gate,up}")
   | {
     L + "self_attn.qkv_proj": A + "{query,key,value}",
     L + "mlp.gate_up_proj": B + "mlp/{gate,up}",
@@ -128,7 +128,7 @@ def _write_gemma(config):
 GEMMA_SCALES = Part(("query_pre_attn_scalar", "hidden_act"), _read_gemma, _write_gemma)
 GEMMA2 = dataclasses.replace(
   LLAMA, name="gemma2", architecture="Gemma2ForCausalLM",
-  keys=_without(COMMON_KEYS, "hidden_act")
+  keys=without(COMMON_KEYS, "hidden_act")
   | {
     "num_attention_heads": Key("heads", 8),
     "num_key_value_heads": Key("kv_heads", 4),
@@ -206,7 +206,7 @@ GPT2 = Family(
 X = "gpt_neox.layers.{l}."
 NEOX = Family(
   "gpt_neox", "GPTNeoXForCausalLM",
-  _without(COMMON_KEYS, "num_key_value_heads", "head_dim", "rms_norm_eps")
+  without(COMMON_KEYS, "num_key_value_heads", "head_dim", "rms_norm_eps")
   | {
     "hidden_act": Key("activation", "gelu", PLAIN),
     "layer_norm_eps": Key("norm.eps", 1e-5),

@@ -6,9 +6,10 @@ one, `qk_proj` → `{query,key}` one tensor that holds two of our weights. Any o
 of its own: its name → (letters of its layout, our path or paths).
 
 - `d(nh)`: two dimensions, the second holding heads × head width in one; `{l}` in a name counts the
-  layers, which stand in one array here.
+  layers and `{e}` the experts, which stand in one array here. Rows name `blocks`; they hold for the
+  dense layers `first` as well.
 - `d(nh+kh+kh)`: several of our arrays one after another, and as many paths.
-- `(n*h)d`: several of our arrays stacked where the star stands.
+- `(n*h)d`: what stands behind the star of one array after that of another, for each n.
 - a number is so many entries that are not kept (written as zeros): `(2+t)d`; a `1` by itself is an
   empty dimension: `11d`.
 - `I`: our i, kept as channels, rows and columns of a patch.
@@ -70,19 +71,18 @@ def from_tensors(
   like = abstract(config)
   shapes = {path: leaf.shape for path, leaf in tree.flatten(like).items()}
   made, left = {}, set(tensors)
-  for name, letters, paths in _rows(table, shapes):
-    stacked = "{l}" in name
-    names = [name.format(l=i) for i in range(shapes[paths[0]][0])] if stacked else [name]
+  for name, letters, paths, before in _rows(table, shapes):
+    names, counts = _names(name, shapes[paths[0]], before)
     missing = [each for each in names if each not in left]
     if missing and all(matches(path, optional) for path in paths):
       continue
     if missing:
       raise UserError(f"tensor {missing[0]!r} (for {', '.join(paths)}) is missing")
     left -= set(names)
-    targets = [(path, shapes[path][1:] if stacked else shapes[path]) for path in paths]
-    layers = [unpack(tensors[each], letters, targets, config, each) for each in names]
-    for path, *arrays in zip(paths, *layers, strict=True):
-      array = np.stack(arrays) if stacked else arrays[0]
+    targets = [(path, shapes[path][len(counts) :]) for path in paths]
+    taken = [unpack(tensors[each], letters, targets, config, each) for each in names]
+    for path, *arrays in zip(paths, *taken, strict=True):
+      array = np.stack(arrays).reshape(shapes[path]) if counts else arrays[0]
       made[path] = array + np.float32(offset) if offset and is_scale(path) else array
   if left:
     shown = ", ".join(sorted(left)[:4])
@@ -120,23 +120,42 @@ def to_tensors(
     UserError: a weight that no row of the table holds.
   """
   tensors, left = {}, set(leaves)
-  for name, letters, paths in _rows(table, leaves):
+  for name, letters, paths, before in _rows(table, {path: a.shape for path, a in leaves.items()}):
     arrays = [np.asarray(leaves[path], np.float32) for path in paths]
     if offset and is_scale(paths[0]):
       arrays = [array - np.float32(offset) for array in arrays]
     left -= set(paths)
-    if "{l}" not in name:
-      tensors[name] = pack(arrays, letters, paths, config)
-      continue
-    for i, layer in enumerate(zip(*arrays, strict=True)):
-      tensors[name.format(l=i)] = pack(layer, letters, paths, config)
+    names, counts = _names(name, arrays[0].shape, before)
+    for each, index in zip(names, np.ndindex(counts), strict=True):
+      tensors[each] = pack([array[index] for array in arrays], letters, paths, config)
   if left:
     raise UserError(f"this layout has no tensor for {sorted(left)[0]!r} ({len(left)} weights)")
   return tensors
 
 
-def _rows(table, leaves):
-  """The rows that this architecture has, as (name of a tensor, letters, paths)."""
+def _names(name: str, shape: tuple, before: int) -> tuple[list[str], tuple]:
+  """A row's tensors in order, and the dimensions of ours that count them; layers from `before`."""
+  counted = [letter for letter in "le" if f"{{{letter}}}" in name]
+  counts = shape[: len(counted)]
+  start = {"l": before, "e": 0}
+  return [
+    name.format(**{letter: start[letter] + i for letter, i in zip(counted, index, strict=True)})
+    for index in np.ndindex(counts)
+  ], counts
+
+
+def _rows(table, shapes):
+  """The rows that this architecture has: (name of a tensor, letters, paths, layers before it)."""
+  dense = {path.replace("/first/", "/blocks/"): path for path in shapes if "/first/" in path}
+  for name, letters, paths in _held_rows(table, dense):
+    yield name, letters, tuple(dense[path] for path in paths), 0
+  before = next((shapes[path][0] for path in dense.values()), 0)
+  rest = [path for path in shapes if "/first/" not in path]
+  for row in _held_rows(table, rest):
+    yield *row, before
+
+
+def _held_rows(table, leaves):
   held = {}  # (module, bias or weight) → (path, letters)
   for path in leaves:
     module, bias, letters = re.fullmatch(r"(.+?)(?:/scale|[/_](bias))?_([a-z]+)", path).groups()
@@ -166,7 +185,9 @@ def _module_rows(theirs: list, ours: list, held: dict):
   for kind in ("weight", "bias"):
     found = [held[module, kind] for module in ours if (module, kind) in held]
     if found:  # a head's channels stand beside each other, and what is made comes first
-      sides = [re.findall("[nk]h|.", letters)[::-1] for _, letters in found]
+      counted = "e" if "{e}" in theirs[0] else ""
+      own = [letters.removeprefix(counted) for _, letters in found]
+      sides = [re.findall("[nk]h|.", letters)[::-1] for letters in own]
       dimensions = ["+".join(side[0] for side in sides), *sides[0][1:]]
       letters = "".join(each if len(each) == 1 else f"({each})" for each in dimensions)
       yield f"{theirs[0]}.{kind}", letters, tuple(path for path, _ in found)
@@ -219,29 +240,40 @@ class _Layout:
   """An expression with its sizes: the shape of their tensor, and where in one our arrays are.
 
   Attributes:
-    shape: their tensor's; joined: with the three dimensions of `I` as one.
-    groups: the parts of each dimension of `joined`.
-    ours: letters of each of our arrays; sizes: of every letter, the star among them.
+    shape: their tensor's.
+    groups: the parts of each dimension as `view` cuts it; joined: these dimensions.
+    ours: letters of each of our arrays; sizes: of every letter, likewise.
   """
 
   def __init__(self, letters, targets, config):
-    self.ours = [path.rsplit("/", 1)[-1].rsplit("_", 1)[-1] for path, _ in targets]
+    names = [path.rsplit("/", 1)[-1].rsplit("_", 1)[-1] for path, _ in targets]
+    # Names have letters of dimensions that count tensors.
+    self.ours = [name[-len(shape) :] for name, (_, shape) in zip(names, targets, strict=True)]
     if "k" not in letters:  # a layout with as many keys as queries
       self.ours = [ours.replace("k", "n") for ours in self.ours]
-    self.sizes = {"*": len(targets)}
-    for ours, (_, shape) in zip(self.ours, targets, strict=True):
-      self.sizes |= zip(ours, shape, strict=True)
-    found = re.findall(r"\(([^)]*)\)|(.)", letters.replace("I", "i"))
-    self.groups = [(several or one).split("+") for several, one in found]
-    self.joined = [sum(map(self._size, parts)) for parts in self.groups]
-    self.shape = tuple(self.joined)
+    shapes = [shape for _, shape in targets]
+    self.sizes = [dict(zip(*each, strict=True)) for each in zip(self.ours, shapes, strict=True)]
+    self.groups, self.joined, shape = [], [], []
+    for several, one in re.findall(r"\(([^)]*)\)|(.)", letters.replace("I", "i")):
+      before, star, after = (several or one).partition("*")
+      groups = [[before], [after] * len(targets)] if star else [before.split("+")]
+      sizes = [sum(self._sizes(parts)) for parts in groups]
+      self.groups += groups
+      self.joined += sizes
+      shape.append(math.prod(sizes))
+    self.shape = tuple(shape)
     if "I" in letters:
       at, vision = letters.index("I"), config.vision
       sides = (vision.channels, vision.patch, vision.patch)
       self.shape = (*self.shape[:at], *sides, *self.shape[at + 1 :])
 
-  def _size(self, part: str) -> int:
-    return int(part) if part.isdigit() else math.prod(self.sizes[letter] for letter in part)
+  def _sizes(self, parts: list) -> list[int]:
+    """Sizes of a dimension's parts: each of an array of its own, or one of all alike."""
+    sizes, arrays = [], iter(self.sizes)
+    for part in parts:
+      own = {} if part.isdigit() else next(arrays)
+      sizes.append(int(part) if part.isdigit() else math.prod(own[letter] for letter in part))
+    return sizes
 
   def view(self, array, number: int) -> np.ndarray:
     """Our array of this number as a view of theirs, which is contiguous."""
@@ -249,11 +281,10 @@ class _Layout:
     for parts in self.groups:
       kept = [i for i, part in enumerate(parts) if not part.isdigit()] or [0]
       at = kept[number % len(kept)]
-      start = sum(map(self._size, parts[:at]))
-      cut.append(slice(start, start + self._size(parts[at])))
+      sizes = self._sizes(parts)
+      start = sum(sizes[:at])
+      cut.append(slice(start, start + sizes[at]))
       spelled += parts[at].strip("1")
     array = array.reshape(self.joined)[tuple(cut)]
-    array = array.reshape([self.sizes[letter] for letter in spelled])
-    stars = "*" if "*" in spelled else ""
-    array = array.transpose([spelled.index(letter) for letter in stars + self.ours[number]])
-    return array[number] if stars else array
+    array = array.reshape([self.sizes[number][letter] for letter in spelled])
+    return array.transpose([spelled.index(letter) for letter in self.ours[number]])

@@ -129,12 +129,14 @@ class Stack(nnx.Module):
 
   def empty_cache(self, batch: int, slots: int) -> KVCache:
     """Makes room for `slots` positions of `batch` rows, in the compute dtype."""
-    dims = self.config.dims
-    zeros = jnp.zeros((batch, dims["k"], slots, dims["h"]), jnp.dtype(self.config.dtype))
+    dims, latent = self.config.dims, self.config.attention.latent
+    k, h = (1, latent.kv_rank + latent.rope_dim) if latent.kv_rank else (dims["k"], dims["h"])
+    zeros = jnp.zeros((batch, k, slots, h), jnp.dtype(self.config.dtype))
+    one = KVCache(zeros, None if latent.kv_rank else zeros)
     if isinstance(self.blocks, tuple):
-      return tuple(KVCache(zeros, zeros) for _ in self.blocks)
+      return tuple(one for _ in self.blocks)
     layers = count(self.blocks) + self.dense
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], layers, 0), KVCache(zeros, zeros))
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], layers, 0), one)
 
   def _views(self, positions_bt, segments_bt, prefix_bt, cache) -> dict[str, View]:
     """What each kind of layer sees, made once for all layers."""
@@ -160,7 +162,7 @@ class Stack(nnx.Module):
     position = self.config.position
     if position.kind != "rope":
       return None
-    return rope_angles(positions_bt, position, self.config.dims["h"], local=kind == "window")
+    return rope_angles(positions_bt, position, self.config.rotary_head, local=kind == "window")
 
   def _bias(self) -> Bias | None:
     position = self.config.position

@@ -27,6 +27,40 @@ BIASES = ("none", "qkv", "all")
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentConfig:
+  """Keys and values out of one short vector a position (`nn/latent.py`).
+
+  Attributes:
+    kv_rank: channels of that vector (r); 0 means attention with keys and values of its own.
+    query_rank: channels of a short vector that queries come out of; 0: straight from the stream.
+    rope_dim: channels of a head that rope turns; their key is the same for all heads.
+    nope_dim: channels of a head without position.
+    value_dim: channels of a head's values.
+  """
+
+  kv_rank: int = 0
+  query_rank: int = 0
+  rope_dim: int = 0
+  nope_dim: int = 0
+  value_dim: int = 0
+
+  def __post_init__(self):
+    section = "model.attention.latent"
+    check_least(section, self, kv_rank=0, query_rank=0)
+    if not self.kv_rank and any(dataclasses.astuple(self)):
+      raise UserError(f"{section} changes nothing without {section}.kv_rank")
+    if self.kv_rank:
+      check_least(section, self, rope_dim=2, nope_dim=1, value_dim=1)
+      if self.value_dim > self.head_dim:
+        raise UserError(f"{section}.value_dim {self.value_dim} is above nope_dim + rope_dim")
+
+  @property
+  def head_dim(self) -> int:
+    """Channels of a head's queries and keys."""
+    return self.nope_dim + self.rope_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
   """Who looks at whom, and how scores are made.
 
@@ -47,6 +81,8 @@ class AttentionConfig:
     kernel: auto, direct, blockwise, splash (TPU), cudnn (GPU).
     block: queries a strip of blockwise attention.
     context: what happens where positions are cut: ring, gather, all_to_all.
+    latent: multi-head latent attention. Yarn's factor on its scores, (0.1 mscale ln(factor) + 1)²
+      / √h in DeepSeek's words, is `scale`.
   """
 
   mask: str = "auto"
@@ -64,6 +100,7 @@ class AttentionConfig:
   kernel: str = "auto"
   block: int = 128
   context: str = "ring"
+  latent: LatentConfig = LatentConfig()
 
   def __post_init__(self):
     for key, known in (
@@ -84,6 +121,8 @@ class AttentionConfig:
         f"model.attention.window {self.window} and pattern {self.pattern} do not go together: "
         "a window needs window layers, and they need a window"
       )
+    if self.latent.kv_rank and (self.sinks, self.qk_norm, self.bias) != (False, "none", "none"):
+      raise UserError("latent attention has no sinks, qk_norm or bias: leave model.attention's")
 
   def rule(self, layer: str, causal: bool) -> Rule:
     """The mask's rule in a kind of layer."""

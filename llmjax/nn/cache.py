@@ -18,11 +18,11 @@ class KVCache:
 
   Attributes:
     key_bksh: keys, already rotated.
-    value_bksh: values.
+    value_bksh: values; None where they come out of what stands for a key (latent attention).
   """
 
   key_bksh: jax.Array
-  value_bksh: jax.Array
+  value_bksh: jax.Array | None = None
 
   @classmethod
   def of(cls, key_bskh, value_bskh) -> "KVCache":

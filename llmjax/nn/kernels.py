@@ -31,7 +31,7 @@ def attend(
   Args:
     q_btnh: queries, compute dtype.
     k_bskh: keys; n is a multiple of k, and query head i reads key head i // g.
-    v_bskh: values.
+    v_bskh: values, whose head width may be smaller.
     mask: who may look at whom; each query that matters sees at least one key.
     scores: scale, soft cap, bias and sinks.
     kernel: one of `KERNELS`; auto takes the platform's where it can do what is asked.
@@ -48,10 +48,12 @@ def attend(
   chosen = choose(
     kernel, jax.default_backend(), q_btnh.shape, k_bskh.shape, mask, scores, q_btnh.dtype
   )
-  if chosen == "splash":
-    return splash(q_btnh, k_bskh, v_bskh, mask, scores, block, table)
-  if chosen == "cudnn":
-    return cudnn(q_btnh, k_bskh, v_bskh, mask, scores)
+  if chosen in ("splash", "cudnn"):
+    short = q_btnh.shape[-1] - v_bskh.shape[-1]
+    v_bskh = jnp.pad(v_bskh, ((0, 0), (0, 0), (0, 0), (0, short))) if short else v_bskh
+    more = (block, table) if chosen == "splash" else ()
+    o_btnh = (splash if more else cudnn)(q_btnh, k_bskh, v_bskh, mask, scores, *more)
+    return o_btnh[..., :-short] if short else o_btnh
   block = block if chosen == "blockwise" else None
   return _strips(q_btnh, k_bskh, v_bskh, mask, scores, block)
 
@@ -99,18 +101,18 @@ def _strips(q_btnh, k_bskh, v_bskh, mask, scores, block):
     o_bkgth = _strip(q_bkgth, k_bksh, v_bksh, mask, scores)
   else:
     o_bkgth = _blockwise(q_bkgth, k_bksh, v_bksh, mask, scores, block)
-  return o_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+  return o_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, n, -1)
 
 
 def _strip(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores):
-  b, k, g, t, h = q_bkgth.shape
+  b, k, g, t, _ = q_bkgth.shape
   s_bkgts = _scored(q_bkgth, k_bksh, mask, scores)
   if scores.sinks_n is None:
     weights = jax.nn.softmax(s_bkgts, axis=-1)
   else:
     weights = _softmax_with_sink(s_bkgts, scores.sinks_n.reshape(k, g, 1, 1))
   weights = weights.astype(q_bkgth.dtype).reshape(b, k, g * t, -1)
-  return contract("bkqs,bksh->bkqh", weights, v_bksh).reshape(b, k, g, t, h)
+  return contract("bkqs,bksh->bkqh", weights, v_bksh).reshape(b, k, g, t, -1)
 
 
 def _scored(q_bkgth, k_bksh, mask: Mask, scores: Scores):
@@ -148,19 +150,19 @@ def attend_part(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int =
   k_bksh, v_bksh = k_bskh.swapaxes(1, 2), v_bskh.swapaxes(1, 2)
   strip = jax.checkpoint(functools.partial(_part, scores=scores))
   made = _group(strip, q_bkgth, k_bksh, v_bksh, mask, min(block, t))
-  made_btnh = made.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h + 1)
+  made_btnh = made.transpose(0, 3, 1, 2, 4).reshape(b, t, n, -1)
   return made_btnh[..., :-1], made_btnh[..., -1]
 
 
 def _part(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores):
   """A strip's result with the log of the denominator as one more channel, fp32."""
-  b, k, g, t, h = q_bkgth.shape
+  b, k, g, t, _ = q_bkgth.shape
   s_bkgts = _scored(q_bkgth, k_bksh, mask, scores)
   high = jax.lax.stop_gradient(s_bkgts.max(-1, keepdims=True))
   grown = jnp.exp(s_bkgts - high)
   total = grown.sum(-1, keepdims=True)
   weights = (grown / total).astype(q_bkgth.dtype).reshape(b, k, g * t, -1)
-  o_bkgth = contract("bkqs,bksh->bkqh", weights, v_bksh, jnp.float32).reshape(b, k, g, t, h)
+  o_bkgth = contract("bkqs,bksh->bkqh", weights, v_bksh, jnp.float32).reshape(b, k, g, t, -1)
   return jnp.concatenate([o_bkgth, high + jnp.log(total)], axis=-1)
 
 

@@ -84,7 +84,7 @@ def _forward(static, qkv, extra, rows):
   (q, k, v), rows = order.take((qkv, rows))
   bias, sinks_n = extra
   queries = order.split((q, rows[:2]))
-  start = [_no_part(q_piece) for q_piece, _ in queries]
+  start = [_no_part(q_piece, v) for q_piece, _ in queries]
 
   def step(carry, number):
     parts, travelling = carry
@@ -94,7 +94,7 @@ def _forward(static, qkv, extra, rows):
         tile = functools.partial(_tile, static, rows[2] is not None)
         needed = order.needed(order.ids(order.index)[i], ids[j])
         part = jax.lax.cond(
-          needed, tile, lambda own, *_: _no_part(own[0]), own, other, bias
+          needed, tile, lambda own, other, _: _no_part(own[0], other[0][1]), own, other, bias
         )
         parts[i] = _merge(parts[i], part)
     return (parts, _pass_on(travelling)), None
@@ -174,9 +174,10 @@ def _pull_tile(static: _Static, prefix: bool, own, other, bias, reads):
   return jax.tree.map(lambda a: a.astype(jnp.float32), made)
 
 
-def _no_part(q_btnh):
+def _no_part(q_btnh, v_bskh):
   """The part of keys that nobody sees."""
-  return jnp.zeros(q_btnh.shape, jnp.float32), jnp.full(q_btnh.shape[:3], _NOTHING)
+  shape = q_btnh.shape[:3]
+  return jnp.zeros((*shape, v_bskh.shape[-1]), jnp.float32), jnp.full(shape, _NOTHING)
 
 
 def _merge(one, two):

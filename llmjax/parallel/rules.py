@@ -21,6 +21,7 @@ WEIGHTS = {
   "v": "tensor",
   "e": "expert",
   "d": "fsdp",
+  "r": "fsdp",
 }
 ACTIVATIONS = {
   "b": ("data", "fsdp", "expert"),
@@ -41,8 +42,16 @@ class LayoutError(UserError):
 
 
 def spec(letters: str, table: dict) -> PartitionSpec:
-  """Looks letters up in a table: `spec("df", WEIGHTS)` is `P("fsdp", "tensor")`."""
-  return PartitionSpec(*(table.get(letter) for letter in letters))
+  """Looks letters up in a table: `spec("df", WEIGHTS)` is `P("fsdp", "tensor")`.
+
+  An axis cuts the first letter that names it: `spec("dr", WEIGHTS)` is `P("fsdp", None)`.
+  """
+  entries, taken = [], set()
+  for letter in letters:
+    axes = set(axes_of(letter, table))
+    entries.append(None if axes & taken else table.get(letter))
+    taken |= axes
+  return PartitionSpec(*entries)
 
 
 def shard(x, letters: str):

@@ -126,16 +126,17 @@ def _labels(params):
 def _sides(path: str, leaf) -> optax.contrib.MuonDimensionNumbers | None:
   """Says which axes of a weight are a matrix's input and output; None where it is no matrix.
 
-  The residual width `d` is one side, all but layers `l` and experts `e` the other. Vocabulary
-  tables are rows of vectors, not maps between spaces, and keep AdamW; so do tables of positions and
-  types, and what reads pixels.
+  The residual width `d` (or else a low rank `r`) is one side, all but layers `l` and experts `e`
+  the other. Vocabulary tables are rows of vectors, not maps between spaces, and keep AdamW; so do
+  tables of positions and types, and what reads pixels.
   """
   letters = letters_of(path, leaf.ndim)
   stacked = "le" if "f" in letters else "l"  # an expert's matrix is one of many
   places = {letter: place for place, letter in enumerate(letters) if letter not in stacked}
-  if len(places) < 2 or places.keys() & set("vti") or "d" not in places or _VECTORS.search(path):
+  side = "d" if "d" in places else "r"
+  if len(places) < 2 or places.keys() & set("vti") or side not in places or _VECTORS.search(path):
     return None
-  residual = (places.pop("d"),)
+  residual = (places.pop(side),)
   other = tuple(places.values())
   sides = (residual, other) if residual < other else (other, residual)
   return optax.contrib.MuonDimensionNumbers(*sides)

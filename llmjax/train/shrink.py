@@ -12,6 +12,7 @@ import numpy as np
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.data.tasks import Task
+from llmjax.nn.attention import LatentConfig
 from llmjax.nn.router import MoeConfig
 from llmjax.train.config import SUITABLE, Config
 
@@ -38,6 +39,7 @@ def shrink(config: Config, devices: int) -> Config:
     window=min(model.attention.window, devices + 3),
     sparse_block=min(model.attention.sparse_block, 4),
     block=16,
+    latent=_narrow(model.attention.latent, devices),
   )
   small = dataclasses.replace(
     model,
@@ -62,6 +64,14 @@ def shrink(config: Config, devices: int) -> Config:
     loss=dataclasses.replace(config.loss, chunk=min(config.loss.chunk, 4) or 0),
     optim=dataclasses.replace(config.optim, warmup=min(config.optim.warmup, 1)),
   )
+
+
+def _narrow(latent: LatentConfig, devices: int) -> LatentConfig:
+  """Ranks that meshes divide alike, and heads of `_HEAD` channels, half of them turned."""
+  if not latent.kv_rank:
+    return latent
+  ranks = [rank and 8 * math.gcd(rank, devices) for rank in (latent.kv_rank, latent.query_rank)]
+  return LatentConfig(*ranks, _HEAD // 2, _HEAD // 2, _HEAD - 2)
 
 
 def _few(moe: MoeConfig, devices: int) -> MoeConfig:

@@ -17,6 +17,7 @@ SMALL = {
 }
 GROUPED = SMALL | {"num_key_value_heads": 2}
 WIDE_HEADS = GROUPED | {"head_dim": 6}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 TEXT = {"bos_token_id": 3, "eos_token_id": 2, "vocab_size": 37}
 T5 = TEXT | {
   "d_model": 16,
@@ -114,6 +115,18 @@ CASES = {
   ),
   "phi3": ("Phi3ForCausalLM", GROUPED | {"sliding_window": 5}),
   "phi3_partial": ("Phi3ForCausalLM", GROUPED | {"partial_rotary_factor": 0.5}),
+  "mixtral": (
+    "MixtralForCausalLM",
+    WIDE_HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
+  ),
+  "qwen3_moe": (
+    "Qwen3MoeForCausalLM",
+    WIDE_HEADS | EXPERTS | {"num_hidden_layers": 3, "mlp_only_layers": [0], "norm_topk_prob": True},
+  ),
+  "olmoe": (
+    "OlmoeForCausalLM",
+    GROUPED | {"num_experts": 4, "num_experts_per_tok": 3, "intermediate_size": 12},
+  ),
   "bert": ("BertForMaskedLM", BERT),
   "roberta": ("RobertaForMaskedLM", BERT | {"pad_token_id": 1, "type_vocab_size": 1}),
   "t5": ("T5ForConditionalGeneration", T5),

@@ -59,7 +59,9 @@ def fields(schema=ModelConfig, prefix=""):
 # Sizes and numbers that are not switched off by any value: it is enough that another one is used.
 PLAIN = {
   "layers", "width", "heads", "mlp_width", "context", "vocab_size", "kv_heads", "head_dim",
-  "attention.sparse_block", "attention.block", "position.theta", "position.low_freq_factor",
+  "attention.sparse_block", "attention.block", "attention.latent.kv_rank",
+  "attention.latent.rope_dim", "attention.latent.nope_dim", "attention.latent.value_dim",
+  "position.theta", "position.low_freq_factor",
   "position.high_freq_factor", "position.beta_fast", "position.beta_slow", "position.buckets",
   "position.max_distance", "norm.eps", "vision.image_size", "vision.patch", "vision.channels",
   "vision.image_token", "vision.layers", "vision.width", "vision.heads", "vision.mlp_width",
@@ -76,6 +78,7 @@ READ_IF = {
   "attention.window": lambda v: "window" in v["attention.pattern"],
   "attention.sparse": lambda v: "sparse" in v["attention.pattern"],
   "attention.block": lambda v: v["attention.kernel"] == "blockwise",
+  "attention.latent": lambda v: v["attention.latent.kv_rank"] > 0,
   "position.theta": lambda v: v["position.kind"] in ("rope", "sinusoidal"),
   "position.local_theta": lambda v: rope(v) and "window" in v["attention.pattern"],
   "position.fraction": lambda v: rope(v),

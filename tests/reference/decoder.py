@@ -32,8 +32,30 @@ def projected(x, w, name, letter, cfg, normed):
   return norm(y, below(w, f"{name}_norm"), cfg) if normed else y
 
 
+def latent_attention(x, w, cfg, view):
+  """DeepSeek-V2, eq. 9 to 19, a head at a time."""
+  positions_bt, see_bts, _, layer = view
+  nope, heads = cfg["attention.latent.nope_dim"], w["key_up_rnh"].shape[1]
+  turn = lambda x_bth: rotary(x_bth[:, :, None], positions_bt, cfg, layer == "window")[:, :, 0]  # noqa: E731
+  c_query = norm(x @ w["query_down_dr"], below(w, "query_norm"), cfg) if "query_down_dr" in w else x
+  query = w.get("query_up_rnh", w.get("query_dnh"))
+  c = norm(x @ w["latent_dr"], below(w, "latent_norm"), cfg)
+  k_rope = turn(x @ w["key_rope_dh"])
+  y = 0.0
+  for i in range(heads):
+    q = c_query @ query[:, i]
+    q = np.concatenate([q[..., :nope], turn(q[..., nope:])], axis=-1)
+    k = np.concatenate([c @ w["key_up_rnh"][:, i], k_rope], axis=-1)
+    v = c @ w["value_up_rnh"][:, i]
+    o = attend(q[:, :, None], k[:, :, None], v[:, :, None], see_bts, cfg)[:, :, 0]
+    y = y + o @ w["out_nhd"][i]
+  return y
+
+
 def self_attention(x, w, cfg, view):
   """A row that looks at itself."""
+  if "latent_dr" in w:
+    return latent_attention(x, w, cfg, view)
   positions_bt, see_bts, bias_bnts, layer = view
   normed = cfg["attention.qk_norm"] != "none"
   q = projected(x, w, "query", "n", cfg, normed)
