@@ -62,6 +62,8 @@ def make_config(size: str, dtype: str, overrides=()) -> Config:
     "optim.weight_decay": WEIGHT_DECAY,
     "optim.clip_norm": 0.0,
   }
+  if wanted.experts:
+    sections |= {"model.moe.experts": wanted.experts, "loss.balance": 0.0}
   ours = [f"--config.{key}={value}" for key, value in sections.items()]
   return override(Config(), [*ours, *overrides])
 

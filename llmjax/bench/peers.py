@@ -17,10 +17,12 @@ class Peer:
   Attributes:
     where: `module:function`; the function takes a `Spec` and returns (facts, measure).
     needs: importable packages without which it is left out.
+    kind: what is added to the size's name: "-moe" or nothing.
   """
 
   where: str
   needs: tuple[str, ...] = ()
+  kind: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,11 @@ PEERS = {
     "transformers": Peer("llmjax.bench.torch_peers:train", _TORCH),
     "transformers-compile": Peer("llmjax.bench.torch_peers:train_compiled", _TORCH),
     "litgpt": Peer("llmjax.bench.litgpt_train:train", (*_TORCH, "litgpt", "lightning")),
+  },
+  "moe": {
+    "llmjax": Peer("llmjax.bench.ours:train", kind="-moe"),
+    "dense": Peer("llmjax.bench.ours:train"),
+    "transformers": Peer("llmjax.bench.torch_peers:train", _TORCH, "-moe"),
   },
   "decode": {
     "llmjax": Peer("llmjax.bench.ours:decode"),

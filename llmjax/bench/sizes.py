@@ -33,6 +33,7 @@ class Size:
     mlp_width: feed-forward width (f).
     batch_size: rows of a training batch.
     length: positions of a row.
+    experts: of each layer, two for a token, `mlp_width` wide each; 0: dense layers.
   """
 
   vocab_size: int
@@ -42,6 +43,7 @@ class Size:
   mlp_width: int
   batch_size: int
   length: int
+  experts: int = 0
 
   @property
   def parameters(self) -> int:
@@ -53,6 +55,11 @@ SIZES = {
   "L": Size(8192, 512, 8, 8, 1536, 8, 256),
   "S": Size(2048, 256, 4, 4, 768, 16, 128),
   "tiny": Size(64, 16, 2, 2, 32, 2, 8),
+}
+# As many active FLOPs in experts: two of eight, half as wide.
+SIZES |= {
+  f"{name}-moe": dataclasses.replace(size, mlp_width=size.mlp_width // 2, experts=8)
+  for name, size in SIZES.items()
 }
 
 
@@ -70,7 +77,7 @@ def prompts(size: Size, batch: int) -> list[list[int]]:
 
 
 def _shapes(size: Size) -> dict[str, tuple[tuple[int, ...], float]]:
-  """Lists Hugging Face's names of a Llama's tensors with shape and standard deviation."""
+  """Lists Hugging Face's names of a Llama's or a Mixtral's tensors, with shape and deviation."""
   v, d, f = size.vocab_size, size.width, size.mlp_width
   shapes = {
     "model.embed_tokens.weight": ((v, d), 0.02),
@@ -78,8 +85,14 @@ def _shapes(size: Size) -> dict[str, tuple[tuple[int, ...], float]]:
     "model.norm.weight": ((d,), 0.0),
   }
   block = {f"self_attn.{name}_proj": ((d, d), d**-0.5) for name in "qkvo"}
-  block |= {f"mlp.{name}_proj": ((f, d), d**-0.5) for name in ("gate", "up")}
-  block["mlp.down_proj"] = ((d, f), f**-0.5)
+  if size.experts:
+    block["block_sparse_moe.gate"] = ((size.experts, d), d**-0.5)
+    sides = {"w1": ((f, d), d**-0.5), "w3": ((f, d), d**-0.5), "w2": ((d, f), f**-0.5)}
+    for e in range(size.experts):
+      block |= {f"block_sparse_moe.experts.{e}.{name}": side for name, side in sides.items()}
+  else:
+    block |= {f"mlp.{name}_proj": ((f, d), d**-0.5) for name in ("gate", "up")}
+    block["mlp.down_proj"] = ((d, f), f**-0.5)
   block |= {f"{name}_layernorm": ((d,), 0.0) for name in ("input", "post_attention")}
   for layer in range(size.layers):
     shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in block.items()}
@@ -87,10 +100,12 @@ def _shapes(size: Size) -> dict[str, tuple[tuple[int, ...], float]]:
 
 
 def hf_config(size: Size) -> dict:
-  """Describes a size as a Llama `config.json`."""
-  return {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+  """Describes a size as the `config.json` of a Llama or a Mixtral."""
+  name = ("MixtralForCausalLM", "mixtral") if size.experts else ("LlamaForCausalLM", "llama")
+  experts = {"num_local_experts": size.experts, "num_experts_per_tok": 2} if size.experts else {}
+  return experts | {
+    "architectures": [name[0]],
+    "model_type": name[1],
     "vocab_size": size.vocab_size,
     "hidden_size": size.width,
     "num_hidden_layers": size.layers,

@@ -41,7 +41,8 @@ class Options:
   overrides: tuple[str, ...] = ()
 
   def __post_init__(self):
-    for key, value, known in (("size", self.size, SIZES), ("dtype", self.dtype, DTYPES)):
+    sizes = [name for name in SIZES if not name.endswith("-moe")]
+    for key, value, known in (("size", self.size, sizes), ("dtype", self.dtype, DTYPES)):
       if value not in known:
         raise UserError(f"bench: unknown {key} {value!r}; {nearest(value, known)}")
     if self.rounds < 1 or self.seconds <= 0:
@@ -53,7 +54,7 @@ def bench(name: str, options: Options | None = None) -> dict:
   """Runs a benchmark.
 
   Args:
-    name: train, decode, data or attention.
+    name: train, moe, decode, data or attention.
     options: how.
   Returns:
     `bench`, the options, `machine`, and `cases`: each a title and its rows.
@@ -128,13 +129,14 @@ def _start(stack: contextlib.ExitStack, bench: str, options: Options):
   chosen = pick(bench, options.peers)
   if not chosen:
     raise UserError(f"bench {bench}: none of the peers asked for is installed")
-  folder = _scratch(stack)
-  write_weights(SIZES[options.size], Path(folder))
+  folders = {options.size + peer.kind: _scratch(stack) for peer in chosen.values()}
+  for size, folder in folders.items():
+    write_weights(SIZES[size], Path(folder))
 
   def start(name: str, environment: dict, again: str = "") -> Worker:
     _say(f"preparing {name}{again}")
-    where = chosen[name].where
-    spec = Spec(where, options.size, options.dtype, folder, cores(), options.overrides)
+    where, size = chosen[name].where, options.size + chosen[name].kind
+    spec = Spec(where, size, options.dtype, folders[size], cores(), options.overrides)
     return stack.enter_context(contextlib.closing(Worker(name + again, spec, environment)))
 
   if "llmjax" not in chosen:
@@ -169,6 +171,19 @@ def _train(options: Options) -> dict:
   title = (
     f"training, {size.parameters / 1e6:.1f} M parameters, batch {size.batch_size} × {size.length};"
     " ratio: llmjax ÷ peer, median over rounds; peak: of the steps"
+  )
+  return {"cases": [{"title": title, "rows": rows}], **told}
+
+
+def _moe(options: Options) -> dict:
+  ((_, rows),), told = _measure("moe", options, [{"seconds": options.seconds}])
+  losses = {row["peer"]: row["first_loss"] for row in rows if row["peer"] != "dense"}
+  if max(losses.values()) - min(losses.values()) > _LOSS_TOLERANCE[options.dtype]:
+    told["notes"].append(f"WARNING: first losses differ, peers do not do the same: {losses}")
+  size = SIZES[f"{options.size}-moe"]
+  title = (
+    f"training, {size.experts} experts, 2 a token, {size.parameters / 1e6:.1f} M parameters, batch "
+    f"{size.batch_size} × {size.length}; dense: llmjax at equal active FLOPs; ratio: llmjax ÷ peer"
   )
   return {"cases": [{"title": title, "rows": rows}], **told}
 
@@ -209,7 +224,13 @@ def _data(options: Options) -> dict:
   return {"cases": [{"title": title, "rows": rows}]}
 
 
-BENCHES = {"train": _train, "decode": _decode, "data": _data, "attention": attention.measure}
+BENCHES = {
+  "train": _train,
+  "moe": _moe,
+  "decode": _decode,
+  "data": _data,
+  "attention": attention.measure,
+}
 
 
 def _say(text: str):

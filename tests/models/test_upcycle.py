@@ -70,7 +70,7 @@ def test_mistakes_are_named(tiny_config, tiny_decoder, fresh):
   model = Model(tiny_config, tiny_decoder)
   wide = dataclasses.replace(config, mlp_width=128)
   wider = jax.jit(lambda: build(jax.random.key(5), wide))()
-  with pytest.raises(UserError, match=r"moe/gate_edf.*\(2, 4, 32, 128\) here.*\(2, 4, 32, 64\)"):
+  with pytest.raises(UserError, match=r"moe/down_efd.*\(2, 4, 128, 32\) here.*\(2, 4, 64, 32\)"):
     begin_from(model, wide, wider, 0.0, 0)
   shared = dataclasses.replace(config, moe=dataclasses.replace(EXPERTS, shared=1))
   with pytest.raises(UserError, match=r"set model.moe.shared to 0"):
