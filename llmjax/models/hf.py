@@ -171,7 +171,8 @@ def half_layout(model: Model) -> tuple[ModelConfig, dict]:
   """
   leaves = tree.flatten(model.parameters)
   position, h = model.config.position, model.config.dims["h"]
-  if position.kind == "rope" and position.layout == "interleaved":
+  ordinary = not model.config.attention.latent.kv_rank
+  if ordinary and position.kind == "rope" and position.layout == "interleaved":
     r = position.rotary_dim(h)
     order = np.concatenate([np.arange(0, r, 2), np.arange(1, r, 2), np.arange(r, h)])
     turned = re.compile(r"/attention/(query|key)(_norm/scale)?_(bias_)?\w*h$")

@@ -14,7 +14,8 @@ from llmjax.nn.router import MoeConfig
 def canonical(config: ModelConfig) -> ModelConfig:
   """Writes an architecture one way: sizes filled in, values that change nothing at their defaults.
 
-  Rotary positions come out in half layout; see `hf.half_layout` for the weights.
+  Rotary positions come out in half layout, but for latent attention, whose families say which; see
+  `hf.half_layout` for the weights.
   """
   dims, vision = config.dims, config.kind == "vision"
   encoder_layers = config.encoder_layers or config.layers
@@ -76,12 +77,14 @@ def _canonical_position(config: ModelConfig) -> PositionConfig:
   position = config.position
   words = (position.kind, position.scaling) if position.kind == "rope" else (position.kind,)
   read = [key for word in words for key in READ.get(word, ())]
+  if config.attention.latent.kv_rank:
+    read.append("layout")
   made = PositionConfig(kind=position.kind, **{key: getattr(position, key) for key in read})
   windows = "window" in config.attention.pattern[: config.layers]
   if not windows or (made.local_theta == made.theta and made.scaling == "none"):
     made = dataclasses.replace(made, local_theta=0.0)
   if made.scaling == "ntk":  # the same angles as a larger base
-    r = made.rotary_dim(config.dims["h"])
+    r = made.rotary_dim(config.rotary_head)
     theta = made.theta * made.factor ** (r / (r - 2))
     made = dataclasses.replace(made, theta=theta, scaling="none", factor=1.0)
   return made

@@ -1,18 +1,20 @@
-"""The tables of families with experts: Mixtral, Qwen3-MoE, OLMoE.
+"""The tables of families with experts: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V2 and -V3.
 
 Sources as in `hf_decoders`. Published files have a tensor for each expert, which is what is read
 and written; transformers joins them when it loads.
 """
 
 import dataclasses
+import math
 
 from llmjax.core.errors import UserError
-from llmjax.models.hf_decoders import BIAS, COMMON_KEYS, DIVIDES, LLAMA, QWEN3, B, L, without
-from llmjax.models.hf_family import Key, Part, only
+from llmjax.models.hf_decoders import BIAS, COMMON_KEYS, DIVIDES, LLAMA, QWEN3, A, B, L, without
+from llmjax.models.hf_family import Key, Part, note, only
 from llmjax.models.hf_rope import rope, window
 
-# Of training alone.
-UNREAD = Part(("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"))
+# Of training, or of how experts are spread, alone.
+_UNREAD = "output_router_logits router_aux_loss_coef router_jitter_noise aux_loss_alpha seq_aux"
+UNREAD = Part((*_UNREAD.split(), "ep_size"))
 EXPERTS = {
   L + "mlp.gate": B + "moe/router",
   L + "mlp.experts.{e}.{gate,up,down}_proj": B + "moe/{gate,up,down}",
@@ -92,4 +94,122 @@ OLMOE = dataclasses.replace(
   parts=(rope(), DIVIDES, UNREAD),
   tensors=without(LLAMA.tensors, "mlp.") | EXPERTS,
 )
-MOES = (MIXTRAL, QWEN3_MOE, OLMOE)
+
+
+def _read_latent(theirs, values):
+  heads = theirs.get("num_key_value_heads") or values["heads"]
+  if heads != values["heads"]:
+    raise UserError(f"num_key_value_heads={heads} is not {values['heads']}, the number of heads")
+  if theirs.get("num_nextn_predict_layers"):
+    note("a layer behind the last one, to predict further tokens, is left out if there is one")
+  scaling = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+  share, factor = scaling.get("mscale_all_dim"), values.get("position.factor", 1)
+  if not share or factor <= 1:
+    return {}
+  h = sum(values[f"attention.latent.{part}_dim"] for part in ("nope", "rope"))
+  return {"attention.scale": h**-0.5 * (0.1 * share * math.log(factor) + 1) ** 2}
+
+
+def _write_latent(config):
+  made = {"num_key_value_heads": config.heads, "num_nextn_predict_layers": 0}
+  position, scale = config.position, config.attention.scale
+  if not scale:
+    return made
+  if position.scaling != "yarn" or position.factor <= 1:
+    raise UserError(f"its attention.scale without yarn is 0.0, not {scale!r}")
+  growth = math.sqrt(scale * config.dims["h"] ** 0.5) - 1
+  share = {"mscale_all_dim": round(growth / (0.1 * math.log(position.factor)), 9)}
+  scaling = ROPE.write(config)["rope_scaling"] | share
+  if scaling.get("attention_factor") == 1:  # in their words: both mscales are alike
+    scaling |= {"mscale": scaling["mscale_all_dim"]}
+    scaling.pop("attention_factor")
+  return made | {"rope_scaling": scaling}
+
+
+def _read_groups(theirs, values):
+  method = theirs.get("topk_method", "greedy")
+  if method == "greedy":
+    return {}
+  if method != "group_limited_greedy":
+    raise UserError(f"deepseek_v2 with topk_method={method!r} is not supported")
+  return {"moe.groups": theirs.get("n_group"), "moe.top_groups": theirs.get("topk_group")}
+
+
+def _write_groups(config):
+  moe = config.moe
+  method = "greedy" if moe.groups == 1 else "group_limited_greedy"
+  return {"topk_method": method, "n_group": moe.groups, "topk_group": moe.top_groups}
+
+
+def _beyond(name: str, config) -> bool:
+  return name.startswith(f"model.layers.{config.layers}.")
+
+
+ROPE = rope()
+LATENT = Part(
+  ("num_key_value_heads", "head_dim", "qk_head_dim", "num_nextn_predict_layers"),
+  _read_latent, _write_latent,
+)
+DEEPSEEK_V3 = dataclasses.replace(
+  LLAMA, name="deepseek_v3", architecture="DeepseekV3ForCausalLM",
+  keys=without(COMMON_KEYS, "head_dim", "num_key_value_heads", "rms_norm_eps")
+  | {
+    "rms_norm_eps": Key("norm.eps", 1e-6, {1e-6: 1e-6}),  # the latents' norms have no other
+    "attention_bias": only(False),
+    "q_lora_rank": Key("attention.latent.query_rank", 1536, null=0),
+    "kv_lora_rank": Key("attention.latent.kv_rank", 512),
+    "qk_rope_head_dim": Key("attention.latent.rope_dim", 64),
+    "qk_nope_head_dim": Key("attention.latent.nope_dim", 128),
+    "v_head_dim": Key("attention.latent.value_dim", 128),
+    "rope_interleave": Key("position.layout", True, {True: "interleaved", False: "half"}),
+    "n_routed_experts": Key("moe.experts", 256),
+    "n_shared_experts": Key("moe.shared", 1, null=0),
+    "num_experts_per_tok": Key("moe.top_k", 8),
+    "moe_intermediate_size": Key("moe.width", 2048),
+    "first_k_dense_replace": Key("moe.dense_first", 3),
+    "norm_topk_prob": Key("moe.renormalize", True),
+    "routed_scaling_factor": Key("moe.scale", 2.5),
+    "n_group": Key("moe.groups", 8),
+    "topk_group": Key("moe.top_groups", 4),
+    "topk_method": only("noaux_tc"),
+    "scoring_func": only("sigmoid"),
+    "moe_layer_freq": only(1),
+  },
+  fixed={"moe.router": "sigmoid", "moe.bias": True},
+  parts=(ROPE, LATENT, UNREAD),
+  tensors=without(LLAMA.tensors, "{q,k,v}", "{q,k}")
+  | EXPERTS
+  | {
+    L + "mlp.gate.e_score_correction_bias": ("e", B + "moe/bias_e"),
+    L + "mlp.shared_experts.{gate,up,down}_proj": B + "moe/shared/{gate,up,down}",
+    L + "self_attn.q_proj": A + "query",
+    L + "self_attn.q_{a,b}_proj": A + "query_{down,up}",
+    L + "self_attn.q_a_layernorm": A + "query_norm",
+    L + "self_attn.kv_a_proj_with_mqa.weight": ("(r+h)d", (A + "latent_dr", A + "key_rope_dh")),
+    L + "self_attn.kv_a_layernorm": A + "latent_norm",
+    L + "self_attn.kv_b_proj.weight": ("(n*h)r", (A + "key_up_rnh", A + "value_up_rnh")),
+  },
+  skip=_beyond,
+)
+DEEPSEEK_V2 = dataclasses.replace(
+  DEEPSEEK_V3, name="deepseek_v2", architecture="DeepseekV2ForCausalLM",
+  keys=without(DEEPSEEK_V3.keys, "group", "topk_method", "rope_interleave", "norm_topk")
+  | {
+    "n_routed_experts": Key("moe.experts", 64),
+    "n_shared_experts": Key("moe.shared", 2, null=0),
+    "num_experts_per_tok": Key("moe.top_k"),
+    "moe_intermediate_size": Key("moe.width", 1407),
+    "first_k_dense_replace": Key("moe.dense_first", 0),
+    "routed_scaling_factor": Key("moe.scale", 1.0),
+    "norm_topk_prob": only(False),
+    "scoring_func": only("softmax"),
+    "mlp_bias": only(False),
+  },
+  fixed={"moe.renormalize": False, "position.layout": "interleaved"},
+  skip=LLAMA.skip,
+  parts=(
+    ROPE, LATENT, UNREAD, DIVIDES,
+    Part(("topk_method", "n_group", "topk_group"), _read_groups, _write_groups),
+  ),
+)
+MOES = (MIXTRAL, QWEN3_MOE, OLMOE, DEEPSEEK_V3, DEEPSEEK_V2)
