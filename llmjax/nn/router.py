@@ -143,7 +143,7 @@ def route(config: MoeConfig, logits_bte, real_bt, bias_e=None) -> tuple[Routes, 
   """
   sigmoid = config.router == "sigmoid"
   scores_bte = jax.nn.sigmoid(logits_bte) if sigmoid else jax.nn.softmax(logits_bte)
-  # What is divided by a sum is a softmax of logarithms, so that scores may be as small as they like.
+  # What is divided by a sum is a softmax of logarithms: scores may be as small as they like.
   log_bte = jax.nn.log_sigmoid(logits_bte) if sigmoid else logits_bte
   if config.router == "expert_choice":
     routes = _experts_choose(config, scores_bte, real_bt)

@@ -165,6 +165,7 @@ def moe(x_btd, w, cfg, tokens_bt, real_bt):
         own["gate_df"] = w["gate_edf"][expert]
       y_btd[b, t] += weight * mlp(x_btd[b, t], own, cfg)
   if cfg["moe.shared"]:
-    shared = {path.removeprefix("shared/"): a for path, a in w.items() if path.startswith("shared/")}
+    names = ("gate_df", "up_df", "down_fd")
+    shared = {name: w[f"shared/{name}"] for name in names if f"shared/{name}" in w}
     y_btd = y_btd + mlp(x_btd, shared, cfg)
   return y_btd, terms(wanted, kept, shares, logits_bte, real_bt, e)
