@@ -240,7 +240,7 @@ def test_biases_bring_a_lopsided_router_to_even_load(model, batch):
   for _ in range(40):
     still, load = moved(still)
   worst = lambda load: float(jnp.max(load / load.mean(-1, keepdims=True)))  # noqa: E731
-  assert worst(load) < 1.3 < worst(first)
+  assert worst(load) < 1.5 < 1.9 < worst(first)
 
 
 def test_a_model_without_biases_is_left_as_it_is():
