@@ -4,6 +4,8 @@ What `core.dot` is for one weight, this is for a stack of experts. On a CPU it g
 run in blocks of rows: XLA has `ragged_dot` there as a product with every expert's weight.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -24,36 +26,48 @@ def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
   """
   if kernel == "auto":
     kernel = "blocks" if jax.default_backend() == "cpu" else "ragged"
-  if kernel == "ragged":
-    low_edf = w_edf.astype(x_td.dtype)
-    y_tf = jax.lax.ragged_dot(x_td, low_edf, sizes_e, preferred_element_type=jnp.float32)
-    y_tf = y_tf.astype(x_td.dtype)
-  else:
-    y_tf = _blocks(x_td, w_edf, sizes_e)
+  y_tf = _grouped(kernel, x_td, w_edf, sizes_e)
   real_t1 = jnp.arange(len(x_td))[:, None] < sizes_e.sum()
   return jnp.where(real_t1, y_tf, 0)
 
 
-@jax.custom_vjp
-def _blocks(x_td, w_edf, sizes_e):
-  return _multiply(x_td, w_edf.astype(x_td.dtype), sizes_e)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(kernel, x_td, w_edf, sizes_e):
+  return _forward(kernel, x_td, w_edf, sizes_e)[0]
 
 
-def _forward(x_td, w_edf, sizes_e):
+def _forward(kernel, x_td, w_edf, sizes_e):
   low_edf = w_edf.astype(x_td.dtype)
-  return _multiply(x_td, low_edf, sizes_e), (x_td, low_edf, sizes_e, jnp.zeros((), w_edf.dtype))
+  residuals = (x_td, low_edf, sizes_e, jnp.zeros((), w_edf.dtype))
+  return _MULTIPLY[kernel](x_td, low_edf, sizes_e), residuals
 
 
-def _backward(residuals, grad_tf):
+def _backward(kernel, residuals, grad_tf):
+  """Written out because jax would round a weight's gradient to the dtype of its rows."""
   x_td, low_edf, sizes_e, like = residuals
   grad_tf = grad_tf.astype(x_td.dtype)
-  grad_x = _multiply(grad_tf, low_edf, sizes_e, transposed=True)
+  grad_x = _MULTIPLY[kernel](grad_tf, low_edf, sizes_e, transposed=True)
   real_t1 = jnp.arange(len(x_td))[:, None] < sizes_e.sum()
-  grad_x = jnp.where(real_t1, grad_x, 0)
-  return grad_x, _outer(x_td, grad_tf, sizes_e).astype(like.dtype), None
+  grad_w = _OUTER[kernel](x_td, grad_tf, sizes_e)
+  return jnp.where(real_t1, grad_x, 0), grad_w.astype(like.dtype), None
 
 
-_blocks.defvjp(_forward, _backward)
+_grouped.defvjp(_forward, _backward)
+
+
+def _ragged(x_td, w_edf, sizes_e, transposed: bool = False):
+  if transposed:
+    w_edf = w_edf.swapaxes(1, 2)
+  y_tf = jax.lax.ragged_dot(x_td, w_edf, sizes_e, preferred_element_type=jnp.float32)
+  return y_tf.astype(x_td.dtype)
+
+
+def _ragged_outer(x_td, grad_tf, sizes_e):
+  """As `_outer`: the rows are what is summed over."""
+  rows = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+  return jax.lax.ragged_dot_general(
+    x_td, grad_tf, sizes_e, rows, preferred_element_type=jnp.float32
+  )
 
 
 def _multiply(x_td, w_edf, sizes_e, transposed: bool = False):
@@ -108,3 +122,7 @@ def _starts(sizes_e):
 
 def _ceil(size, block: int):
   return (size + block - 1) // block
+
+
+_MULTIPLY = {"blocks": _multiply, "ragged": _ragged}
+_OUTER = {"blocks": _outer, "ragged": _ragged_outer}

@@ -36,6 +36,7 @@ class MoeConfig:
     noisy: learned noise on the scores in training.
     bias: scores get a bias where experts are picked, moved towards even load (`optim.bias_rate`).
     capacity: most tokens of a row that an expert takes, as a multiple of its even share; 0: all.
+      A token's experts then depend on its whole row; with top_k 1 and drop=last, on what is before.
     drop: over capacity go the last tokens of a row (second choices first), or the lightest.
   """
 
@@ -79,9 +80,11 @@ class MoeConfig:
     if self.scale <= 0:
       raise UserError(f"model.moe.scale {self.scale} is not positive")
     if self.router in ("expert_choice", "hash"):
-      for key in ("bias", "noisy", "groups", "renormalize"):
+      for key in ("bias", "noisy", "groups", "renormalize", "drop"):
         if key in changed:
           raise UserError(f"model.moe.{key} changes nothing with router={self.router}")
+    if "drop" in changed and not self.capacity:
+      raise UserError("model.moe.drop changes nothing without model.moe.capacity")
 
   def slots(self, length: int) -> int:
     """Tokens of a row of `length` that an expert takes; 0 means any number."""
@@ -140,13 +143,15 @@ def route(config: MoeConfig, logits_bte, real_bt, bias_e=None) -> tuple[Routes, 
   """
   sigmoid = config.router == "sigmoid"
   scores_bte = jax.nn.sigmoid(logits_bte) if sigmoid else jax.nn.softmax(logits_bte)
+  # What is divided by a sum is a softmax of logarithms: scores may be as small as they like.
+  log_bte = jax.nn.log_sigmoid(logits_bte) if sigmoid else logits_bte
   if config.router == "expert_choice":
     routes = _experts_choose(config, scores_bte, real_bt)
   else:
-    routes = _tokens_choose(config, scores_bte, bias_e)
+    routes = _tokens_choose(config, scores_bte, log_bte, bias_e)
   wanted = _mask(routes, real_bt, config.experts)
   kept = wanted if config.router == "expert_choice" else _within_capacity(config, wanted)
-  share_bte = scores_bte / scores_bte.sum(-1, keepdims=True) if sigmoid else scores_bte
+  share_bte = jax.nn.softmax(log_bte) if sigmoid else scores_bte
   return kept, _routing(config, wanted, kept, share_bte, logits_bte, real_bt)
 
 
@@ -165,7 +170,7 @@ def hashed(config: MoeConfig, tokens_bt, real_bt) -> tuple[Routes, Routing]:
   return kept, _routing(config, wanted, kept, even_bte, jnp.zeros_like(even_bte), real_bt)
 
 
-def _tokens_choose(config, scores_bte, bias_e) -> Routes:
+def _tokens_choose(config, scores_bte, log_bte, bias_e) -> Routes:
   """Source: top k: Shazeer et al. 2017, arXiv:1701.06538, sec. 2.1; sigmoid, bias and groups:
   DeepSeek-V3, arXiv:2412.19437, sec. 2.1.2."""
   wanted_bte = jax.lax.stop_gradient(scores_bte)
@@ -174,9 +179,10 @@ def _tokens_choose(config, scores_bte, bias_e) -> Routes:
   if config.groups > 1:
     wanted_bte = _in_best_groups(config, wanted_bte)
   experts_btj = jax.lax.top_k(wanted_bte, config.top_k)[1]
-  weights_btj = jnp.take_along_axis(scores_bte, experts_btj, axis=-1)
   if config.renormalize:
-    weights_btj = weights_btj / (weights_btj.sum(-1, keepdims=True) + 1e-20)
+    weights_btj = jax.nn.softmax(jnp.take_along_axis(log_bte, experts_btj, axis=-1))
+  else:
+    weights_btj = jnp.take_along_axis(scores_bte, experts_btj, axis=-1)
   return Routes(experts_btj, config.scale * weights_btj)
 
 

@@ -100,7 +100,7 @@ def loss_and_grad(
 def real_tokens(batch: Batch):
   """Counts a batch's tokens, padding left out."""
   if batch.segments_bt is None:
-    return jnp.float32(batch.tokens_bt.size)
+    return jnp.float32(batch.targets_bt.size)  # images have no tokens
   return jnp.sum(batch.segments_bt > 0).astype(jnp.float32)
 
 

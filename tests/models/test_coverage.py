@@ -12,7 +12,7 @@ import pytest
 
 from llmjax.models import build, config
 from llmjax.models.config import ModelConfig
-from llmjax.nn import attention, context, kernels, mlp, norm, position
+from llmjax.nn import attention, context, kernels, mlp, norm, position, router
 from tests.models.variants import VARIANTS, reference_config
 
 CHOICES = {
@@ -32,6 +32,8 @@ CHOICES = {
   "position.scaling": position.SCALINGS,
   "norm.kind": norm.KINDS,
   "norm.place": norm.PLACES,
+  "moe.router": router.ROUTERS,
+  "moe.drop": router.DROPS,
   "vision.activation": ("gelu", "quick_gelu"),  # of the same functions as `activation`
 }
 # Kernels of other machines, of which tests/nn compares what can run here; what several devices do
@@ -102,6 +104,9 @@ READ_IF = {
   "vision.eps": has_tower,
   "vision.input_norm": has_tower,
   "vision.": lambda v: v["vision.image_size"] > 0,
+  "moe.drop": lambda v: v["moe.capacity"] > 0 and v["moe.router"] in ("softmax", "sigmoid"),
+  "moe.renormalize": lambda v: v["moe.experts"] > 0 and v["moe.router"] in ("softmax", "sigmoid"),
+  "moe.": lambda v: v["moe.experts"] > 0,
   "encoder_layers": lambda v: v["kind"] == "encoder_decoder",
   "embed.": lambda v: v["kind"] != "vision" or v["embed.norm"],
   "tie_embeddings": lambda v: v["kind"] != "vision",

@@ -150,6 +150,26 @@ ROWS = {
     "vision.activation": "gelu", "vision.eps": 1e-2, "position.kind": "learned",
     "vision.image_token": 38,
   },
+  "mixtral": {"moe.experts": 4, "attention.window": 5, "attention.pattern": ("window",)},
+  "deepseek": {
+    "moe.experts": 8, "moe.top_k": 3, "moe.width": 16, "moe.shared": 1, "moe.dense_first": 1,
+    "moe.router": "sigmoid", "moe.bias": True, "moe.groups": 4, "moe.top_groups": 2,
+    "moe.scale": 2.5, "layers": 4, "attention.pattern": ("full", "window"), "attention.window": 4,
+    "remat": "full",
+  },
+  "switch": {
+    "moe.experts": 4, "moe.top_k": 1, "moe.renormalize": False, "moe.capacity": 0.8,
+    "activation": "relu", "norm.place": "sandwich", "scan": False, "moe.dense_first": 1,
+  },
+  "vmoe": {
+    "moe.experts": 4, "moe.capacity": 0.7, "moe.drop": "lightest", "moe.noisy": True,
+    "kind": "encoder", "activation": "gelu", "norm.place": "post",
+  },
+  "expert_choice": {
+    "moe.experts": 4, "moe.router": "expert_choice", "moe.shared": 2, "moe.width": 12,
+    "block": "parallel", "remat": "save_projections",
+  },
+  "hash": {"moe.experts": 5, "moe.router": "hash", "block": "parallel_shared", "remat": "dots"},
   # What a forward pass in float64 cannot have: the reference is compared without dropping.
   "dropout": {"dropout": 0.3},
 }

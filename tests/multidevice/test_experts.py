@@ -1,0 +1,107 @@
+"""Experts on meshes give the loss, every gradient and the steps of one device, however uneven."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax.core.errors import UserError
+from llmjax.models.build import abstract
+from llmjax.nn import moe
+from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.rules import weight_shardings
+from llmjax.train.check import all_meshes
+from llmjax.train.pipelined import PipelineConfig
+from tests.multidevice.test_step import experiment, named, prove
+
+# Weights of an expert with few tokens have gradients of nearly nothing, whose rounding Adam would
+# blow up to whole rates; a larger eps keeps an update smooth in its gradient.
+SMALL = (
+  "model.layers=3", "model.heads=8", "model.attention.pattern=('full',)", "model.remat=none",
+  "model.attention.window=0", "train.accumulation=2", "optim.eps=1e-4", "model.moe.experts=8",
+  "loss.balance=0.05", "loss.sequence_balance=0.03", "loss.router_z=0.01",
+)
+# As DeepSeek-V3's, with too little room for some.
+ROUTED = (
+  *SMALL, "model.moe.router=sigmoid", "model.moe.bias=True", "model.moe.dense_first=1",
+  "model.moe.shared=1", "model.moe.width=64", "model.moe.capacity=1.0", "optim.bias_rate=0.01",
+)
+ALL_TO_ONE = (
+  *SMALL, "model.layers=1", "train.accumulation=1", "model.moe.top_k=1", "model.moe.bias=True",
+  "model.moe.renormalize=False",
+)
+MESHES = (
+  {"expert": 8}, {"expert": 2, "tensor": 2, "context": 2}, {"stage": 2, "expert": 2, "fsdp": 2},
+)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=named)
+def test_loss_gradients_and_steps_equal_one_device(sizes):
+  seen = prove(sizes, *ROUTED)
+  biases = seen.weights["decoder/blocks/moe/bias_e"]
+  assert biases.shape == (2, 8) and (np.abs(biases) > 0.005).mean() > 0.5  # they moved
+
+
+@pytest.fixture
+def lopsided(monkeypatch):
+  """Routers that start with a bias by which all tokens want the last expert alone."""
+
+  def constant(value):
+    return lambda key, shape: jnp.full(shape, value).at[..., -1].set(9.0)
+
+  monkeypatch.setattr(moe, "constant", constant)
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  [{"data": 2, "expert": 2, "tensor": 2}, pytest.param({"expert": 8}, marks=pytest.mark.slow)],
+  ids=named,
+)
+def test_all_tokens_may_go_to_one_device(sizes, lopsided):
+  seen = prove(sizes, *ALL_TO_ONE)
+  grads = seen.grads["decoder/blocks/moe/up_edf"]
+  assert not grads[:, :-1].any() and grads[:, -1].any()
+
+
+def test_a_mesh_that_does_not_divide_the_experts_names_array_and_sizes():
+  model = abstract(experiment(*SMALL, "model.moe.experts=4").model)
+  mesh = make_mesh(MeshConfig(data=1, expert=8))
+  with pytest.raises(UserError, match=r"_efd' has 4 experts \('e'\), which mesh expert 8 does"):
+    weight_shardings(mesh, model)
+
+
+OTHERS = {
+  "softmax": ("model.moe.top_k=3", "model.moe.renormalize=False", "train.accumulation=1"),
+  "groups": ("model.moe.groups=4", "model.moe.top_groups=2", "model.remat=full"),
+  "lightest": ("model.moe.capacity=0.7", "model.moe.drop=lightest"),
+  "noisy": ("model.moe.noisy=True", "model.dropout=0.1"),
+  "expert_choice": ("model.moe.router=expert_choice",),
+  "hash": ("model.moe.router=hash", "model.moe.capacity=0.5", "model.activation=relu"),
+  "encoder": ("model.kind=encoder",),
+  "muon": ("optim.kind=muon", "model.scan=False"),
+  "windows": ("model.attention.pattern=('full','window')", "model.attention.window=9"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [MESHES[1], {"expert": 4, "fsdp": 2}, MESHES[2]], ids=named)
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_router_on_meshes_of_three_axes(name, sizes):
+  prove(sizes, *SMALL, *OTHERS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [s for s in all_meshes(8) if s not in MESHES], ids=named)
+def test_all_other_meshes_of_eight(sizes):
+  prove(sizes, *ROUTED, "model.heads=16", "model.kv_heads=8", "train.accumulation=8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2])
+def test_zero_stages(zero):
+  prove({"fsdp": 4, "expert": 2}, *ROUTED, zero=zero)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", [PipelineConfig("zb_h1"), PipelineConfig("interleaved", 2)])
+def test_schedules_and_stages_of_unequal_layers(pipeline):
+  prove({"stage": 2, "expert": 2, "tensor": 2}, *ROUTED, "model.layers=4", pipeline=pipeline)
