@@ -134,7 +134,7 @@ def stack(x, w, cfg, causal, positions, segments, prefix=None, source=None, toke
   }
   layers = []
   for group in (below(w, "first"), below(w, "blocks")):
-    count = len(group["attention/query_dnh"]) if group else 0
+    count = len(group["attention/out_nhd"]) if group else 0
     layers += [{path: array[i] for path, array in group.items()} for i in range(count)]
   for number, own in enumerate(layers):
     layer = cfg["attention.pattern"][number % len(cfg["attention.pattern"])]
