@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from llmjax.core.platform import platform
+
 KERNELS = ("auto", "blocks", "ragged")
 BLOCK = 128  # rows of one product; a run wastes half of one on average
 
@@ -25,7 +27,7 @@ def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
     y_tf in the dtype of `x_td`, summed in fp32; zeros in rows that are of no group.
   """
   if kernel == "auto":
-    kernel = "blocks" if jax.default_backend() == "cpu" else "ragged"
+    kernel = "blocks" if platform() == "cpu" else "ragged"
   y_tf = _grouped(kernel, x_td, w_edf, sizes_e)
   real_t1 = jnp.arange(len(x_td))[:, None] < sizes_e.sum()
   return jnp.where(real_t1, y_tf, 0)

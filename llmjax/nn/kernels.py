@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from llmjax.core.dot import contract
 from llmjax.core.errors import UserError
+from llmjax.core.platform import platform
 from llmjax.nn.mask import Mask
 from llmjax.nn.platform_kernels import cudnn, cudnn_cannot, masked_by_rule, splash, splash_cannot
 from llmjax.nn.scores import Scores
@@ -46,7 +47,7 @@ def attend(
     arXiv:2408.00118, sec. 2; sinks: OpenAI 2025, arXiv:2508.10925, sec. 2.
   """
   chosen = choose(
-    kernel, jax.default_backend(), q_btnh.shape, k_bskh.shape, mask, scores, q_btnh.dtype
+    kernel, platform(), q_btnh.shape, k_bskh.shape, mask, scores, q_btnh.dtype
   )
   if chosen in ("splash", "cudnn"):
     short = q_btnh.shape[-1] - v_bskh.shape[-1]
