@@ -39,10 +39,6 @@ def _read_dense(theirs, values):
   return {"moe.dense_first": len(layers)}
 
 
-def _write_dense(config):
-  return {"mlp_only_layers": list(range(config.moe.dense_first))}
-
-
 MIXTRAL = dataclasses.replace(
   LLAMA, name="mixtral", architecture="MixtralForCausalLM",
   keys=COMMON_KEYS
@@ -76,7 +72,10 @@ QWEN3_MOE = dataclasses.replace(
       ("num_experts", "num_local_experts"), _read_experts,
       lambda config: {"num_experts": config.moe.experts},
     ),
-    Part(("mlp_only_layers",), _read_dense, _write_dense),
+    Part(
+      ("mlp_only_layers",), _read_dense,
+      lambda config: {"mlp_only_layers": list(range(config.moe.dense_first))},
+    ),
   ),
   tensors=QWEN3.tensors | EXPERTS,
 )
@@ -137,12 +136,8 @@ def _read_groups(theirs, values):
 
 def _write_groups(config):
   moe = config.moe
-  method = "greedy" if moe.groups == 1 else "group_limited_greedy"
+  method = "group_limited_greedy" if moe.groups > 1 else "greedy"
   return {"topk_method": method, "n_group": moe.groups, "topk_group": moe.top_groups}
-
-
-def _beyond(name: str, config) -> bool:
-  return name.startswith(f"model.layers.{config.layers}.")
 
 
 ROPE = rope()
@@ -156,21 +151,21 @@ DEEPSEEK_V3 = dataclasses.replace(
   | {
     "rms_norm_eps": Key("norm.eps", 1e-6, {1e-6: 1e-6}),  # the latents' norms have no other
     "attention_bias": only(False),
-    "q_lora_rank": Key("attention.latent.query_rank", 1536, null=0),
-    "kv_lora_rank": Key("attention.latent.kv_rank", 512),
-    "qk_rope_head_dim": Key("attention.latent.rope_dim", 64),
-    "qk_nope_head_dim": Key("attention.latent.nope_dim", 128),
-    "v_head_dim": Key("attention.latent.value_dim", 128),
+    "q_lora_rank": Key("attention.latent.query_rank", null=0),
+    "kv_lora_rank": Key("attention.latent.kv_rank"),
+    "qk_rope_head_dim": Key("attention.latent.rope_dim"),
+    "qk_nope_head_dim": Key("attention.latent.nope_dim"),
+    "v_head_dim": Key("attention.latent.value_dim"),
     "rope_interleave": Key("position.layout", True, {True: "interleaved", False: "half"}),
-    "n_routed_experts": Key("moe.experts", 256),
-    "n_shared_experts": Key("moe.shared", 1, null=0),
-    "num_experts_per_tok": Key("moe.top_k", 8),
-    "moe_intermediate_size": Key("moe.width", 2048),
-    "first_k_dense_replace": Key("moe.dense_first", 3),
+    "n_routed_experts": Key("moe.experts"),
+    "n_shared_experts": Key("moe.shared", 0),
+    "num_experts_per_tok": Key("moe.top_k"),
+    "moe_intermediate_size": Key("moe.width"),
+    "first_k_dense_replace": Key("moe.dense_first"),
     "norm_topk_prob": Key("moe.renormalize", True),
-    "routed_scaling_factor": Key("moe.scale", 2.5),
-    "n_group": Key("moe.groups", 8),
-    "topk_group": Key("moe.top_groups", 4),
+    "routed_scaling_factor": Key("moe.scale"),
+    "n_group": Key("moe.groups"),
+    "topk_group": Key("moe.top_groups"),
     "topk_method": only("noaux_tc"),
     "scoring_func": only("sigmoid"),
     "moe_layer_freq": only(1),
@@ -189,18 +184,12 @@ DEEPSEEK_V3 = dataclasses.replace(
     L + "self_attn.kv_a_layernorm": A + "latent_norm",
     L + "self_attn.kv_b_proj.weight": ("(n*h)r", (A + "key_up_rnh", A + "value_up_rnh")),
   },
-  skip=_beyond,
+  skip=lambda name, config: name.startswith(f"model.layers.{config.layers}."),
 )
 DEEPSEEK_V2 = dataclasses.replace(
   DEEPSEEK_V3, name="deepseek_v2", architecture="DeepseekV2ForCausalLM",
   keys=without(DEEPSEEK_V3.keys, "group", "topk_method", "rope_interleave", "norm_topk")
   | {
-    "n_routed_experts": Key("moe.experts", 64),
-    "n_shared_experts": Key("moe.shared", 2, null=0),
-    "num_experts_per_tok": Key("moe.top_k"),
-    "moe_intermediate_size": Key("moe.width", 1407),
-    "first_k_dense_replace": Key("moe.dense_first", 0),
-    "routed_scaling_factor": Key("moe.scale", 1.0),
     "norm_topk_prob": only(False),
     "scoring_func": only("softmax"),
     "mlp_bias": only(False),

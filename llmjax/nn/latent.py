@@ -28,15 +28,7 @@ class LatentAttention(nnx.Module):
 
   A head's queries and keys are `nope_dim` channels without position and `rope_dim` turned ones, of
   which the key's are the same for all heads. Letter r is a rank, and h whichever part of a head a
-  weight makes.
-
-  Args:
-    key: PRNG key of this module.
-    dims: sizes of d and n.
-    config: `config.latent` gives ranks and widths.
-    norm: kind and eps of the norms of latents.
-    layout: channel pairs that rope turns.
-    out_scale: factor on the output projection's initial standard deviation.
+  weight makes. Arguments as of `Attention`; `norm` is of the latents.
 
   Source: DeepSeek-V2, arXiv:2405.04434, sec. 2.1, eq. 9 to 19 and appendix C.
   """
