@@ -40,7 +40,7 @@ class EncoderDecoder(nnx.Module):
       cache: made by `start`; the source is then read from it and not from the batch.
       key: PRNG key of dropout; None drops nothing.
     Returns:
-      (x_btd, the cache with these positions in it or None).
+      (x_btd, the cache with these positions in it or None, None: it has no experts).
     """
     keys = [None] * 3 if key is None else jax.random.split(key, 3)
     memory_bsd, source_segments_bs = None, None

@@ -82,11 +82,11 @@ class Vision(nnx.Module):
     self.head = ClassHead(keys[1], config.dims)
 
   def hidden(self, batch: Batch, cache: None = None, key=None):
-    """Runs everything before the head: (x_btd of one position, None)."""
+    """Runs everything before the head: (x_btd of one position, None, None)."""
     x_btd = self.vision(batch.patches_bsi, key)
     if self.config.vision.class_token:
-      return x_btd[:, :1], None
-    return x_btd.mean(axis=1, keepdims=True), None
+      return x_btd[:, :1], None, None
+    return x_btd.mean(axis=1, keepdims=True), None, None
 
   def logits(self, x_btd):
     """Scores every class: logits_btv, fp32."""
