@@ -95,4 +95,5 @@ def _plus(x, bias):
 
 @functools.partial(jax.checkpoint, static_argnums=0)
 def gated(activation, gate_btf, up_btf):
+  """Computes act(gate) · up, again in the backward pass."""
   return GATED[activation](gate_btf) * up_btf
