@@ -19,6 +19,7 @@ from llmjax.core.choices import check_choice
 from llmjax.core.dims import letters_of
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
+from llmjax.models.config import ModelConfig
 from llmjax.models.depth import count, run_some
 from llmjax.parallel.pipeline import run_pipeline
 from llmjax.parallel.rules import REPLICATED, WEIGHTS, spec
@@ -71,39 +72,7 @@ def pipelined_grad(
   layers, before = count(blocks), getattr(model, model.config.kind).dense
   deal = _Deal(layers, stages, config.chunks, WEIGHTS if zero == 3 else REPLICATED)
   lone = key is not None and microbatches == 1
-
-  def chunk(given, weights, outer, x_btd, virtual, microbatch):
-    parts, key, each = given
-    part = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, microbatch, 0, False), parts)
-    drop = None if key is None else key if lone else jax.random.fold_in(key, microbatch)
-    shared = outer.shared(part, drop)
-
-    def start(outer, x_btd):
-      return getattr(outer, outer.config.kind).run_first(outer.enter(part, drop), shared)[0]
-
-    x_btd = jax.lax.cond(virtual == 0, start, lambda outer, x: x, outer, x_btd)
-    x_btd, routing = run_some(
-      weights,
-      x_btd,
-      virtual * deal.each,
-      layers,
-      shared,
-      model.config,
-      deal.numbers,
-      remat=config.schedule != "zb_h1",
-      before=before,
-    )
-
-    def end(outer, x_btd):
-      made = outer.leave(x_btd)
-      return head_loss(loss, outer.head, made, part.targets_bt, part.loss_mask_bt)
-
-    nothing = lambda outer, x: (jnp.float32(0), jnp.float32(0))  # noqa: E731
-    objective, nll = jax.lax.cond(virtual == deal.virtual - 1, end, nothing, outer, x_btd)
-    if routing is not None:
-      objective += each * routing_loss(loss, routing)
-      routing = jax.tree.map(functools.partial(deal.place, virtual), routing)
-    return x_btd, objective, (nll, routing)
+  chunk = _Chunk(model.config, loss, deal, before, lone, remat=config.schedule != "zb_h1")
 
   def stage(weights, outer, given):
     parts, *_ = given
@@ -129,6 +98,45 @@ def pipelined_grad(
   block_grads, outer_grads, (nll, routing) = run(dealt, outer, (parts, key, each))
   routing = jax.tree.map(lambda leaf: leaf[:layers], routing)
   return _join(outer_grads, undeal(block_grads)[0]), nll, routing
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+  """What a virtual stage does to a microbatch: its layers, and at the ends embedding or loss."""
+
+  config: ModelConfig
+  loss: LossConfig
+  deal: "_Deal"
+  before: int  # dense layers, which run with the embedding
+  lone: bool  # one microbatch draws as a step without microbatches does
+  remat: bool
+
+  def __call__(self, given, weights, outer, x_btd, virtual, microbatch):
+    """Returns (x_btd, objective, (cross-entropy sum, what routers did))."""
+    parts, key, each = given
+    part = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, microbatch, 0, False), parts)
+    drop = None if key is None else key if self.lone else jax.random.fold_in(key, microbatch)
+    shared, deal = outer.shared(part, drop), self.deal
+
+    def start(outer, x_btd):
+      return getattr(outer, self.config.kind).run_first(outer.enter(part, drop), shared)[0]
+
+    x_btd = jax.lax.cond(virtual == 0, start, lambda outer, x: x, outer, x_btd)
+    x_btd, routing = run_some(
+      weights, x_btd, virtual * deal.each, deal.layers, shared, self.config, deal.numbers,
+      self.remat, self.before,
+    )
+
+    def end(outer, x_btd):
+      made = outer.leave(x_btd)
+      return head_loss(self.loss, outer.head, made, part.targets_bt, part.loss_mask_bt)
+
+    nothing = lambda outer, x: (jnp.float32(0), jnp.float32(0))  # noqa: E731
+    objective, nll = jax.lax.cond(virtual == deal.virtual - 1, end, nothing, outer, x_btd)
+    if routing is not None:
+      objective += each * routing_loss(self.loss, routing)
+      routing = jax.tree.map(functools.partial(deal.place, virtual), routing)
+    return x_btd, objective, (nll, routing)
 
 
 class _Deal:
