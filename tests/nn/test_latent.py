@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from llmjax.models.model import Model
 from llmjax.nn.attention import AttentionConfig, LatentConfig
 from llmjax.nn.latent import LatentAttention
 from llmjax.nn.mask import Rule, self_mask
-from llmjax.serve.generate import generate_ids
+from llmjax.serve.generate import _run, generate_ids
 from llmjax.serve.sample import Sampling
 from tests.models.variants import VARIANTS, make_config, weights_of
 
@@ -140,3 +141,20 @@ def test_values_narrower_than_keys_are_padded_for_a_platforms_kernel(monkeypatch
   monkeypatch.setattr(kernels, "cudnn", lambda *a: cudnn(*a, implementation="xla"))
   # The same softmax by another program, fp32.
   assert_allclose(kernels.attend(q, k, v, mask, Scores(0.3), "cudnn"), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_decoding_writes_the_cache_in_place(rows):
+  """A copy of it at every token is what a loop pays where it carries another form than it reads."""
+  model = Model(CONFIG, weights_of(CONFIG)).decoding
+  lowered = _run.lower(
+    model, Batch(np.zeros((rows, 4), np.int32)), np.full(rows, 4, np.int32), jax.random.key(0),
+    jnp.float32(0), jnp.float32(1), jnp.int32(9), jnp.array([], jnp.int32), top_k=0, slots=352,
+  )
+  text = lowered.compile().as_text()
+  bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+  parts = re.split(r"\n(?=%|ENTRY)", text)
+  loops = [part for part in parts if part.split(" ", 1)[0].lstrip("%") in bodies]
+  kept = rf"f32\[(?:{rows},)?(?:1,)?352,{LATENT.kv_rank + LATENT.rope_dim}\]"
+  assert any(re.search(kept, loop) for loop in loops)  # the loop is the one that carries it
+  assert not [loop for loop in loops if re.search(rf"= {kept}\S* copy\(", loop)]
