@@ -40,6 +40,7 @@ def _divides(config):
 
 
 def without(table: dict, *parts: str) -> dict:
+  """Leaves out the rows whose names have one of these parts."""
   return {name: row for name, row in table.items() if not any(part in name for part in parts)}
 
 

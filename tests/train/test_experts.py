@@ -260,14 +260,17 @@ def test_figures_of_routing_by_hand():
     sequence=jnp.zeros(2),
     z=jnp.zeros(2),
   )
-  found = routing_metrics(routing)
+  bias = {"moe": {"bias_e": jnp.array([[1.0, 2.0]])}}
+  found = routing_metrics(routing, bias)
+  assert_allclose(found["moe_bias"], [[1, 2]])
   assert_allclose(found["moe_load"], [[4, 0, 0, 0], [1, 1, 1, 1]])
   assert_allclose(found["moe_entropy"], [0.2, 1.3], rtol=1e-6)
   assert_allclose(found["moe_max_load"], (4 + 1) / 2)
   assert int(found["moe_dead"]) == 3
-  assert_allclose(found["moe_dropped"], (5 / 20 + 0) / 2)
+  assert_allclose(found["moe_dropped"], [5 / 20, 0])
   assert_allclose(found["moe_balance"], (4 + 1) / 2)
-  nothing = routing_metrics(jax.tree.map(jnp.zeros_like, routing))
+  nothing = routing_metrics(jax.tree.map(jnp.zeros_like, routing), {})
+  assert "moe_bias" not in nothing
   assert all(np.isfinite(value).all() for value in nothing.values())
 
 
