@@ -16,6 +16,7 @@ from llmjax.nn.position import PositionConfig, sinusoids
 from llmjax.parallel.rules import (
   ACTIVATIONS,
   WEIGHTS,
+  check_divides,
   inside,
   shard,
   shard_stream,
@@ -139,6 +140,8 @@ def look_up(table, ids_bt, letter: str, dtype):
     ids_bt: int32 row numbers.
     letter: what the rows are, as in the rules: `v`, `t`, `i`.
     dtype: of the result.
+  Raises:
+    UserError: the mesh does not divide rows or positions.
   Source: vocabulary parallel embedding, Shoeybi et al. 2019, arXiv:1909.08053, sec. 3.
   """
   mesh = jax.sharding.get_abstract_mesh()
@@ -146,8 +149,8 @@ def look_up(table, ids_bt, letter: str, dtype):
   take = lambda rows, ids_bt: jnp.take(rows, ids_bt, axis=0).astype(dtype)  # noqa: E731
   if mesh.empty or mesh.size == 1:
     return take(table, ids_bt)
+  check_divides(mesh, "tokens of a micro-batch", "bt", ids_bt.shape, ACTIVATIONS)
   axes = WEIGHTS.get(letter)
-
   stream = stream_spec(ids_bt.shape[1])
 
   def local(rows, ids_bt):

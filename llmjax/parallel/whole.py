@@ -15,10 +15,14 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from llmjax.core.errors import UserError
+
 _PASS = "after_shardy-xla.before_spmd-partitioning"
 _ARRAY = re.compile(
   r"\s+(?:ROOT )?%\S+ = (?P<type>[a-z]+(?P<bits>\d*))\[(?P<dims>[\d,]+)\]\S* (?P<code>[\w-]+)\("
 )
+# As jax 0.10 has it, and 0.12: `{mesh['data'=8], replicated}`, or no axis on any dimension.
+_WHOLE = re.compile(r"sharding=\{(mesh\[[^\]]*\], )?(replicated|\[(\{\}(, )?)*\])\}")
 # These make nothing: what they hand on was judged where it was made, or is an input.
 _PASSED_ON = ("parameter", "get-tuple-element", "tuple", "constant", "iota", "broadcast", "bitcast")
 
@@ -49,11 +53,15 @@ def compile_and_watch(lowered, limit_bytes: int, options: dict | None = None):
     options: XLA's options.
   Returns:
     (compiled, list of `Whole`, each line of source once, the largest first).
+  Raises:
+    UserError: this XLA does not write the text that is read here.
   """
   with tempfile.TemporaryDirectory() as folder, _no_cache():
     dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partition.*|shardy.*"}
     compiled = lowered.compile(compiler_options={**(options or {}), **dump})
     texts = [path.read_text() for path in Path(folder).glob(f"*{_PASS}*.txt")]
+  if not texts:
+    raise UserError("XLA wrote no text before partitioning: arrays held whole cannot be looked for")
   found = {}
   for text in texts:
     for array in sorted(whole_arrays(text, limit_bytes), key=lambda array: -array.bytes):
@@ -66,7 +74,7 @@ def whole_arrays(text: str, limit_bytes: int) -> Iterator[Whole]:
   frames = _Frames(text)
   for line in text.splitlines():
     array = _ARRAY.match(line)
-    cut = "sharding={" in line and "{replicated}" not in line
+    cut = "sharding={" in line and not _WHOLE.search(line)
     if not array or array["code"] in _PASSED_ON or cut:
       continue
     size_bytes = math.prod(map(int, array["dims"].split(","))) * int(array["bits"] or 8) // 8

@@ -161,10 +161,8 @@ def _watched(lowered, config: Config, state: TrainState, mesh: Mesh):
   cut = [axis for letter in "bt" for axis in axes_of(letter, ACTIVATIONS) if mesh.shape[axis] > 1]
   if whole and cut:
     lines = ", ".join(f"{array.shape} of {array.source or array.operation}" for array in whole[:8])
-    rows = ", ".join(axes_of("b", ACTIVATIONS))
-    raise LayoutError(
-      f"activations live whole on each device, none of b → {rows}, t → context cuts them: {lines}"
-    )
+    rules = ", ".join(f"{letter} → {', '.join(axes_of(letter, ACTIVATIONS))}" for letter in "bt")
+    raise LayoutError(f"activations live whole on each device, none of {rules} cuts them: {lines}")
   return compiled
 
 

@@ -10,6 +10,7 @@ import os
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, seed, settings
@@ -19,6 +20,7 @@ from llmjax.core import tree
 from llmjax.core.config import override
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
+from llmjax.nn.embed import look_up
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import batch_sharding, weight_shardings
 from llmjax.train.check import all_meshes, compare, on_mesh, on_one_device, some_meshes
@@ -232,6 +234,14 @@ def test_a_mesh_that_does_not_divide_names_array_and_sizes():
   mesh = make_mesh(MeshConfig(data=1, context=8))
   with pytest.raises(UserError, match=r"row' has 20 query positions \('t'\).*context 8"):
     compile_step(odd, mesh)
+
+
+def test_positions_of_targets_that_do_not_divide_are_named():
+  with (
+    jax.set_mesh(make_mesh(MeshConfig(data=2, context=4))),
+    pytest.raises(UserError, match=r"tokens.* 11 query positions \('t'\).*context 4"),
+  ):
+    look_up(jnp.zeros((16, 8)), jnp.zeros((2, 11), jnp.int32), "v", jnp.float32)
 
 
 def test_a_batch_is_the_same_on_every_mesh():
