@@ -1,7 +1,8 @@
 """`grouped_dot`: rows in runs, each run times the weight of its own group.
 
-What `core.dot` is for one weight, this is for a stack of experts. On a CPU it goes through each
-run in blocks of rows: XLA has `ragged_dot` there as a product with every expert's weight.
+What `core.dot` is for one weight, this is for a stack of experts. A TPU has a kernel for it. On a
+CPU it goes through each run in blocks of rows: XLA has `ragged_dot` there as a product with every
+expert's weight.
 """
 
 import functools
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 
 from llmjax.core.platform import platform
 
-KERNELS = ("auto", "blocks", "ragged")
+KERNELS = ("auto", "blocks", "ragged", "megablox")
 BLOCK = 128  # rows of one product; a run wastes half of one on average
+TILE = (512, 1024, 1024)  # rows, summed over, made: of one step of the TPU's kernel
 
 
 def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
@@ -22,12 +24,13 @@ def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
     x_td: rows, those of group 0 first.
     w_edf: a weight for each group, any float dtype; cast to the dtype of `x_td`.
     sizes_e: int32 rows of each group; their sum may be less than t.
-    kernel: blocks; ragged (`jax.lax.ragged_dot`); auto is blocks on CPU.
+    kernel: blocks; ragged (`jax.lax.ragged_dot`); megablox (Pallas, TPU; interpreted elsewhere);
+      auto is blocks on CPU, megablox on TPU, ragged on GPU.
   Returns:
     y_tf in the dtype of `x_td`, summed in fp32; zeros in rows that are of no group.
   """
   if kernel == "auto":
-    kernel = "blocks" if platform() == "cpu" else "ragged"
+    kernel = {"cpu": "blocks", "tpu": "megablox"}.get(platform(), "ragged")
   y_tf = _grouped(kernel, x_td, w_edf, sizes_e)
   real_t1 = jnp.arange(len(x_td))[:, None] < sizes_e.sum()
   return jnp.where(real_t1, y_tf, 0)
@@ -70,6 +73,35 @@ def _ragged_outer(x_td, grad_tf, sizes_e):
   return jax.lax.ragged_dot_general(
     x_td, grad_tf, sizes_e, rows, preferred_element_type=jnp.float32
   )
+
+
+def _megablox(x_td, w_edf, sizes_e, transposed: bool = False):
+  # Here, because Pallas takes longer to import than the rest of the library.
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+  width = w_edf.shape[1 if transposed else 2]
+  padded_td, tiling, interpret = _tiles(x_td, width)
+  y_tf = gmm(
+    padded_td, w_edf, sizes_e, x_td.dtype, tiling, transpose_rhs=transposed, interpret=interpret
+  )
+  return y_tf[: len(x_td)]
+
+
+def _megablox_outer(x_td, grad_tf, sizes_e):
+  """As `_outer`."""
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+  padded_td, tiling, interpret = _tiles(x_td, grad_tf.shape[1])
+  grad_tf = jnp.pad(grad_tf, ((0, len(padded_td) - len(grad_tf)), (0, 0)))
+  return tgmm(padded_td.T, grad_tf, sizes_e, jnp.float32, tiling, interpret=interpret)
+
+
+def _tiles(x_td, width: int):
+  """(x with rows added to fill the last tile, the tile's sizes, whether to interpret)."""
+  t, d = x_td.shape
+  rows = min(TILE[0], _ceil(t, BLOCK) * BLOCK)
+  padded_td = jnp.pad(x_td, ((0, -t % rows), (0, 0)))
+  return padded_td, (rows, min(TILE[1], d), min(TILE[2], width)), platform() != "tpu"
 
 
 def _multiply(x_td, w_edf, sizes_e, transposed: bool = False):
@@ -126,5 +158,5 @@ def _ceil(size, block: int):
   return (size + block - 1) // block
 
 
-_MULTIPLY = {"blocks": _multiply, "ragged": _ragged}
-_OUTER = {"blocks": _outer, "ragged": _ragged_outer}
+_MULTIPLY = {"blocks": _multiply, "ragged": _ragged, "megablox": _megablox}
+_OUTER = {"blocks": _outer, "ragged": _ragged_outer, "megablox": _megablox_outer}

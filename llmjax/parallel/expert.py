@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.core.dims import letters_of
+from llmjax.core.platform import platform
 from llmjax.parallel.rules import REPLICATED, inside, spec, stream_spec
 
 
@@ -82,30 +83,70 @@ def _on_device(run, x_btd, experts_btj, factors_btj, weights, experts, ways, slo
 def _exchange(run, rows_td, weights, sizes_e, ways: int, most: int):
   """Sends each run to the device that holds its expert, and what becomes of it back.
 
-  Every pair of devices exchanges `most` rows, which is what one may have for another.
+  A device has at most `most` rows for another. `sizes_swe` counts them by sender, by owner and by
+  the owner's experts; at the owner they stand by expert, then by sender.
   """
-  places = len(rows_td)
-  sizes_we = sizes_e.reshape(ways, -1)
-  sent_w = sizes_we.sum(1)
+  sizes_swe = jax.lax.all_gather(sizes_e, "expert").reshape(ways, ways, -1)
+  move = _padded if platform() == "cpu" else _ragged
+  send, bring = move(sizes_swe, most, len(rows_td))
+  sizes_e = sizes_swe[:, jax.lax.axis_index("expert")].sum(0)
+  return bring(run(send(rows_td), weights, sizes_e))
+
+
+def _ragged(sizes_swe, most: int, places: int):
+  """Moves what there is and no more: each run goes to its place on the device that holds it."""
+  me = jax.lax.axis_index("expert")
+  ways = len(sizes_swe)
+  from_swe = _before(sizes_swe)
+  to_swe = _before(sizes_swe.transpose(1, 2, 0)).transpose(2, 0, 1)
+  out = from_swe[me], sizes_swe[me], to_swe[me], sizes_swe[:, me]
+  home = to_swe[:, me], sizes_swe[:, me], from_swe[:, me], sizes_swe[me]
+
+  def mover(rows, numbers):
+    numbers = [a.reshape(-1) for a in numbers]
+
+    def move(x_td):
+      got_td = jnp.zeros((rows, x_td.shape[1]), x_td.dtype)
+      return jax.lax.ragged_all_to_all(x_td, got_td, *numbers, axis_name="expert")
+
+    return move
+
+  return mover(ways * most, out), mover(places, home)
+
+
+def _before(sizes):
+  """Sums what stands before each entry in its row of the first axis."""
+  flat = sizes.reshape(len(sizes), -1)
+  return (jnp.cumsum(flat, axis=1) - flat).reshape(sizes.shape)
+
+
+def _padded(sizes_swe, most: int, places: int):
+  """Moves `most` rows between each two devices and sorts them there."""
+  me = jax.lax.axis_index("expert")
+  ways = len(sizes_swe)
+  sent_w = sizes_swe[me].sum(1)
   first_w = jnp.cumsum(sent_w) - sent_w
   slot, row = jnp.arange(most), jnp.arange(places)
   there = jnp.where(slot < sent_w[:, None], first_w[:, None] + slot, places).reshape(-1)
   owner = jnp.searchsorted(jnp.cumsum(sent_w), row, side="right")
   at = owner * most + row - first_w[jnp.minimum(owner, ways - 1)]
   back = jnp.where(owner < ways, at, ways * most)
+  ends_we = jnp.cumsum(sizes_swe[:, me], axis=1)
+  numbers = (slot[None, :, None] >= ends_we[:, None]).sum(-1).reshape(-1)
+  order = jnp.argsort(numbers, stable=True)
+  undone = jnp.argsort(order)
 
   def swap(x):
     shaped = x.reshape(ways, most, -1)
     return jax.lax.all_to_all(shaped, "expert", 0, 0).reshape(ways * most, -1)
 
-  got_td = swap(_take(rows_td, there, back))
-  got_we = jax.lax.all_to_all(sizes_we, "expert", 0, 0)
-  ends_we = jnp.cumsum(got_we, axis=1)
-  numbers = (slot[None, :, None] >= ends_we[:, None]).sum(-1).reshape(-1)
-  order = jnp.argsort(numbers, stable=True)
-  undone = jnp.argsort(order)
-  made_td = run(_take(got_td, order, undone), weights, got_we.sum(0))
-  return _take(swap(_take(made_td, undone, order)), back, there)
+  def send(x_td):
+    return _take(swap(_take(x_td, there, back)), order, undone)
+
+  def bring(made_td):
+    return _take(swap(_take(made_td, undone, order)), back, there)
+
+  return send, bring
 
 
 @jax.custom_vjp

@@ -1,4 +1,4 @@
-"""Proves that `grouped_dot` is each run of rows times its group's weight, by both kernels."""
+"""Proves that `grouped_dot` is each run of rows times its group's weight, by every kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from llmjax.core.grouped import BLOCK, grouped_dot
+from llmjax.core.grouped import BLOCK, KERNELS, grouped_dot
 
 D, F = 6, 5
 # Rows, and the rows of each group: what runs there can be.
@@ -50,7 +50,7 @@ def run(kernel, x, w, sizes, grad):
   return both(x, w, jnp.asarray(sizes, jnp.int32), grad)
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "ragged"])
+@pytest.mark.parametrize("kernel", KERNELS[1:])
 @pytest.mark.parametrize("name", RUNS)
 def test_values_and_gradients_equal_a_loop_over_rows(name, kernel):
   t, sizes = RUNS[name]
@@ -65,7 +65,7 @@ def test_values_and_gradients_equal_a_loop_over_rows(name, kernel):
   assert_array_equal(np.asarray(grad_w)[np.array(sizes) == 0], 0)
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "ragged"])
+@pytest.mark.parametrize("kernel", KERNELS[1:])
 def test_what_stands_beyond_the_last_run_is_never_read(kernel):
   t, sizes = RUNS["beyond"]
   x, w, grad = operands(t, sizes)
@@ -74,7 +74,7 @@ def test_what_stands_beyond_the_last_run_is_never_read(kernel):
     assert_array_equal(mine, clean)
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "ragged"])
+@pytest.mark.parametrize("kernel", KERNELS[1:])
 def test_bf16_is_summed_in_fp32_and_a_weights_gradient_comes_back_unrounded(kernel):
   t, sizes = RUNS["empty"]
   x, w, grad = operands(t, sizes, jnp.bfloat16)

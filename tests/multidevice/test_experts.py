@@ -1,5 +1,6 @@
 """Experts on meshes give the loss, every gradient and the steps of one device, however uneven."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
 from llmjax.nn import moe
+from llmjax.parallel import expert
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import weight_shardings
 from llmjax.train.check import all_meshes
@@ -60,6 +62,40 @@ def test_all_tokens_may_go_to_one_device(sizes, lopsided):
   seen = prove(sizes, *ALL_TO_ONE)
   grads = seen.grads["decoder/blocks/moe/up_edf"]
   assert not grads[:, :-1].any() and grads[:, -1].any()
+
+
+def ragged_all_to_all(
+  x_td, into_td, from_i, send_i, to_i, get_i, *, axis_name
+):  # as jax's documentation has it; XLA has none on a CPU
+  """Every device reads all slices of all devices and keeps those that are sent to it."""
+  ways, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+  x_std, *numbers = (jax.lax.all_gather(a, axis_name) for a in (x_td, from_i, send_i, to_i))
+  from_si, send_si, to_si = (a.reshape(ways, ways, -1)[:, me] for a in numbers)
+  row = jnp.arange(len(into_td))
+  for sender in range(ways):
+    for i in range(from_si.shape[1]):
+      at = row - to_si[sender, i]
+      here = (at >= 0) & (at < send_si[sender, i])
+      sent_td = x_std[sender].at[from_si[sender, i] + at].get(mode="fill", fill_value=jnp.nan)
+      into_td = jnp.where(here[:, None], sent_td, into_td)
+  told = (send_si.reshape(-1) == get_i).all()  # what is to come was announced rightly
+  return jnp.where(told, into_td, jnp.nan)
+
+
+@pytest.fixture
+def ragged(monkeypatch):
+  """The way tokens take on TPU and GPU."""
+  monkeypatch.setattr(expert, "platform", lambda: "tpu")
+  monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+
+
+@pytest.mark.parametrize("sizes", [MESHES[1], {"expert": 4, "fsdp": 2}], ids=named)
+def test_the_ragged_exchange_gives_the_same(sizes, ragged):
+  prove(sizes, *ROUTED)
+
+
+def test_the_ragged_exchange_takes_all_tokens_to_one_device(ragged, lopsided):
+  prove({"expert": 8}, *ALL_TO_ONE)
 
 
 def test_a_mesh_that_does_not_divide_the_experts_names_array_and_sizes():
