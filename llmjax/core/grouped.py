@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from llmjax.core.platform import platform
 
 KERNELS = ("auto", "blocks", "ragged", "megablox")
-BLOCK = 128  # rows of one product; a run wastes half of one on average
+BLOCKS = (256, 64)  # rows of one product on a CPU; a run wastes half a small one on average
 TILE = (512, 1024, 1024)  # rows, summed over, made: of one step of the TPU's kernel
 
 
@@ -31,9 +31,7 @@ def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
   """
   if kernel == "auto":
     kernel = {"cpu": "blocks", "tpu": "megablox"}.get(platform(), "ragged")
-  y_tf = _grouped(kernel, x_td, w_edf, sizes_e)
-  real_t1 = jnp.arange(len(x_td))[:, None] < sizes_e.sum()
-  return jnp.where(real_t1, y_tf, 0)
+  return _grouped(kernel, x_td, w_edf, sizes_e)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -44,17 +42,23 @@ def _grouped(kernel, x_td, w_edf, sizes_e):
 def _forward(kernel, x_td, w_edf, sizes_e):
   low_edf = w_edf.astype(x_td.dtype)
   residuals = (x_td, low_edf, sizes_e, jnp.zeros((), w_edf.dtype))
-  return _MULTIPLY[kernel](x_td, low_edf, sizes_e), residuals
+  return _in_runs(_MULTIPLY[kernel](x_td, low_edf, sizes_e), kernel, sizes_e), residuals
 
 
 def _backward(kernel, residuals, grad_tf):
   """Written out because jax would round a weight's gradient to the dtype of its rows."""
   x_td, low_edf, sizes_e, like = residuals
-  grad_tf = grad_tf.astype(x_td.dtype)
+  grad_tf = _in_runs(grad_tf.astype(x_td.dtype), kernel, sizes_e)
   grad_x = _MULTIPLY[kernel](grad_tf, low_edf, sizes_e, transposed=True)
-  real_t1 = jnp.arange(len(x_td))[:, None] < sizes_e.sum()
   grad_w = _OUTER[kernel](x_td, grad_tf, sizes_e)
-  return jnp.where(real_t1, grad_x, 0), grad_w.astype(like.dtype), None
+  return _in_runs(grad_x, kernel, sizes_e), grad_w.astype(like.dtype), None
+
+
+def _in_runs(y_tf, kernel, sizes_e):
+  """Zeros where a row is of no group, which `blocks` sees to by itself."""
+  if kernel == "blocks":
+    return y_tf
+  return jnp.where(jnp.arange(len(y_tf))[:, None] < sizes_e.sum(), y_tf, 0)
 
 
 _grouped.defvjp(_forward, _backward)
@@ -99,55 +103,75 @@ def _megablox_outer(x_td, grad_tf, sizes_e):
 def _tiles(x_td, width: int):
   """(x with rows added to fill the last tile, the tile's sizes, whether to interpret)."""
   t, d = x_td.shape
-  rows = min(TILE[0], _ceil(t, BLOCK) * BLOCK)
+  rows = min(TILE[0], _ceil(t, 128) * 128)
   padded_td = jnp.pad(x_td, ((0, -t % rows), (0, 0)))
   return padded_td, (rows, min(TILE[1], d), min(TILE[2], width)), platform() != "tpu"
 
 
 def _multiply(x_td, w_edf, sizes_e, transposed: bool = False):
-  """Writes block after block; what one writes past its run's end the next run writes over."""
-  t = x_td.shape[0]
-  block = min(BLOCK, t)
+  """Writes each block of rows in its place."""
   eq = "td,fd->tf" if transposed else "td,df->tf"
-  width = w_edf.shape[1 if transposed else 2]
-  x_td = jnp.pad(x_td, ((0, block), (0, 0)))
 
   def group(y_tf, given):
     w_df, start, size = given
 
-    def step(number, y_tf):
-      at = start + number * block
-      part = jax.lax.dynamic_slice_in_dim(x_td, at, block)
-      made = jnp.einsum(eq, part, w_df, preferred_element_type=jnp.float32)
-      return jax.lax.dynamic_update_slice_in_dim(y_tf, made.astype(y_tf.dtype), at, 0)
+    def step(y_tf, at, mine_t):
+      made = jnp.einsum(eq, _rows(x_td, at, mine_t), w_df, preferred_element_type=jnp.float32)
+      made = jnp.where(mine_t[:, None], made.astype(y_tf.dtype), _rows(y_tf, at, mine_t))
+      return jax.lax.dynamic_update_slice_in_dim(y_tf, made, at, 0)
 
-    return jax.lax.fori_loop(0, _ceil(size, block), step, y_tf), None
+    return _over_blocks(step, y_tf, start, size, len(x_td)), None
 
-  y_tf = jnp.zeros((t + block, width), x_td.dtype)
-  y_tf, _ = jax.lax.scan(group, y_tf, (w_edf, _starts(sizes_e), sizes_e))
-  return y_tf[:t]
+  y_tf = jnp.zeros((len(x_td), w_edf.shape[1 if transposed else 2]), x_td.dtype)
+  return jax.lax.scan(group, y_tf, (w_edf, _starts(sizes_e), sizes_e))[0]
 
 
 def _outer(x_td, grad_tf, sizes_e):
   """Sums x ⊗ grad over each run: the weights' gradient [e, d, f], fp32."""
-  t = x_td.shape[0]
-  block = min(BLOCK, t)
-  x_td, grad_tf = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_td, grad_tf))
+  x_dt = jax.lax.optimization_barrier(x_td.T)  # else each block's product turns its own, slowly
 
   def group(_, given):
     start, size = given
 
-    def step(number, total_df):
-      at = start + number * block
-      real_t1 = (at + jnp.arange(block))[:, None] < start + size
-      x, grad = (jax.lax.dynamic_slice_in_dim(a, at, block) for a in (x_td, grad_tf))
-      x = jnp.where(real_t1, x, 0)
-      return total_df + jnp.einsum("td,tf->df", x, grad, preferred_element_type=jnp.float32)
+    def step(total_df, at, mine_t):
+      part_dt = jax.lax.dynamic_slice_in_dim(x_dt, at, len(mine_t), axis=1)
+      part_tf = _rows(grad_tf, at, mine_t)
+      pair = jnp.where(mine_t, part_dt, 0), jnp.where(mine_t[:, None], part_tf, 0)
+      return total_df + jnp.einsum("dt,tf->df", *pair, preferred_element_type=jnp.float32)
 
-    zeros = jnp.zeros((x_td.shape[1], grad_tf.shape[1]), jnp.float32)
-    return None, jax.lax.fori_loop(0, _ceil(size, block), step, zeros)
+    zeros_df = jnp.zeros((len(x_dt), grad_tf.shape[1]), jnp.float32)
+    return None, _over_blocks(step, zeros_df, start, size, len(x_td))
 
   return jax.lax.scan(group, None, (_starts(sizes_e), sizes_e))[1]
+
+
+def _over_blocks(step, carry, start, size, t: int):
+  """Goes through a run in large blocks, then small ones, of which the last is not filled.
+
+  Args:
+    step: (carry, a block's first row, bool for its rows that are this step's) → carry.
+    carry: what steps pass on.
+    start: the run's first row.
+    size: its rows.
+    t: rows of all runs; a block at their end begins sooner.
+  """
+  blocks = [block for block in BLOCKS if block <= t] or [t]
+  for block in blocks:
+    count = size // block if block > blocks[-1] else _ceil(size, block)
+
+    def body(number, carry, block=block, start=start, end=start + size):
+      at = start + number * block
+      first = jnp.minimum(at, t - block)
+      row_t = first + jnp.arange(block)
+      return step(carry, first, (row_t >= at) & (row_t < end))
+
+    carry = jax.lax.fori_loop(0, count, body, carry)
+    start, size = start + count * block, size - count * block
+  return carry
+
+
+def _rows(x_td, at, mine_t):
+  return jax.lax.dynamic_slice_in_dim(x_td, at, len(mine_t))
 
 
 def _starts(sizes_e):

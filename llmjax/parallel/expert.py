@@ -4,6 +4,7 @@ Permutations and an all-to-all; what experts do with their rows is a function gi
 taken by hand, so that a token's way is the same whatever else is cut.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -67,7 +68,7 @@ def _on_device(run, x_btd, experts_btj, factors_btj, weights, experts, ways, slo
   places = min(len(numbers), b * experts * slots or len(numbers))
   sizes_e = (numbers[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32)
   order, back = order[:places], jnp.minimum(back, places)
-  rows_td = _take(jnp.repeat(x_btd.reshape(b * t, d), j, axis=0), order, back)
+  rows_td = _spread(x_btd.reshape(b * t, d), order, back, j)
   if ways == 1:
     made_td = run(rows_td, weights, sizes_e)
   else:
@@ -75,8 +76,8 @@ def _on_device(run, x_btd, experts_btj, factors_btj, weights, experts, ways, slo
     most = min(most, b * slots * (experts // ways) or most)
     made_td = _exchange(run, rows_td, weights, sizes_e, ways, min(places, most))
   made_tjd = _take(made_td, back, order).reshape(b * t, j, d)
-  factors_tj = factors_btj.reshape(b * t, j).astype(x_btd.dtype)
-  y_td = jnp.einsum("tjd,tj->td", made_tjd, factors_tj, preferred_element_type=jnp.float32)
+  factors_tj1 = factors_btj.reshape(b * t, j, 1).astype(x_btd.dtype).astype(jnp.float32)
+  y_td = (made_tjd * factors_tj1).sum(1)
   return y_td.astype(x_btd.dtype).reshape(b, t, d)
 
 
@@ -147,6 +148,24 @@ def _padded(sizes_swe, most: int, places: int):
     return _take(swap(_take(made_td, undone, order)), back, there)
 
   return send, bring
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _spread(x_td, there, back, j: int):
+  """Rows of x, of which each stands for j places, by the number of a place."""
+  return x_td.at[there // j].get(mode="fill", fill_value=0)
+
+
+def _spread_forward(x_td, there, back, j):
+  return _spread(x_td, there, back, j), back
+
+
+def _spread_backward(j, back, grad_td):
+  grad_tjd = grad_td.at[back].get(mode="fill", fill_value=0).reshape(len(back) // j, j, -1)
+  return grad_tjd.astype(jnp.float32).sum(1).astype(grad_td.dtype), None, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
 
 
 @jax.custom_vjp

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from llmjax.core.grouped import BLOCK, KERNELS, grouped_dot
+from llmjax.core import grouped
+from llmjax.core.grouped import KERNELS, grouped_dot
 
 D, F = 6, 5
 # Rows, and the rows of each group: what runs there can be.
@@ -17,8 +18,14 @@ RUNS = {
   "few": (3, [0, 1, 0, 1, 0, 0, 1, 0]),
   "beyond": (12, [2, 0, 5]),
   "none": (4, [0, 0]),
-  "blocks": (2 * BLOCK + 9, [3, 1, BLOCK + 1, BLOCK - 2]),
+  "blocks": (139, [3, 1, 64 + 16 + 1, 64 - 16 - 2]),
 }
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  """So that few rows are several blocks."""
+  monkeypatch.setattr(grouped, "BLOCKS", (64, 16))
 
 
 def operands(t, sizes, dtype=np.float32):
