@@ -22,7 +22,12 @@ from llmjax.core.errors import UserError, nearest
 
 def defaults(schema: type) -> ConfigDict:
   """Makes a locked, editable config tree holding a dataclass's defaults."""
-  return ConfigDict(dataclasses.asdict(schema())).lock()
+  return editable(schema())
+
+
+def editable(config) -> ConfigDict:
+  """Makes a locked, editable config tree, or a section of one, of a frozen config."""
+  return ConfigDict(dataclasses.asdict(config)).lock()
 
 
 def load(path: str, overrides: Sequence[str], schema: type):
@@ -48,7 +53,7 @@ def override(config, overrides: Sequence[str]):
   Raises:
     UserError: an unknown key or a value of the wrong type.
   """
-  return _apply(ConfigDict(to_dict(config)), overrides, type(config))
+  return _apply(editable(config), overrides, type(config))
 
 
 def _apply(tree: ConfigDict, overrides: Sequence[str], schema: type):

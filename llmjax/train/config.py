@@ -134,6 +134,12 @@ class Config:
       )
     if name == "prefix_lm" and self.model.attention.mask != "prefix":
       raise UserError("task.name=prefix_lm needs model.attention.mask=prefix")
+    moe = self.model.moe
+    if moe.experts and moe.top_k == 1 and moe.renormalize and moe.router in ("softmax", "sigmoid"):
+      raise UserError(
+        "model.moe.renormalize makes the weight of a token's only expert 1, so that the loss does "
+        "not reach the router: set it to False, or model.moe.top_k above 1"
+      )
 
   def task_of(self, tokenizer: Tokenizer) -> Task:
     """The run's task, for a tokenizer.

@@ -13,7 +13,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from llmjax.core import tree
-from llmjax.core.config import flat
+from llmjax.core.config import flat, override
 from llmjax.core.errors import UserError
 from llmjax.data.tasks import language_model
 from llmjax.nn.router import Routing
@@ -280,3 +280,8 @@ def test_a_negative_weight_or_rate_is_a_user_error(key):
     LossConfig(**{key: -1})
   with pytest.raises(UserError, match=r"^optim\.bias_rate -1 is negative"):
     OptimConfig(bias_rate=-1)
+
+
+def test_a_router_that_the_loss_would_not_reach_is_a_user_error():
+  with pytest.raises(UserError, match=r"^model\.moe\.renormalize makes the weight of a token's on"):
+    override(Config(), ["--config.model.moe.experts=4", "--config.model.moe.top_k=1"])
