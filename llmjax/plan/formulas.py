@@ -1,0 +1,168 @@
+"""What a run needs and costs by arithmetic alone: FLOPs, seconds, dollars, tokens of a cache.
+
+Sums that textbooks print, and the roofline that a plan starts from; no compiler, no devices. FLOPs
+count a multiply-add as two and causal attention by the keys a query sees, not by the square.
+"""
+
+import dataclasses
+
+from llmjax.models.config import ModelConfig
+from llmjax.models.formulas import cache_bytes_per_token, forward_flops_per_token, parameters
+from llmjax.plan.chips import Chip, Topology
+from llmjax.plan.traffic import Sent, traffic
+from llmjax.train.config import Config
+
+HOUR_S, DAY_S = 3600, 86_400
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8": 1}
+
+
+def training_flops(weights: float, tokens: float) -> float:
+  """Counts training by the rule of thumb 6 · N · D.
+
+  GPT-3: 6 · 174.6e9 · 300e9 = 3.14e23.
+  Source: Kaplan et al. 2020, arXiv:2001.08361, sec. 2.1.
+  """
+  return 6 * weights * tokens
+
+
+def steps_for(tokens: float, rows: int, length: int) -> int:
+  """Counts the steps that read `tokens` in batches of `rows` × `length`."""
+  return round(tokens / (rows * length))
+
+
+def chip_hours(flops: float, chip: Chip, dtype: str = "bfloat16", mfu: float = 1.0) -> float:
+  """Hours of one chip for a number of FLOPs at a share `mfu` of its peak."""
+  return flops / (chip.peak(dtype) * mfu) / HOUR_S
+
+
+def rent_usd(chip: Chip, chips: int, hours: float, usd_per_hour: float = 0.0) -> float:
+  """Dollars for `chips` over `hours`, at the list price if none is given."""
+  return chips * hours * (usd_per_hour or chip.usd_per_hour)
+
+
+def step_flops(config: Config) -> tuple[float, float]:
+  """Counts a step's FLOPs on all chips.
+
+  Returns:
+    (those of the model: forward, and twice as many backward; those of remat, done once more).
+  """
+  model = config.model
+  tokens = config.data.batch_size * model.context
+  forward = forward_flops_per_token(model, model.context)
+  head = 2 * model.width * model.vocab_size
+  again = {"none": 0.0, "full": forward - head, "dots": _scores(model), "offload": 0.0}
+  recomputed = again.get(model.remat, 0.0)
+  if config.mesh.stage > 1:  # a stage computes its chunk again, whatever remat says
+    recomputed = forward - head
+  return 3 * forward * tokens, recomputed * tokens
+
+
+def _scores(model: ModelConfig) -> float:
+  """FLOPs of attention's two products for one token, which are products between activations."""
+  return forward_flops_per_token(model, model.context) - forward_flops_per_token(model, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+  """Least seconds of a step by what could hold it up, all chips working at their peaks.
+
+  Attributes:
+    compute_s: products, remat's included.
+    hbm_s: weights, gradients and optimizer state in and out of memory once.
+    ici_s: what links inside a slice carry.
+    dcn_s: what the network between slices carries.
+    model_s: the model's own products alone.
+  """
+
+  compute_s: float
+  hbm_s: float
+  ici_s: float
+  dcn_s: float
+  model_s: float
+
+  @property
+  def step_s(self) -> float:
+    """The longest of them: all overlap."""
+    return max(self.compute_s, self.hbm_s, self.ici_s, self.dcn_s)
+
+  @property
+  def bound(self) -> str:
+    """Which it is: compute, hbm, ici or dcn."""
+    return max(("compute", "hbm", "ici", "dcn"), key=lambda name: getattr(self, f"{name}_s"))
+
+  @property
+  def mfu(self) -> float:
+    """Share of the chips' peak that the model's own FLOPs are."""
+    return self.model_s / self.step_s
+
+
+def roofline(config: Config, topology: Topology, sizes: dict[str, int]) -> Roofline:
+  """Bounds a step's time from below.
+
+  Args:
+    config: the experiment, `model.vocab_size` filled in.
+    topology: chips.
+    sizes: of every mesh axis; their product is the number of devices.
+  Returns:
+    Seconds by what could hold the step up.
+  Source: Austin et al. 2025, "How to Scale Your Model", ch. 3 and 5.
+  """
+  chip = topology.chip
+  model_flops, recomputed = step_flops(config)
+  rate = chip.peak(config.model.dtype) * topology.chips
+  held = parameters(config.model) * 4 / (sizes["fsdp"] * sizes["stage"] * sizes["tensor"])
+  sent = traffic(config, sizes)
+  across = config.mesh.across if topology.slices > 1 else None
+  return Roofline(
+    compute_s=(model_flops + recomputed) / rate,
+    hbm_s=held * 8 * chip.devices / chip.hbm_rate,  # weight, gradient, two moments: read, written
+    ici_s=sum(_seconds(one, chip) for one in sent if one.axis != across),
+    dcn_s=sum(one.bytes for one in sent if one.axis == across) / chip.dcn_rate,
+    model_s=model_flops / rate,
+  )
+
+
+def _seconds(sent: Sent, chip: Chip) -> float:
+  """Seconds of a ring over one dimension of the torus, both ways at once."""
+  return sent.bytes * chip.devices / (min(2, chip.links) * chip.link_rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+  """What writing text costs, weights and cache being read once a token.
+
+  Attributes:
+    prefill_s: one batch of prompts.
+    token_s: one token of every row.
+    tokens_per_s: of all rows.
+    cache_bytes: of all rows, whole.
+    usd_per_mtokens: dollars a million tokens written.
+  """
+
+  prefill_s: float
+  token_s: float
+  tokens_per_s: float
+  cache_bytes: float
+  usd_per_mtokens: float
+
+
+def serving(model: ModelConfig, topology: Topology, rows: int, prompt: int, length: int) -> Serving:
+  """Bounds prefill and decoding from below.
+
+  Args:
+    model: architecture; its dtype is that of weights and cache.
+    topology: chips, over which weights and cache are spread evenly.
+    rows: sequences at once.
+    prompt: tokens of each prompt.
+    length: tokens in the cache of a row, on average over what is written.
+  Source: Pope et al. 2022, arXiv:2211.05102, sec. 2.
+  """
+  chip, size = topology.chip, DTYPE_BYTES[model.dtype]
+  rate, memory = chip.peak(model.dtype) * topology.chips, chip.hbm_rate * topology.chips
+  cache = cache_bytes_per_token(model, size) * length * rows
+  read_s = (parameters(model) * size + cache) / memory
+  token_s = max(read_s, rows * forward_flops_per_token(model, length) / rate)
+  prefill_s = rows * prompt * forward_flops_per_token(model, prompt) / rate
+  per_s = rows / token_s
+  usd = rent_usd(chip, topology.chips, 1 / HOUR_S) / per_s * 1e6
+  return Serving(max(prefill_s, read_s), token_s, per_s, cache, usd)

@@ -1,0 +1,83 @@
+"""The examples that textbooks print come out of the formulas."""
+
+import pytest
+
+from llmjax.core.config import override
+from llmjax.core.errors import UserError
+from llmjax.models.config import ModelConfig
+from llmjax.models.formulas import cache_bytes_per_token, parameters
+from llmjax.parallel.mesh import AXES
+from llmjax.plan.chips import CHIPS, topology
+from llmjax.plan.formulas import (
+  chip_hours,
+  rent_usd,
+  roofline,
+  serving,
+  step_flops,
+  steps_for,
+  training_flops,
+)
+from llmjax.plan.traffic import traffic
+from llmjax.train.config import Config
+
+LLAMA_7B = ModelConfig(
+  layers=32, width=4096, heads=32, mlp_width=11_008, vocab_size=32_000, context=2048,
+  tie_embeddings=False, dtype="bfloat16",
+)
+
+
+def test_gpt_3_took_3e23_flops_and_many_hours():
+  flops = training_flops(174.6e9, 300e9)
+  assert flops == pytest.approx(3.14e23, rel=1e-3)
+  assert chip_hours(flops, CHIPS["a100"]) == pytest.approx(279_800, rel=1e-3)
+  assert chip_hours(flops, CHIPS["a100"], mfu=0.5) == pytest.approx(559_600, rel=1e-3)
+
+
+def test_a_week_of_eight_a100_is_2688_dollars():
+  assert rent_usd(CHIPS["a100"], 8, 7 * 24) == 2688
+
+
+def test_300_billion_tokens_are_286_thousand_steps():
+  assert round(steps_for(300e9, 512, 2048), -3) == 286_000
+
+
+def test_llama_7b_has_as_many_weights_and_a_cache_of_a_gibibyte():
+  assert parameters(LLAMA_7B) == 6_738_415_616
+  assert cache_bytes_per_token(LLAMA_7B) * 2048 == 2**30
+  one = serving(LLAMA_7B, topology("a100:1"), rows=1, prompt=2048, length=2048)
+  assert one.cache_bytes == 2**30
+  # Weights and cache are read once a token: (13.48 + 1.07) GB of 2,039 GB/s.
+  assert one.token_s == pytest.approx((2 * 6.738e9 + 2**30) / 2039e9, rel=1e-3)
+
+
+def test_a_step_of_llama_7b_is_six_flops_a_weight_and_token_and_half_of_attention():
+  config = override(Config(), [
+    f"--config.{change}" for change in (
+      "model.layers=32", "model.width=4096", "model.heads=32", "model.mlp_width=11008",
+      "model.vocab_size=32000", "model.context=2048", "model.tie_embeddings=False",
+      "model.remat=full", "data.batch_size=256", "mesh.fsdp=64", "mesh.data=1",
+    )
+  ])
+  flops, again = step_flops(config)
+  tokens = 256 * 2048
+  products = 6 * (6_738_415_616 - 32_000 * 4096 - 65 * 4096) * tokens  # but the look-up and norms
+  attention = 3 * 32 * 2 * 2 * 4096 * (2048 + 1) / 2 * tokens
+  assert flops == pytest.approx(products + attention, rel=1e-6)
+  assert again == pytest.approx((flops / tokens / 3 - 2 * 4096 * 32_000) * tokens, rel=1e-6)
+  sizes = dict.fromkeys(AXES, 1) | {"fsdp": 64}
+  line = roofline(config, topology("v5e:8x8"), sizes)
+  assert line.bound == "compute" and line.mfu == pytest.approx(flops / (flops + again))
+  sent = {(one.kind, one.axis): one.bytes for one in traffic(config, sizes)}
+  assert set(sent) == {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")}
+
+
+@pytest.mark.parametrize(
+  ("text", "says"),
+  [
+    ("v9:2x2", "unknown chip 'v9'"), ("v5p:4x4", "v5p comes as v5p:NxNxN"),
+    ("v5e:0x4", "v5e comes as v5e:NxN"), ("h100", "h100 comes as h100:N"),
+  ],
+)
+def test_a_topology_that_is_not_built_is_told_with_those_that_are(text, says):
+  with pytest.raises(UserError, match=says):
+    topology(text)
