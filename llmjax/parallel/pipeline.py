@@ -47,25 +47,49 @@ def run_pipeline(schedule: Schedule, chunk: Callable, weights, outer, x, sums) -
   Returns:
     Gradients of the summed objective, and the sums.
   """
-  plan = tables(schedule)
-  part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), weights)
+  plan, stages = tables(schedule), schedule.stages
+  actions, later = _actions(schedule, chunk, weights, outer, x)
+  index = jax.lax.axis_index(_AXIS)
+
+  def tick(carry, row):
+    totals, boxes = carry
+    row = jax.tree.map(lambda slots: slots[index], row)
+    held = _Boxes(*map(_read, boxes, row.buffers))
+    held = held._replace(gradient=jax.tree.map(  # the last virtual stage's: its objective alone
+      lambda grad: jnp.where(row.gradient.read < 0, jnp.zeros_like(grad), grad), held.gradient
+    ))
+    virtual = row.chunk * stages + index
+    totals, up, down, kept = jax.lax.switch(row.kind, actions, row, virtual, totals, held)
+    up = jax.lax.ppermute(up, _AXIS, [(i, (i + 1) % stages) for i in range(stages)])
+    down = jax.lax.ppermute(down, _AXIS, [(i, (i - 1) % stages) for i in range(stages)])
+    boxes = _Boxes(*map(_write, boxes, row.buffers, (held.activation, up, down, kept)))
+    return (totals, boxes), None
+
+  boxes = _Boxes(*map(_box, (x, x, x, later), plan.buffers))
+  start = Totals(*map(_zeros, (weights, outer, sums)))
+  (totals, _), _ = jax.lax.scan(tick, (start, boxes), jax.tree.map(jnp.asarray, plan))
+  return totals
+
+
+def _actions(schedule: Schedule, chunk: Callable, weights, outer, x) -> tuple:
+  """Makes what a stage may do in a tick, in the order of `CODES`, and describes what W will need.
+
+  An action is (row of the tables, virtual stage, sums so far, what its buffers hold) → (sums,
+  activation for the next stage, gradient for the one before, what W will need).
+  """
   split, backward, later = schedule.splits_backward, functools.partial(_gradients, chunk), ()
   if split:
+    part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), weights)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     backward, finish, later = _halves(backward, part, outer, x, number, number, x)
-  stages, last = schedule.stages, schedule.stages * schedule.chunks - 1
-  index = jax.lax.axis_index(_AXIS)
-  zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)  # noqa: E731
-
-  # What a stage may do in a tick: (tables of it, virtual stage, sums so far, what its buffers hold)
-  # → (sums, activation for the next stage, gradient for the one before, what W will need).
+  last = schedule.stages * schedule.chunks - 1
 
   def idle(row, virtual, totals, held):
-    return totals, zeros(x), zeros(x), zeros(later)
+    return totals, _zeros(x), _zeros(x), _zeros(later)
 
   def forward(row, virtual, totals, held):
     y, *_ = chunk(_take(weights, row.chunk), outer, held.activation, virtual, row.microbatch)
-    return totals, y, zeros(x), zeros(later)
+    return totals, y, _zeros(x), _zeros(later)
 
   def back(row, virtual, totals, held):
     own = _take(weights, row.chunk)
@@ -78,32 +102,14 @@ def run_pipeline(schedule: Schedule, chunk: Callable, weights, outer, x, sums) -
       jax.lax.cond(at_an_end, add, lambda: totals.outer),
       jax.tree.map(jnp.add, totals.sums, sums),
     )
-    return totals, zeros(x), grad_x, rest if split else ()
+    return totals, _zeros(x), grad_x, rest if split else ()
 
   def weight(row, virtual, totals, held):
     made = finish(held.pending, _take(weights, row.chunk), outer)
     totals = totals._replace(weights=_add(totals.weights, made, row.chunk))
-    return totals, zeros(x), zeros(x), zeros(later)
+    return totals, _zeros(x), _zeros(x), _zeros(later)
 
-  def tick(carry, row):
-    totals, boxes = carry
-    row = jax.tree.map(lambda slots: slots[index], row)
-    held = _Boxes(*map(_read, boxes, row.buffers))
-    held = held._replace(gradient=jax.tree.map(  # the last virtual stage's: its objective alone
-      lambda grad: jnp.where(row.gradient.read < 0, jnp.zeros_like(grad), grad), held.gradient
-    ))
-    actions = [idle, forward, back, weight][: 4 if split else 3]
-    virtual = row.chunk * stages + index
-    totals, up, down, kept = jax.lax.switch(row.kind, actions, row, virtual, totals, held)
-    up = jax.lax.ppermute(up, _AXIS, [(i, (i + 1) % stages) for i in range(stages)])
-    down = jax.lax.ppermute(down, _AXIS, [(i, (i - 1) % stages) for i in range(stages)])
-    boxes = _Boxes(*map(_write, boxes, row.buffers, (held.activation, up, down, kept)))
-    return (totals, boxes), None
-
-  boxes = _Boxes(*map(_box, (x, x, x, later), plan.buffers))
-  start = Totals(*map(zeros, (weights, outer, sums)))
-  (totals, _), _ = jax.lax.scan(tick, (start, boxes), jax.tree.map(jnp.asarray, plan))
-  return totals
+  return [idle, forward, back, weight][: 4 if split else 3], later
 
 
 class _Boxes(NamedTuple):
@@ -174,6 +180,10 @@ def _needed(eqns, outvars) -> list:
       wanted |= {var for var in eqn.invars if isinstance(var, core.Var)}
       kept.append(eqn)
   return kept[::-1]
+
+
+def _zeros(tree):
+  return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
 
 
 def _take(weights, chunk):
