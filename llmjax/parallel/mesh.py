@@ -115,7 +115,7 @@ def _slices(devices, count: int) -> list[list]:
   if len(groups) == 1 and count:
     size = max(1, len(devices) // count)
     groups = [devices[i : i + size] for i in range(0, len(devices), size)]
-  if len({len(group) for group in groups}) > 1:
+  if len({len(group) for group in groups}) > 1 or count not in (0, len(groups)):
     raise UserError(f"{len(devices)} devices are not {count or len(groups)} slices of equal size")
   return groups
 
