@@ -88,8 +88,7 @@ class Task:
     splits = np.array([rng.integers(1, max(2, length)) for length in lengths])[row.segments_bt]
     known = row.positions_bt + 1 < splits  # the next token is itself in the prefix
     prefix = (row.positions_bt < splits) & (row.segments_bt > 0)
-    mask = row.loss_mask_bt * ~known
-    return dataclasses.replace(row, prefix_bt=prefix, loss_mask_bt=mask.astype(np.float32))
+    return dataclasses.replace(row, prefix_bt=prefix, loss_mask_bt=row.loss_mask_bt * ~known)
 
   def _masked_lm(self, tokens_u, segments_u, rng) -> Batch:
     """Of the hidden tokens 80 % become the mask, 10 % any token, 10 % stay.
@@ -196,9 +195,8 @@ def score_only(tokens_bu: np.ndarray, segments_bu: np.ndarray, scored_bu: np.nda
   """Makes next-token prediction in which only the marked tokens count.
 
   Args:
-    tokens_bu: int32 [b, t + 1] ids.
-    segments_bu: int32 [b, t + 1] document numbers, 0 for padding.
-    scored_bu: bool [b, t + 1], true for tokens whose prediction counts.
+    scored_bu: bool [b, t + 1], true for tokens whose prediction counts; the others are those of
+      `language_model`.
   """
   batch = language_model(tokens_bu, segments_bu)
   return dataclasses.replace(batch, loss_mask_bt=batch.loss_mask_bt * scored_bu[:, 1:])
