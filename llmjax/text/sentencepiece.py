@@ -101,8 +101,6 @@ class SentencePiece(Tokenizer):
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     rows = self._processor.encode(texts, num_threads=-1)
-    if not self._lossless:
-      return rows
     both = zip(texts, rows, strict=True)
     return [self._encode(text) if _SPACE_MARK in text else row for text, row in both]
 
