@@ -25,18 +25,10 @@ ROUTING = {
 }
 
 
-def _read_experts(theirs, values):
-  number = theirs.get("num_experts", theirs.get("num_local_experts"))  # the latter since version 5
-  if not number:
-    raise UserError("config.json of this qwen3_moe model has no 'num_experts'")
-  return {"moe.experts": number}
-
-
-def _read_dense(theirs, values):
-  layers = theirs.get("mlp_only_layers") or []
+def _first_layers(layers: list, values) -> int:
   if sorted(layers) != list(range(len(layers))):
     raise UserError(f"mlp_only_layers={layers!r} is not supported: dense layers come first")
-  return {"moe.dense_first": len(layers)}
+  return len(layers)
 
 
 MIXTRAL = dataclasses.replace(
@@ -65,18 +57,12 @@ QWEN3_MOE = dataclasses.replace(
     "moe_intermediate_size": Key("moe.width", 768),
     "decoder_sparse_step": only(1),
     "use_sliding_window": only(False),
+    "num_experts": Key("moe.experts", other="num_local_experts"),  # the latter since version 5
+    "mlp_only_layers": Key(
+      "moe.dense_first", [], (_first_layers, lambda number, _: list(range(number)))
+    ),
   },
-  parts=(
-    rope(), UNREAD, Part(("sliding_window", "max_window_layers")),
-    Part(
-      ("num_experts", "num_local_experts"), _read_experts,
-      lambda config: {"num_experts": config.moe.experts},
-    ),
-    Part(
-      ("mlp_only_layers",), _read_dense,
-      lambda config: {"mlp_only_layers": list(range(config.moe.dense_first))},
-    ),
-  ),
+  parts=(rope(), UNREAD, Part(("sliding_window", "max_window_layers"))),
   tensors=QWEN3.tensors | EXPERTS,
 )
 OLMOE = dataclasses.replace(
@@ -112,10 +98,8 @@ def _read_latent(theirs, values):
 def _write_latent(config):
   made = {"num_key_value_heads": config.heads, "num_nextn_predict_layers": 0}
   position, scale = config.position, config.attention.scale
-  if not scale:
+  if not scale or position.factor <= 1:
     return made
-  if position.scaling != "yarn" or position.factor <= 1:
-    raise UserError(f"its attention.scale without yarn is 0.0, not {scale!r}")
   growth = math.sqrt(scale * config.dims["h"] ** 0.5) - 1
   share = {"mscale_all_dim": round(growth / (0.1 * math.log(position.factor)), 9)}
   scaling = ROPE.write(config)["rope_scaling"] | share
