@@ -199,7 +199,7 @@ class _Layout:
   Attributes:
     letters: the expression.
     shape: their tensor's.
-    groups: the parts of each dimension as `view` cuts it; joined: these dimensions.
+    groups: the parts of each dimension as `view` cuts it, and their sizes.
     ours: letters of each of our arrays; sizes: of every letter, likewise.
   """
 
@@ -211,18 +211,16 @@ class _Layout:
     if "k" not in letters:  # a layout with as many keys as queries
       self.ours = [ours.replace("k", "n") for ours in self.ours]
     self.sizes = [dict(zip(*each, strict=True)) for each in zip(self.ours, shapes, strict=True)]
-    self.groups, self.joined, shape = [], [], []
+    self.groups, shape = [], []
     for several, one in re.findall(r"\(([^)]*)\)|(.)", letters.replace("I", "i")):
       before, star, after = (several or one).partition("*")
       groups = [[before], [after] * len(paths)] if star else [before.split("+")]
-      sizes = [sum(self._sizes(parts)) for parts in groups]
+      groups = [(parts, self._sizes(parts)) for parts in groups]
       self.groups += groups
-      self.joined += sizes
-      shape.append(math.prod(sizes))
+      shape.append(math.prod(sum(sizes) for _, sizes in groups))
     if "I" in letters:
-      sides = (config.vision.channels, config.vision.patch, config.vision.patch)
-      at = letters.index("I")
-      shape[at : at + 1] = sides
+      at, vision = letters.index("I"), config.vision
+      shape[at : at + 1] = vision.channels, vision.patch, vision.patch
     self.shape = tuple(shape)
 
   def _sizes(self, parts: list) -> list[int]:
@@ -236,13 +234,11 @@ class _Layout:
   def view(self, array, number: int) -> np.ndarray:
     """Our array of this number as a view of theirs, which is contiguous."""
     cut, spelled = [], ""
-    for parts in self.groups:
+    for parts, sizes in self.groups:
       kept = [i for i, part in enumerate(parts) if not part.isdigit()] or [0]
       at = kept[number % len(kept)]
-      sizes = self._sizes(parts)
-      start = sum(sizes[:at])
-      cut.append(slice(start, start + sizes[at]))
+      cut.append(slice(sum(sizes[:at]), sum(sizes[: at + 1])))
       spelled += parts[at].strip("1")
-    array = array.reshape(self.joined)[tuple(cut)]
+    array = array.reshape([sum(sizes) for _, sizes in self.groups])[tuple(cut)]
     array = array.reshape([self.sizes[number][letter] for letter in spelled])
     return array.transpose([spelled.index(letter) for letter in self.ours[number]])
