@@ -55,10 +55,12 @@ def _canonical_moe(config: ModelConfig) -> MoeConfig:
   moe = config.moe
   if not moe.experts:
     return moe
-  top_groups = 1 if moe.groups == 1 else moe.top_groups
-  drop = moe.drop if moe.capacity else MoeConfig().drop
-  width = moe.width or config.mlp_width
-  return dataclasses.replace(moe, width=width, top_groups=top_groups, drop=drop)
+  return dataclasses.replace(
+    moe,
+    width=moe.width or config.mlp_width,
+    top_groups=1 if moe.groups == 1 else moe.top_groups,
+    drop=moe.drop if moe.capacity else MoeConfig().drop,
+  )
 
 
 # What a kind of positions or a scaling of rotary ones reads.

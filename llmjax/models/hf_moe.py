@@ -110,20 +110,17 @@ def _write_latent(config):
 
 
 def _read_groups(theirs, values):
-  method = theirs.get("topk_method", "greedy")
-  if method == "greedy":
+  if theirs.get("topk_method") != LIMITED:
     return {}
-  if method != "group_limited_greedy":
-    raise UserError(f"deepseek_v2 with topk_method={method!r} is not supported")
   return {"moe.groups": theirs.get("n_group"), "moe.top_groups": theirs.get("topk_group")}
 
 
 def _write_groups(config):
-  moe = config.moe
-  method = "group_limited_greedy" if moe.groups > 1 else "greedy"
-  return {"topk_method": method, "n_group": moe.groups, "topk_group": moe.top_groups}
+  groups = {"n_group": config.moe.groups, "topk_group": config.moe.top_groups}
+  return groups | ({"topk_method": LIMITED} if config.moe.groups > 1 else {})
 
 
+LIMITED = "group_limited_greedy"
 ROPE = rope()
 LATENT = Part(
   ("num_key_value_heads", "head_dim", "qk_head_dim", "num_nextn_predict_layers"),
@@ -174,6 +171,7 @@ DEEPSEEK_V2 = dataclasses.replace(
   DEEPSEEK_V3, name="deepseek_v2", architecture="DeepseekV2ForCausalLM",
   keys=without(DEEPSEEK_V3.keys, "group", "topk_method", "rope_interleave", "norm_topk")
   | {
+    "topk_method": only("greedy", LIMITED),
     "norm_topk_prob": only(False),
     "scoring_func": only("softmax"),
     "mlp_bias": only(False),
@@ -182,7 +180,7 @@ DEEPSEEK_V2 = dataclasses.replace(
   skip=LLAMA.skip,
   parts=(
     ROPE, LATENT, UNREAD, DIVIDES,
-    Part(("topk_method", "n_group", "topk_group"), _read_groups, _write_groups),
+    Part(("n_group", "topk_group"), _read_groups, _write_groups),
   ),
 )
 MOES = (MIXTRAL, QWEN3_MOE, OLMOE, DEEPSEEK_V3, DEEPSEEK_V2)
