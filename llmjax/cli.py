@@ -16,7 +16,7 @@ from llmjax.bench import suite
 from llmjax.core import config as configs
 from llmjax.core.errors import RunFailed, UserError, nearest
 from llmjax.parallel import join, multihost
-from llmjax.train.check import all_meshes, check, show_row
+from llmjax.train import check as checks
 from llmjax.train.config import Config
 
 
@@ -170,11 +170,12 @@ def _check(args, overrides) -> dict:
     raise UserError(f"--meshes={args.meshes}; {nearest(args.meshes, ('some', 'all'))}")
   _force_devices(args.devices)  # before jax makes its devices
   config = configs.load(args.config, overrides, Config)
-  meshes = list(all_meshes(args.devices)) if args.meshes == "all" else ()
-  result = check(config, args.devices, meshes, lambda row: print(show_row(row), flush=True))
+  meshes = list(checks.all_meshes(args.devices)) if args.meshes == "all" else ()
+  tell = lambda row: print(checks.show_row(row), flush=True)  # noqa: E731
+  result = checks.check(config, args.devices, meshes, tell)
   for row in result["meshes"]:
     if not row["ok"]:
-      print(f"llmjax: check failed: {show_row(row)}", file=sys.stderr)
+      print(f"llmjax: check failed: {checks.show_row(row)}", file=sys.stderr)
   return result
 
 
