@@ -122,7 +122,7 @@ def _go_round(bench: str, options: Options) -> dict:
       for row in rows:
         row["ratio"] = ratio(rounds[row["peer"]], rounds[base])
     told["notes"] += _check_losses(rows, _LOSS_TOLERANCE[options.dtype])
-    told["notes"] += _check_tokens(rows, rounds)
+    told["notes"] += _check_tokens(rows, rounds, **case)
     case |= {"title": _title(bench, options, **case), "rows": rows}
   return {"cases": cases, **told}
 
@@ -175,7 +175,9 @@ def _check_losses(rows: Sequence[dict], tolerance: float) -> list[str]:
   return [f"WARNING: first losses differ, peers do not do the same: {losses}"]
 
 
-def _check_tokens(rows: Sequence[dict], rounds: Mapping[str, list[dict]]) -> list[str]:
+def _check_tokens(
+  rows: Sequence[dict], rounds: Mapping[str, list[dict]], batch: int = 0
+) -> list[str]:
   """Counts the leading tokens that a peer wrote as the first peer did; warns where they are few."""
   first = next(iter(rounds.values()))[0].get("ids")
   if first is None:
@@ -185,7 +187,7 @@ def _check_tokens(rows: Sequence[dict], rounds: Mapping[str, list[dict]]) -> lis
     row["same_tokens"] = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
   if min(row["same_tokens"] for row in rows) >= 8:
     return []
-  return ["WARNING: greedy tokens differ early, see same_tokens"]
+  return [f"WARNING: greedy tokens differ early (batch {batch}), see same_tokens"]
 
 
 def _title(bench: str, options: Options, batch: int = 0) -> str:
