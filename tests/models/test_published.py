@@ -12,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 from llmjax.core.errors import UserError
 from llmjax.models import hf
 from llmjax.models.build import count_parameters
-from llmjax.models.formulas import cache_bytes_per_token, forward_flops_per_token, parameters
+from llmjax.models.formulas import cache_bytes_per_token, forward_flops_per_token
 from llmjax.models.hf_family import misfits
 from tests import golden
+from tests.models.counts import parameters
 
 
 def _yarn(mscale):
