@@ -58,5 +58,6 @@ def plot_experts(workdir: Path, path: Path):
   over_time.legend(fontsize=7)
   shown = at_end.imshow(last_le, cmap="coolwarm", vmin=0, vmax=2, aspect="auto")
   at_end.set(xlabel="expert", ylabel="layer", title="load / mean load, last fifth of the steps")
+  at_end.locator_params(integer=True)
   figure.colorbar(shown, ax=at_end)
   figure.savefig(path)
