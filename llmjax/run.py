@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from llmjax.core import config as configs
 from llmjax.core.errors import UserError
 from llmjax.data.loader import make_store, make_tokenizer, read_split
-from llmjax.data.prepare import prepare, store_key
+from llmjax.data.prepare import store_key
 from llmjax.data.sources import read_sources
 from llmjax.eval.loss import compressor_bits_per_byte, evaluate_loss
 from llmjax.models import gguf, hf
@@ -89,8 +89,7 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
   )
 
   def evaluate(model):
-    batch_size, stride = config.eval.batch_size, config.eval.stride
-    return evaluate_loss(model, held_store, mesh, task, batch_size, stride)
+    return evaluate_loss(model, held_store, mesh, task, config.eval.batch_size, config.eval.stride)
 
   def begin(fresh):
     where = config.init.checkpoint
@@ -189,10 +188,9 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
       )
   mesh = make_mesh(MeshConfig())
   decoder = jax.device_put(model.parameters, weight_shardings(mesh, model.parameters))
-  store = prepare(documents, model.tokenizer, _cache(config, checkpoint))
+  store = make_store(config.data, documents, model.tokenizer, _workdir(checkpoint))
   task = config.task_of(model.tokenizer)
-  batch_size, stride = config.eval.batch_size, config.eval.stride
-  scores = evaluate_loss(decoder, store, mesh, task, batch_size, stride)
+  scores = evaluate_loss(decoder, store, mesh, task, config.eval.batch_size, config.eval.stride)
   return {**scores, **compressor_bits_per_byte(documents)}
 
 
@@ -219,13 +217,11 @@ def _median_rate(workdir: Path) -> float:
   return statistics.median(line["tokens_per_s"] for line in read_metrics(workdir) if "loss" in line)
 
 
-def _cache(config: Config, checkpoint) -> Path:
-  if config.data.cache:
-    return Path(config.data.cache)
+def _workdir(checkpoint) -> Path:
   path = Path(checkpoint).absolute()
   while path.name.isdigit() or path.name == "checkpoints":
     path = path.parent
-  return path / "data"
+  return path
 
 
 def _check_workdir(config: Config, meta: dict, workdir: Path):

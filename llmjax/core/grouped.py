@@ -115,9 +115,11 @@ def _multiply(x_td, w_edf, sizes_e, transposed: bool = False):
   def group(y_tf, given):
     w_df, start, size = given
 
-    def step(y_tf, at, mine_t):
-      made = jnp.einsum(eq, _rows(x_td, at, mine_t), w_df, preferred_element_type=jnp.float32)
-      made = jnp.where(mine_t[:, None], made.astype(y_tf.dtype), _rows(y_tf, at, mine_t))
+    def step(y_tf, at, block, mine_t):
+      made = jnp.einsum(eq, _rows(x_td, at, block), w_df, preferred_element_type=jnp.float32)
+      made = made.astype(y_tf.dtype)
+      if mine_t is not None:
+        made = jnp.where(mine_t[:, None], made, _rows(y_tf, at, block))
       return jax.lax.dynamic_update_slice_in_dim(y_tf, made, at, 0)
 
     return _over_blocks(step, y_tf, start, size, len(x_td)), None
@@ -133,10 +135,10 @@ def _outer(x_td, grad_tf, sizes_e):
   def group(_, given):
     start, size = given
 
-    def step(total_df, at, mine_t):
-      part_dt = jax.lax.dynamic_slice_in_dim(x_dt, at, len(mine_t), axis=1)
-      part_tf = _rows(grad_tf, at, mine_t)
-      pair = jnp.where(mine_t, part_dt, 0), jnp.where(mine_t[:, None], part_tf, 0)
+    def step(total_df, at, block, mine_t):
+      pair = jax.lax.dynamic_slice_in_dim(x_dt, at, block, axis=1), _rows(grad_tf, at, block)
+      if mine_t is not None:
+        pair = jnp.where(mine_t, pair[0], 0), jnp.where(mine_t[:, None], pair[1], 0)
       return total_df + jnp.einsum("dt,tf->df", *pair, preferred_element_type=jnp.float32)
 
     zeros_df = jnp.zeros((len(x_dt), grad_tf.shape[1]), jnp.float32)
@@ -149,7 +151,7 @@ def _over_blocks(step, carry, start, size, t: int):
   """Goes through a run in large blocks, then small ones, of which the last is not filled.
 
   Args:
-    step: (carry, a block's first row, bool for its rows that are this step's) → carry.
+    step: (carry, first row, rows, bool for those of this step; None: all are) → carry.
     carry: what steps pass on.
     start: the run's first row.
     size: its rows.
@@ -157,21 +159,24 @@ def _over_blocks(step, carry, start, size, t: int):
   """
   blocks = [block for block in BLOCKS if block <= t] or [t]
   for block in blocks:
-    count = size // block if block > blocks[-1] else _ceil(size, block)
+    whole = block > blocks[-1]
 
-    def body(number, carry, block=block, start=start, end=start + size):
+    def body(number, carry, block=block, whole=whole, start=start, end=start + size):
       at = start + number * block
+      if whole:
+        return step(carry, at, block, None)
       first = jnp.minimum(at, t - block)
       row_t = first + jnp.arange(block)
-      return step(carry, first, (row_t >= at) & (row_t < end))
+      return step(carry, first, block, (row_t >= at) & (row_t < end))
 
+    count = size // block if whole else _ceil(size, block)
     carry = jax.lax.fori_loop(0, count, body, carry)
     start, size = start + count * block, size - count * block
   return carry
 
 
-def _rows(x_td, at, mine_t):
-  return jax.lax.dynamic_slice_in_dim(x_td, at, len(mine_t))
+def _rows(x_td, at, block: int):
+  return jax.lax.dynamic_slice_in_dim(x_td, at, block)
 
 
 def _starts(sizes_e):

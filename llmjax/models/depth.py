@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import itertools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -40,19 +42,21 @@ def run_layers(blocks, x_btd, each, shared: Shared, config: ModelConfig, first: 
     (x_btd, (caches, what routers did)).
   """
   pattern = _from(config.attention.pattern, first)
-  if isinstance(blocks, tuple):
-    return _apart(blocks, x_btd, each, shared, config)
+  bodies = [_body(kind, shared, config) for kind in pattern]
+  if isinstance(blocks, tuple):  # decoding then copies no weight and no cache
+    own = zip(*(part or (None,) * len(blocks) for part in each), strict=True)
+    x_btd, made = _in_turn(bodies, x_btd, zip(blocks, own, range(len(blocks)), strict=True))
+    return x_btd, tuple(zip(*made, strict=True))
   layers = count(blocks)
   rows = (blocks, each, first + jnp.arange(layers))
   scanned = layers // len(pattern) * len(pattern) if config.scan else 0
   made = []
   if scanned:
-    bodies = [_body(kind, shared, config, scanned=True) for kind in pattern]
-    x_btd, kept = _scan(bodies, x_btd, jax.tree.map(lambda leaf: leaf[:scanned], rows))
+    cycle = [_body(kind, shared, config, scanned=True) for kind in pattern]
+    x_btd, kept = _scan(cycle, x_btd, jax.tree.map(lambda leaf: leaf[:scanned], rows))
     made.append(kept)
   if scanned < layers:
     rest = jax.tree.map(lambda leaf: leaf[scanned:], rows) if scanned else rows
-    bodies = [_body(kind, shared, config, scanned=False) for kind in pattern]
     x_btd, kept = _unrolled(bodies, x_btd, rest, layers - scanned)
     made.append(kept)
   return x_btd, made[0] if len(made) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *made)
@@ -64,7 +68,7 @@ def _from(pattern: tuple, first: int) -> tuple:
   return pattern[first:] + pattern[:first]
 
 
-def _body(kind, shared, config: ModelConfig, scanned: bool):
+def _body(kind, shared: Shared, config: ModelConfig, scanned: bool = False):
   """One layer of a kind: (x_btd, (block, (cache, source), number)) → (x_btd, (cache, routing))."""
 
   def body(x_btd, layer, shared):
@@ -78,20 +82,6 @@ def _body(kind, shared, config: ModelConfig, scanned: bool):
     policy = _POLICIES[config.remat]
     body = jax.checkpoint(body, policy=policy, prevent_cse=not scanned)
   return lambda x_btd, layer: body(x_btd, layer, shared)
-
-
-def _apart(blocks: tuple, x_btd, each, shared, config: ModelConfig):
-  """Layers and caches that are trees of their own: decoding then copies no weight and no cache."""
-  caches, sources = each
-  made = []
-  for number, block in enumerate(blocks):
-    kind = config.attention.pattern[number % len(config.attention.pattern)]
-    own = tuple(None if part is None else part[number] for part in (caches, sources))
-    body = _body(kind, shared, config, scanned=False)
-    x_btd, kept = body(x_btd, (block, own, number))
-    made.append(kept)
-  caches, routing = zip(*made, strict=True)
-  return x_btd, (caches, routing)
 
 
 def run_some(
@@ -115,7 +105,7 @@ def run_some(
   """
   pattern = _from(config.attention.pattern, before)
   config = config if remat else dataclasses.replace(config, remat="none")
-  bodies = [_body(kind, shared, config, scanned=False) for kind in pattern]
+  bodies = [_body(kind, shared, config) for kind in pattern]
   made = []
   for place, block in enumerate(unstack(blocks, count(blocks))):
     number = first + place
@@ -165,12 +155,18 @@ def _scan(bodies, x_btd, rows):
 
 
 def _unrolled(bodies, x_btd, rows, layers: int):
-  """A copy of its body for every layer."""
-  made = []
-  for number, layer in enumerate(unstack(rows, layers)):
-    x_btd, kept = bodies[number % len(bodies)](x_btd, layer)
-    made.append(kept)
+  """A copy of its body for every layer of a stack."""
+  x_btd, made = _in_turn(bodies, x_btd, unstack(rows, layers))
   return x_btd, jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
+
+
+def _in_turn(bodies, x_btd, layers: Iterable):
+  """One layer after another: (x_btd, what each made)."""
+  made = []
+  for body, layer in zip(itertools.cycle(bodies), layers, strict=False):
+    x_btd, kept = body(x_btd, layer)
+    made.append(kept)
+  return x_btd, made
 
 
 def count(stacked) -> int:

@@ -70,13 +70,12 @@ def read_tensors(family: Family, config: ModelConfig, tensors: Tensors):
     note(f"{len(dropped)} tensors have no place in llmjax and are left out, such as {dropped[0]!r}")
   kept = {
     name: reader
-    for name, reader in tensors.readers.items()
+    for name, reader in tensors.data.items()
     if not matches(name, family.dropped + family.ignore)
     and not family.skip(name, config)
     and not _is_copy(family, name, tensors)
   }
-  table = family.table(config)
-  return from_tensors(config, Tensors(kept), table, family.offset, family.optional)
+  return from_tensors(config, Tensors(kept), family.tensors, family.offset, family.optional)
 
 
 def _is_copy(family, name, tensors) -> bool:
@@ -117,7 +116,7 @@ def save_folder(model: Model, path, dtype: str = "float32", family: str = ""):
   model = _begun(model)
   chosen = choose(model.config, family)
   config, leaves = half_layout(model)
-  tensors = to_tensors(config, leaves, chosen.table(config), chosen.offset)
+  tensors = to_tensors(config, leaves, chosen.tensors, chosen.offset)
   for name, (value, like) in chosen.constants.items():
     tensors[name] = np.full_like(tensors[like], value)
   ids = _token_ids(model)

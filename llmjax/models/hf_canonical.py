@@ -38,7 +38,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
 
 def _canonical_attention(config: ModelConfig) -> AttentionConfig:
   attention, h = config.attention, config.dims["h"]
-  layers = [attention.pattern[i % len(attention.pattern)] for i in range(config.layers)]
+  layers = layer_kinds(config)
   usual = config.kind == "encoder_decoder" or config.causal == (config.kind == "decoder")
   unread = ("window", "sparse_block", "sparse_local", "sparse_global", "sparse_stride")
   unread = [key for key in unread if key.partition("_")[0] not in layers]
@@ -55,10 +55,12 @@ def _canonical_moe(config: ModelConfig) -> MoeConfig:
   moe = config.moe
   if not moe.experts:
     return moe
-  top_groups = 1 if moe.groups == 1 else moe.top_groups
-  drop = moe.drop if moe.capacity else MoeConfig().drop
-  width = moe.width or config.mlp_width
-  return dataclasses.replace(moe, width=width, top_groups=top_groups, drop=drop)
+  return dataclasses.replace(
+    moe,
+    width=moe.width or config.mlp_width,
+    top_groups=1 if moe.groups == 1 else moe.top_groups,
+    drop=moe.drop if moe.capacity else MoeConfig().drop,
+  )
 
 
 # What a kind of positions or a scaling of rotary ones reads.
@@ -88,6 +90,12 @@ def _canonical_position(config: ModelConfig) -> PositionConfig:
     theta = made.theta * made.factor ** (r / (r - 2))
     made = dataclasses.replace(made, theta=theta, scaling="none", factor=1.0)
   return made
+
+
+def layer_kinds(config: ModelConfig) -> list[str]:
+  """Lists the kind of every layer."""
+  pattern = config.attention.pattern
+  return [pattern[i % len(pattern)] for i in range(config.layers)]
 
 
 def shortest_pattern(layers: list) -> tuple:

@@ -25,18 +25,10 @@ ROUTING = {
 }
 
 
-def _read_experts(theirs, values):
-  number = theirs.get("num_experts", theirs.get("num_local_experts"))  # the latter since version 5
-  if not number:
-    raise UserError("config.json of this qwen3_moe model has no 'num_experts'")
-  return {"moe.experts": number}
-
-
-def _read_dense(theirs, values):
-  layers = theirs.get("mlp_only_layers") or []
+def _first_layers(layers: list, values) -> int:
   if sorted(layers) != list(range(len(layers))):
     raise UserError(f"mlp_only_layers={layers!r} is not supported: dense layers come first")
-  return {"moe.dense_first": len(layers)}
+  return len(layers)
 
 
 MIXTRAL = dataclasses.replace(
@@ -65,18 +57,12 @@ QWEN3_MOE = dataclasses.replace(
     "moe_intermediate_size": Key("moe.width", 768),
     "decoder_sparse_step": only(1),
     "use_sliding_window": only(False),
+    "num_experts": Key("moe.experts", other="num_local_experts"),  # the latter since version 5
+    "mlp_only_layers": Key(
+      "moe.dense_first", [], (_first_layers, lambda number, _: list(range(number)))
+    ),
   },
-  parts=(
-    rope(), UNREAD, Part(("sliding_window", "max_window_layers")),
-    Part(
-      ("num_experts", "num_local_experts"), _read_experts,
-      lambda config: {"num_experts": config.moe.experts},
-    ),
-    Part(
-      ("mlp_only_layers",), _read_dense,
-      lambda config: {"mlp_only_layers": list(range(config.moe.dense_first))},
-    ),
-  ),
+  parts=(rope(), UNREAD, Part(("sliding_window", "max_window_layers"))),
   tensors=QWEN3.tensors | EXPERTS,
 )
 OLMOE = dataclasses.replace(
@@ -112,10 +98,8 @@ def _read_latent(theirs, values):
 def _write_latent(config):
   made = {"num_key_value_heads": config.heads, "num_nextn_predict_layers": 0}
   position, scale = config.position, config.attention.scale
-  if not scale:
+  if not scale or position.factor <= 1:
     return made
-  if position.scaling != "yarn" or position.factor <= 1:
-    raise UserError(f"its attention.scale without yarn is 0.0, not {scale!r}")
   growth = math.sqrt(scale * config.dims["h"] ** 0.5) - 1
   share = {"mscale_all_dim": round(growth / (0.1 * math.log(position.factor)), 9)}
   scaling = ROPE.write(config)["rope_scaling"] | share
@@ -126,20 +110,17 @@ def _write_latent(config):
 
 
 def _read_groups(theirs, values):
-  method = theirs.get("topk_method", "greedy")
-  if method == "greedy":
+  if theirs.get("topk_method") != LIMITED:
     return {}
-  if method != "group_limited_greedy":
-    raise UserError(f"deepseek_v2 with topk_method={method!r} is not supported")
   return {"moe.groups": theirs.get("n_group"), "moe.top_groups": theirs.get("topk_group")}
 
 
 def _write_groups(config):
-  moe = config.moe
-  method = "group_limited_greedy" if moe.groups > 1 else "greedy"
-  return {"topk_method": method, "n_group": moe.groups, "topk_group": moe.top_groups}
+  groups = {"n_group": config.moe.groups, "topk_group": config.moe.top_groups}
+  return groups | ({"topk_method": LIMITED} if config.moe.groups > 1 else {})
 
 
+LIMITED = "group_limited_greedy"
 ROPE = rope()
 LATENT = Part(
   ("num_key_value_heads", "head_dim", "qk_head_dim", "num_nextn_predict_layers"),
@@ -190,6 +171,7 @@ DEEPSEEK_V2 = dataclasses.replace(
   DEEPSEEK_V3, name="deepseek_v2", architecture="DeepseekV2ForCausalLM",
   keys=without(DEEPSEEK_V3.keys, "group", "topk_method", "rope_interleave", "norm_topk")
   | {
+    "topk_method": only("greedy", LIMITED),
     "norm_topk_prob": only(False),
     "scoring_func": only("softmax"),
     "mlp_bias": only(False),
@@ -198,7 +180,7 @@ DEEPSEEK_V2 = dataclasses.replace(
   skip=LLAMA.skip,
   parts=(
     ROPE, LATENT, UNREAD, DIVIDES,
-    Part(("topk_method", "n_group", "topk_group"), _read_groups, _write_groups),
+    Part(("n_group", "topk_group"), _read_groups, _write_groups),
   ),
 )
 MOES = (MIXTRAL, QWEN3_MOE, OLMOE, DEEPSEEK_V3, DEEPSEEK_V2)

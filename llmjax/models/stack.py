@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmjax.data.batch import Batch
 from llmjax.models.block import Block, Shared
 from llmjax.models.config import ModelConfig
 from llmjax.models.depth import count, run_layers
@@ -47,39 +48,18 @@ class Stack(nnx.Module):
       self.relative_in = param(norm_key, "relative_in", dims, normal(config.width**-0.5))
 
   def __call__(
-    self,
-    x_btd,
-    positions_bt,
-    segments_bt=None,
-    prefix_bt=None,
-    cache: Cache | None = None,
-    memory_bsd=None,
-    source_segments_bs=None,
-    key=None,
-    tokens_bt=None,
+    self, x_btd, shared: Shared, cache: Cache | None = None, source: KVCache | None = None
   ):
     """Runs all blocks.
 
     Args:
       x_btd: embedded tokens.
-      positions_bt: int32 places within the document; slots of the cache.
-      segments_bt: int32 documents of a packed row, 0 for padding; None: one document. With a cache
-        it is not read: rows of a cache hold one document each.
-      prefix_bt: bool, tokens that their whole document sees.
+      shared: what `shared` made of the same rows and cache.
       cache: keys and values so far.
-      memory_bsd: the other stack's result, where there is cross attention and no cache.
-      source_segments_bs: int32 document numbers of `memory_bsd`.
-      key: PRNG key of dropout; None drops nothing.
-      tokens_bt: int32 ids, for routers that read them.
+      source: what `look_up` made of the other stack's result, where there is cross attention.
     Returns:
       (x_btd normed, the cache with these positions in it, what routers did or None).
     """
-    source = self.look_up(memory_bsd) if self.cross and cache is None else cache and cache.source
-    if cache is not None and cache.prefix_bs is not None and prefix_bt is not None:
-      cache = dataclasses.replace(cache, prefix_bs=_mark(cache.prefix_bs, prefix_bt, positions_bt))
-    shared = self.shared(
-      positions_bt, segments_bt, prefix_bt, cache, source_segments_bs, key, tokens_bt
-    )
     own, first = None if cache is None else cache.own, self.dense
     part = lambda a, b: jax.tree.map(lambda leaf: leaf[a:b], (own, source))  # noqa: E731
     x_btd, before = self.run_first(x_btd, shared, part(0, first) if first else (None, None))
@@ -103,18 +83,30 @@ class Stack(nnx.Module):
     return x_btd, caches
 
   def shared(
-    self, positions_bt, segments_bt=None, prefix_bt=None, cache=None, source_segments_bs=None,
-    key=None, tokens_bt=None,
+    self, batch: Batch, key=None, cache: Cache | None = None, source_segments_bs=None
   ) -> Shared:
-    """Makes what all layers are given alike."""
+    """Makes what all layers are given alike.
+
+    Args:
+      batch: segments, positions (with a cache: its slots), prefix, and tokens for routers that
+        read them. With a cache segments are not read: its rows hold one document each.
+      key: PRNG key of dropout.
+      cache: keys and values so far; its prefix counts, not the batch's.
+      source_segments_bs: int32 document numbers of what cross attention looks at.
+    """
+    positions_bt, segments_bt = positions_of(batch), batch.segments_bt
     source_view = None
     if self.cross:
-      numbers_bs = source_segments_bs if cache is None else cache.source_segments_bs
       numbers_bt = jnp.ones_like(positions_bt) if segments_bt is None else segments_bt
-      source_view = View(cross_mask(numbers_bt, positions_bt, numbers_bs))
-    views = self._views(positions_bt, segments_bt, prefix_bt, cache)
+      source_view = View(cross_mask(numbers_bt, positions_bt, source_segments_bs))
+    views = {
+      kind: View(
+        self._mask(kind, positions_bt, batch, cache), self._rope(kind, positions_bt), self._bias()
+      )
+      for kind in dict.fromkeys(self.config.attention.pattern)
+    }
     real_bt = None if segments_bt is None else segments_bt > 0
-    return Shared(views, positions_bt, source_view, key, tokens_bt, real_bt)
+    return Shared(views, positions_bt, source_view, key, batch.tokens_bt, real_bt)
 
   def leave(self, x_btd):
     """Norms what the last block returns, where the config has it so."""
@@ -138,25 +130,15 @@ class Stack(nnx.Module):
     layers = count(self.blocks) + self.dense
     return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], layers, 0), one)
 
-  def _views(self, positions_bt, segments_bt, prefix_bt, cache) -> dict[str, View]:
-    """What each kind of layer sees, made once for all layers."""
-    config = self.config
-    return {
-      kind: View(
-        self._mask(kind, positions_bt, segments_bt, prefix_bt, cache),
-        self._rope(kind, positions_bt),
-        self._bias(),
-      )
-      for kind in dict.fromkeys(config.attention.pattern)
-    }
-
-  def _mask(self, kind, positions_bt, segments_bt, prefix_bt, cache) -> Mask:
-    rule = self.config.attention.rule(kind, self.causal)
+  def _mask(self, kind, positions_bt, batch: Batch, cache: Cache | None) -> Mask:
+    attention = self.config.attention
+    rule = attention.rule(kind, self.causal)
     if cache is not None:
       # The prefix is the cache's: later queries see it too, however far away.
       mask = cache_mask(rule, positions_bt, cache.slots)
       return dataclasses.replace(mask, prefix_bs=cache.prefix_bs)
-    return self_mask(rule, segments_bt, positions_bt, prefix_bt)
+    prefix_bt = batch.prefix_bt if attention.mask == "prefix" else None
+    return self_mask(rule, batch.segments_bt, positions_bt, prefix_bt)
 
   def _rope(self, kind, positions_bt):
     position = self.config.position
@@ -173,7 +155,8 @@ class Stack(nnx.Module):
     return None
 
 
-def _mark(prefix_bs, prefix_bt, positions_bt):
-  """The cache's prefix with that of new positions in it."""
-  rows = jnp.arange(len(positions_bt))[:, None]
-  return prefix_bs.at[rows, positions_bt].set(prefix_bt)
+def positions_of(batch: Batch):
+  """Places within documents: 0, 1, 2 … along each row where a batch says nothing else."""
+  if batch.positions_bt is not None:
+    return batch.positions_bt
+  return jnp.broadcast_to(jnp.arange(batch.tokens_bt.shape[1]), batch.tokens_bt.shape)

@@ -57,7 +57,8 @@ class Tower(nnx.Module):
       x_btd = self.input_norm(x_btd)
     x_btd = dropout(x_btd, self.config.dropout, keys[0])
     positions_bt = jnp.broadcast_to(jnp.arange(x_btd.shape[1]), x_btd.shape[:2])
-    return self.encoder(x_btd, positions_bt, key=keys[1])[0]
+    shared = self.encoder.shared(Batch(positions_bt=positions_bt), keys[1])
+    return self.encoder(x_btd, shared)[0]
 
   def features(self, patches_bsi, key=None):
     """Reads any number of images a row: a vector for each patch, x_bsd, without class tokens."""

@@ -181,10 +181,10 @@ class Attention(nnx.Module):
     if config.sinks:
       self.sinks_n = param(key, "sinks_n", dims, constant(0.0))
     if config.qk_norm != "none":
-      together = ("h", "h") if config.qk_norm == "head" else ("nh", "kh")
+      together = config.qk_norm == "all"
       norm = dataclasses.replace(norm, bias=False)
-      self.query_norm = Norm(key, dims, norm, together[0])
-      self.key_norm = Norm(key, dims, norm, together[1])
+      self.query_norm = Norm(key, dims, norm, "nh" if together else "h")
+      self.key_norm = Norm(key, dims, norm, "kh" if together else "h")
 
   def __call__(self, x_btd, view: View, positions_bt, cache: KVCache | None = None):
     """Mixes a row's positions.
@@ -197,7 +197,7 @@ class Attention(nnx.Module):
     Returns:
       (y_btd, the cache with the new positions in it).
     """
-    q_btnh, k_bskh, v_bskh = self._project(x_btd, "query", "key", "value")
+    q_btnh, k_bskh, v_bskh = self._project(x_btd, query="n", key="k", value="k")
     q_btnh, new = self._queries(q_btnh, view), self._pair(k_bskh, v_bskh, view)
     if cache is not None:
       cache = new = cache.write(new, positions_bt)
@@ -205,11 +205,11 @@ class Attention(nnx.Module):
 
   def look_at(self, x_btd, source: KVCache, view: View):
     """Mixes another row's values into each position (cross attention): y_btd."""
-    return self._mix(self._queries(*self._project(x_btd, "query"), view), source, view)
+    return self._mix(self._queries(*self._project(x_btd, query="n"), view), source, view)
 
   def keys_and_values(self, x_bsd, view: View | None = None) -> KVCache:
     """Projects what is looked at; keys come out normed and rotated."""
-    return self._pair(*self._project(x_bsd, "key", "value"), view)
+    return self._pair(*self._project(x_bsd, key="k", value="k"), view)
 
   def _pair(self, k_bskh, v_bskh, view: View | None) -> KVCache:
     if self.config.qk_norm != "none":
@@ -226,42 +226,31 @@ class Attention(nnx.Module):
       q_btnh = rotate(q_btnh, *view.rope, self.layout)
     return named(shard(q_btnh, "btnh"), "query")
 
-  def _project(self, x_btd, *names) -> tuple:
-    """Projects the stream into queries, keys, values, whichever are named."""
-    heads = {"query": "n", "key": "k", "value": "k"}
-    weights = {f"{name}_d{heads[name]}h": None for name in names}
+  def _project(self, x_btd, **heads: str) -> tuple:
+    """Projects the stream into queries, keys, values, whichever are given with heads' letter."""
+    paths = [f"{name}_d{n}h" for name, n in heads.items()]
     if self.config.bias != "none":
-      weights |= {f"{name}_bias_{heads[name]}h": None for name in names}
+      paths += [f"{name}_bias_{n}h" for name, n in heads.items()]
 
     def project(x_btd, weights):
       made = []
-      for name in names:
-        n = heads[name]
+      for name, n in heads.items():
         y = dot(f"btd,d{n}h->bt{n}h", x_btd, weights[f"{name}_d{n}h"])
         bias = weights.get(f"{name}_bias_{n}h")
         made.append(y if bias is None else y + bias.astype(y.dtype))
       return tuple(made)
 
-    weights = {name: getattr(self, name) for name in weights}
-    return columns(project, x_btd, weights, tuple(f"bt{heads[name]}h" for name in names))
+    weights = {path: getattr(self, path) for path in paths}
+    return columns(project, x_btd, weights, tuple(f"bt{n}h" for n in heads.values()))
 
   def _mix(self, q_btnh, source: KVCache, view: View):
     config = self.config
-    scores = Scores(
-      config.scale or q_btnh.shape[-1] ** -0.5,
-      config.softcap,
-      view.bias,
-      self.sinks_n if config.sinks else None,
-    )
+    scale = config.scale or q_btnh.shape[-1] ** -0.5
+    sinks_n = self.sinks_n if config.sinks else None
     o_btnh = attend_cut(
-      q_btnh,
-      source.key_bskh,
-      source.value_bskh,
-      view.mask,
-      scores,
-      config.kernel,
-      config.block,
-      config.context,
+      q_btnh, source.key_bskh, source.value_bskh, view.mask,
+      Scores(scale, config.softcap, view.bias, sinks_n),
+      config.kernel, config.block, config.context,
     )
     o_btnh = named(shard(o_btnh, "btnh"), "attention")
     project = lambda o_btnh, weights: dot("btnh,nhd->btd", o_btnh, weights["out_nhd"])  # noqa: E731

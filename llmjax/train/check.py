@@ -97,13 +97,11 @@ def some_meshes(devices: int) -> Iterator[dict[str, int]]:
   six groups of three axes. Where there is no such cube, all meshes of two axes stand for it.
   """
   yield from ({axis: devices} for axis in AXES)
-  several = [sizes for sizes in all_meshes(devices) if len(sizes) > 1]
-  cubes = [sizes for sizes in several if len(sizes) == 3 and len(set(sizes.values())) == 1]
-  wanted = [{AXES[i] for i in triple} for triple in _TRIPLES]
-  if cubes:
-    yield from (sizes for sizes in cubes if sizes.keys() in wanted)
+  side = round(devices ** (1 / 3))
+  if side > 1 and side**3 == devices:
+    yield from ({AXES[i]: side for i in triple} for triple in _TRIPLES)
   else:
-    yield from (sizes for sizes in several if len(sizes) == 2)
+    yield from (sizes for sizes in all_meshes(devices) if len(sizes) == 2)
 
 
 def all_meshes(devices: int) -> Iterator[dict[str, int]]:

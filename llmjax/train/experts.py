@@ -56,13 +56,11 @@ class Starving:
   """Notices experts that go without a token for `STARVED` reported steps in a row."""
 
   def __init__(self):
-    self._hungry = None
+    self._hungry = 0
 
   def add(self, load_le) -> list[str]:
     """Takes a step's load, layers of experts; returns lines about those that just starved."""
     empty_le = np.asarray(load_le) == 0
-    if self._hungry is None:
-      self._hungry = np.zeros(empty_le.shape, int)
     self._hungry = np.where(empty_le, self._hungry + 1, 0)
     return [
       f"expert {expert} of layer {layer} has had no token for {STARVED} reported steps"

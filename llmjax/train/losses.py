@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from llmjax.core.choices import check_least
 from llmjax.core.errors import UserError
-from llmjax.data.batch import Batch
 from llmjax.nn.router import Routing
 from llmjax.parallel.rules import ACTIVATIONS, shard, ways
 
@@ -55,19 +54,6 @@ def token_nll(logits_btv, targets_bt):
     here_btv = jnp.arange(logits_btv.shape[-1]) == targets_bt[..., None]
     target_bt = jnp.sum(jnp.where(here_btv, logits_btv, 0), axis=-1)
   return jnp.log(sum_bt) + high_bt1[..., 0] - target_bt
-
-
-def cross_entropy(logits_btv, batch: Batch):
-  """Sums -log p(target) over the predictions that count.
-
-  Args:
-    logits_btv: fp32.
-    batch: targets and loss mask.
-  Returns:
-    (sum in nats, number of predictions), fp32 scalars.
-  """
-  nll_bt = token_nll(logits_btv, batch.targets_bt)
-  return jnp.sum(nll_bt * batch.loss_mask_bt), jnp.sum(batch.loss_mask_bt)
 
 
 def objective(logits_btv, targets_bt, weights_bt, config: LossConfig):

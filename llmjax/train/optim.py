@@ -6,8 +6,9 @@ import re
 import optax
 
 from llmjax.core import tree
+from llmjax.core.choices import check_choice
 from llmjax.core.dims import letters_of
-from llmjax.core.errors import UserError, nearest
+from llmjax.core.errors import UserError
 
 KINDS = ("adamw", "muon")
 _VECTORS = re.compile(r"(^|[/_])(scale|bias|sinks)_\w+$")  # added or multiplied, channel by channel
@@ -47,8 +48,7 @@ class OptimConfig:
   bias_rate: float = 0.001
 
   def __post_init__(self):
-    if self.kind not in KINDS:
-      raise UserError(f"optim.kind {self.kind!r} is unknown; {nearest(self.kind, KINDS)}")
+    check_choice("optim.kind", self.kind, KINDS)
     for key in ("learning_rate", "matrix_learning_rate", "eps"):
       if getattr(self, key) <= 0:
         raise UserError(f"optim.{key} {getattr(self, key)} is not positive")

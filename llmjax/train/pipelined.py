@@ -68,8 +68,8 @@ def pipelined_grad(
   mesh = jax.sharding.get_abstract_mesh()
   stages, microbatches = mesh.shape["stage"], len(jax.tree.leaves(parts)[0])
   schedule = make_schedule(config.schedule, stages, microbatches, config.chunks)
-  blocks, outer = _split(model)
-  layers, before = count(blocks), getattr(model, model.config.kind).dense
+  blocks, outer = model.stack.blocks, _with_blocks(model, ())
+  layers, before = count(blocks), model.stack.dense
   deal = _Deal(layers, stages, config.chunks, WEIGHTS if zero == 3 else REPLICATED)
   lone = key is not None and microbatches == 1
   chunk = _Chunk(model.config, loss, deal, before, lone, remat=config.schedule != "zb_h1")
@@ -97,7 +97,7 @@ def pipelined_grad(
   dealt, undeal = jax.vjp(deal.out, blocks)
   block_grads, outer_grads, (nll, routing) = run(dealt, outer, (parts, key, each))
   routing = jax.tree.map(lambda leaf: leaf[:layers], routing)
-  return _join(outer_grads, undeal(block_grads)[0]), nll, routing
+  return _with_blocks(outer_grads, undeal(block_grads)[0]), nll, routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class _Chunk:
     shared, deal = outer.shared(part, drop), self.deal
 
     def start(outer, x_btd):
-      return getattr(outer, self.config.kind).run_first(outer.enter(part, drop), shared)[0]
+      return outer.stack.run_first(outer.enter(part, drop), shared)[0]
 
     x_btd = jax.lax.cond(virtual == 0, start, lambda outer, x: x, outer, x_btd)
     x_btd, routing = run_some(
@@ -168,20 +168,9 @@ class _Deal:
     return tree.map_with_path(one, blocks)
 
 
-def _split(model: nnx.Module):
-  """Takes a model apart: (stacked blocks, all else as a model without them)."""
-  name = model.config.kind
-  rest, stack = copy.copy(model), copy.copy(getattr(model, name))
-  blocks = stack.blocks
-  stack.blocks = nnx.data(())
-  setattr(rest, name, stack)
-  return blocks, rest
-
-
-def _join(rest: nnx.Module, blocks) -> nnx.Module:
-  """Undoes `_split`."""
-  model = copy.copy(rest)
-  stack = copy.copy(getattr(rest, rest.config.kind))
+def _with_blocks(model: nnx.Module, blocks) -> nnx.Module:
+  """The model with other stacked blocks in its stack."""
+  model, stack = copy.copy(model), copy.copy(model.stack)
   stack.blocks = nnx.data(blocks)
-  setattr(model, rest.config.kind, stack)
+  setattr(model, model.config.kind, stack)
   return model

@@ -14,7 +14,7 @@ from llmjax.data.batch import Batch
 from llmjax.data.tasks import Task
 from llmjax.nn.attention import LatentConfig
 from llmjax.nn.router import MoeConfig
-from llmjax.train.config import SUITABLE, Config
+from llmjax.train.config import Config
 
 _HEAD = 8  # width of a head: even, with channels for every scaling of rope
 
@@ -92,14 +92,10 @@ def made_up_batch(config: Config) -> Batch:
   Raises:
     UserError: models of this kind do not learn from text.
   """
-  suits = SUITABLE[config.model.kind]
-  if not suits:
+  if not config.task_name:
     raise UserError(f"check makes up text, which model.kind={config.model.kind} does not read")
-  name = config.task.name
-  if name == "auto":
-    name = "prefix_lm" if config.model.attention.mask == "prefix" else suits[0]
-  task = dataclasses.replace(config.task, name=name)
-  task = Task(task, config.model.vocab_size - Task(task).extra_tokens)
+  task = Task(dataclasses.replace(config.task, name=config.task_name))
+  task = dataclasses.replace(task, tokens=config.model.vocab_size - task.extra_tokens)
   rng = np.random.default_rng(config.seed)
   rows, length = config.data.batch_size, config.model.context + 1
   tokens_bu = rng.integers(0, task.tokens, (rows, length), np.int32)

@@ -63,9 +63,15 @@ def loss_and_grad(
   if ways("l", WEIGHTS) > 1:
     parts = micro_batches(batch, accumulation)
     grads, nll, routing = pipelined_grad(model, parts, loss, key, pipeline, zero, each)
-    scale = 1 / jnp.maximum(predictions, 1)
-    grads = jax.tree.map(lambda grad: grad * scale, grads)
-    return nll * scale, lay_out(grads, table), predictions, routing
+    grads = lay_out(grads, table)
+  else:
+    grads, (nll, routing) = _summed_grad(model, batch, accumulation, loss, key, table, each)
+  scale = 1 / jnp.maximum(predictions, 1)
+  return nll * scale, jax.tree.map(lambda grad: grad * scale, grads), predictions, routing
+
+
+def _summed_grad(model, batch: Batch, accumulation: int, loss: LossConfig, key, table, each):
+  """Adds up over micro-batches: (gradient, (cross-entropy, what routers did))."""
 
   def objective_sum(model, part: Batch, key):
     x_btd, _, routing = model.hidden(part, key=key)
@@ -74,27 +80,24 @@ def loss_and_grad(
       total += each * routing_loss(loss, routing)
     return total, (nll, routing)
 
-  def grad(model, part, key):
+  def grad(part, key):
     grads, sums = jax.grad(objective_sum, has_aux=True)(model, part, key)
     return lay_out(grads, table), sums
 
   if accumulation == 1:
-    grads, (nll, routing) = grad(model, batch, key)
-  else:
+    return grad(batch, key)
 
-    def add(carry, numbered):
-      number, part = numbered
-      part_key = None if key is None else jax.random.fold_in(key, number)
-      return jax.tree.map(jnp.add, carry, grad(model, part, part_key)), None
+  def add(carry, numbered):
+    number, part = numbered
+    part_key = None if key is None else jax.random.fold_in(key, number)
+    return jax.tree.map(jnp.add, carry, grad(part, part_key)), None
 
-    parts = (jnp.arange(accumulation), micro_batches(batch, accumulation))
-    first = jax.tree.map(lambda leaf: leaf[0], parts[1])
-    like = jax.eval_shape(objective_sum, model, first, key)[1]
-    nothing = lay_out(jax.tree.map(jnp.zeros_like, model), table)
-    start = (nothing, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like))
-    (grads, (nll, routing)), _ = jax.lax.scan(add, start, parts)
-  scale = 1 / jnp.maximum(predictions, 1)
-  return nll * scale, jax.tree.map(lambda grad: grad * scale, grads), predictions, routing
+  parts = micro_batches(batch, accumulation)
+  first = jax.tree.map(lambda leaf: leaf[0], parts)
+  sums = jax.eval_shape(objective_sum, model, first, key)[1]
+  nothing = lay_out(jax.tree.map(jnp.zeros_like, model), table)
+  start = (nothing, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums))
+  return jax.lax.scan(add, start, (jnp.arange(accumulation), parts))[0]
 
 
 def real_tokens(batch: Batch):

@@ -9,15 +9,11 @@ import pytest
 from llmjax.data.batch import Batch
 from llmjax.models.build import abstract, build, count_parameters
 from llmjax.models.config import ModelConfig
-from llmjax.models.formulas import (
-  _keys_seen,
-  cache_bytes_per_token,
-  forward_flops_per_token,
-  parameters,
-)
+from llmjax.models.formulas import _keys_seen, cache_bytes_per_token, forward_flops_per_token
 from llmjax.nn.attention import AttentionConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
+from tests.models.counts import parameters
 from tests.models.variants import VARIANTS, make_config, reference_config
 from tests.reference.model_layers import may_look
 

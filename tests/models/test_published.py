@@ -13,11 +13,12 @@ from llmjax.core.config import defaults, editable, freeze
 from llmjax.core.errors import UserError
 from llmjax.models import hf
 from llmjax.models.build import count_parameters
-from llmjax.models.formulas import cache_bytes_per_token, forward_flops_per_token, parameters
+from llmjax.models.formulas import cache_bytes_per_token, forward_flops_per_token
 from llmjax.models.hf_family import misfits
 from llmjax.models.presets import PRESETS, preset
 from llmjax.train.config import Config
 from tests import golden
+from tests.models.counts import parameters
 
 # name → billions of parameters, and of those used for a token; as their cards state.
 PUBLISHED = {
