@@ -8,26 +8,22 @@ import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from llmjax.core.errors import UserError
+from llmjax.parallel.hlo import Op, numbers, size_bytes, walk
 
 KINDS = (
   *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
   *("collective-permute", "collective-broadcast"),
 )
-_CALLERS = ("call", "fusion", "conditional", "async-start", "custom-call")
-_COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(")
-_OP = re.compile(r"\s+(ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*?)\)(?:, (.*))?$")
 _GROUPS = re.compile(
   r"(?:replica_groups|source_target_pairs)=(?:(?P<list>\{\{.*?\}\})|"
   r"\[(?P<to>[\d,]+)\]<=(?P<ids>\[[^ ]+)|"
   r"mesh\[(?P<mesh>.*?)\](?:, device_ids=\((?P<mesh_ids>.*?)\))? \{(?P<axes>.*?)\})"
 )
-_CALLED = re.compile(r"(?:calls|to_apply|\w+_computations?)=\{?((?:%[\w.-]+(?:, )?)+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,24 +45,6 @@ class Collective:
   count: int
   dtype: str
   op_name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Op:
-  root: bool
-  name: str
-  shape: str
-  code: str
-  inside: str  # between the parentheses
-  attributes: str
-
-  @property
-  def operands(self) -> list[str]:
-    return re.findall(r"%([\w.-]+)", self.inside)
-
-  def find(self, pattern: str) -> str:
-    found = re.search(pattern, self.attributes)
-    return found[1] if found else ""
 
 
 def collectives(hlo_text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
@@ -95,18 +73,17 @@ def collectives(hlo_text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
   partitions = re.search(r"^HloModule .*?num_partitions=(\d+)", hlo_text)
   if partitions and int(partitions[1]) != mesh.size:
     raise UserError(f"the program is for {partitions[1]} devices, the mesh has {mesh.size}")
-  computations, entry = _parse(hlo_text)
   found = []
-  for kind, op, body, count, source in _walk(computations, entry, 1):
-    groups = _groups(op, mesh.size)
+  for kind, run in _executed(hlo_text):
+    groups = _groups(run.op, mesh.size)
     axes = _axes(groups, mesh, whole=kind != "collective-permute")
     if not axes:
       continue
     first = 1 if kind == "ragged-all-to-all" else None  # its others say where rows go
-    shapes = [body[name].shape for name in op.operands[:first]]
-    size = sum(map(_bytes, shapes)) * (len(groups[0]) if kind == "all-gather" else 1)
+    shapes = [run.body[name].shape for name in run.op.operands[:first]]
+    size = sum(map(size_bytes, shapes)) * (len(groups[0]) if kind == "all-gather" else 1)
     dtype = re.match(r"\(*(\w+)", shapes[0])[1]
-    found.append(Collective(kind, axes, size, count, dtype, source))
+    found.append(Collective(kind, axes, size, run.count, dtype, run.origin))
   return found
 
 
@@ -139,91 +116,26 @@ def _human(size_bytes: float) -> str:
   return f"{size_bytes:.0f} B"
 
 
-def _parse(text: str) -> tuple[dict[str, dict[str, _Op]], str]:
-  """Splits a program into its computations, each a dict of instructions, and names the entry."""
-  computations, entry, body = {}, None, {}
-  for line in text.splitlines():
-    if head := _COMPUTATION.match(line):
-      body = computations[head[2]] = {}
-      entry = head[2] if head[1] else entry
-    elif op := _OP.match(line):
-      body[op[2]] = _Op(bool(op[1]), *op.groups("")[1:])
-  if entry is None:
-    raise UserError("a compiled program's text was expected, with an ENTRY computation; none there")
-  return computations, entry
-
-
-def _walk(computations, name, count, source="", chains=None) -> Iterator[tuple]:
-  """Yields (kind, instruction, its computation, executions, op_name) of every collective reached.
-
-  In a fusion, `chains` holds the overlapped collectives already met in the fusions beside it.
-  """
-  body, fused = computations[name], chains is not None
-  chains = chains if fused else set()
-  for op in body.values():
-    origin = op.find(r'op_name="([^"]*)"') or source
-    kind = op.code.removesuffix("-start")
+def _executed(hlo_text: str):
+  """Yields (kind, `Run`) of every collective; of an overlapped chain of them one."""
+  met = set()
+  for run in walk(hlo_text):
+    kind = run.op.code.removesuffix("-start")
     if kind in KINDS:
-      chain = op.find(r'chain_id="(\d+)"')
-      if chain not in chains:
-        yield "reduce-scatter" if fused and _is_sliced(op, body) else kind, op, body, count, origin
-      chains.update([chain] if chain else [])
-    elif op.code == "while":
-      inner = [op.find(rf"{part}=%([\w.-]+)") for part in ("condition", "body")]
-      trips = _trips(op, body, *(computations[part] for part in inner))
-      for part in inner:
-        yield from _walk(computations, part, count * trips, origin)
-    elif op.code in _CALLERS:
-      for part in re.findall(r"%([\w.-]+)", " ".join(_CALLED.findall(op.attributes))):
-        beside = chains if op.code == "fusion" else None
-        yield from _walk(computations, part, count, origin, beside)
+      chain = run.beside, run.op.find(r'chain_id="(\d+)"')
+      if chain not in met:
+        yield "reduce-scatter" if run.fused and _is_sliced(run.op, run.body) else kind, run
+      met.update([chain] if chain[1] else [])
 
 
-def _is_sliced(op: _Op, body: dict[str, _Op]) -> bool:
+def _is_sliced(op: Op, body: dict[str, Op]) -> bool:
   """Whether each device keeps but a slice of what `op` sums, as in `all-reduce-scatter` fusions."""
   return op.code == "all-reduce" and any(
     other.code == "dynamic-slice" and other.operands[0] == op.name for other in body.values()
   )
 
 
-def _trips(loop: _Op, outside, condition, body) -> int:
-  """Reads a loop's trip count: as XLA noted it, or from counter, start, step and limit; else 1."""
-  if known := loop.find(r'known_trip_count":\{"n":"(\d+)"'):
-    return int(known)
-  test, last = (next(op for op in part.values() if op.root) for part in (condition, body))
-  if test.code != "compare" or test.find(r"direction=(LT|GT|NE)") == "":
-    return 1
-  index = _origin(condition, test.operands[0]).find(r"index=(\d+)")
-  limit = _constant(condition, test.operands[1])
-  if limit is None or not index or last.code != "tuple":
-    return 1
-  step = _added(body, last.operands[int(index)], index)
-  before = outside[loop.operands[0]]
-  start = _constant(outside, before.operands[int(index)]) if before.code == "tuple" else None
-  return len(range(start or 0, limit, step)) if step else 1
-
-
-def _origin(body: dict[str, _Op], name: str) -> _Op:
-  """Follows copies back to the instruction whose value they hold."""
-  while body[name].code in ("copy", "copy-start", "copy-done", "bitcast", "convert"):
-    name = body[name].operands[0]
-  return body[name]
-
-
-def _constant(body: dict[str, _Op], name: str) -> int | None:
-  op = _origin(body, name)
-  return int(op.inside) if op.code == "constant" and re.fullmatch(r"-?\d+", op.inside) else None
-
-
-def _added(body: dict[str, _Op], name: str, index: str) -> int:
-  """The sum of the constants added to element `index` of a loop's state to make `name`; or 0."""
-  op, total = _origin(body, name), 0
-  while op.code == "add" and (amount := _constant(body, op.operands[1])) is not None:
-    op, total = _origin(body, op.operands[0]), total + amount
-  return total if op.code == "get-tuple-element" and op.find(r"index=(\d+)") == index else 0
-
-
-def _groups(op: _Op, devices: int) -> list[list[int]]:
+def _groups(op: Op, devices: int) -> list[list[int]]:
   """The groups of partitions an instruction runs over; of a permute the pairs."""
   written = _GROUPS.search(op.attributes)
   if written is None and op.find(r"(replica_groups=|source_target_pairs=)(?!\{\})"):
@@ -231,9 +143,9 @@ def _groups(op: _Op, devices: int) -> list[list[int]]:
   if written is None:
     return [] if op.find("(source_target_pairs)") else [list(range(devices))]
   if written["list"]:
-    return [_numbers(group) for group in written["list"].split("},{")]
+    return [numbers(group) for group in written["list"].split("},{")]
   if written["to"]:
-    return _order(written["ids"]).reshape(_numbers(written["to"])).tolist()
+    return _order(written["ids"]).reshape(numbers(written["to"])).tolist()
   sizes = {name: int(size) for name, size in re.findall(r"(\w+)'?=(\d+)", written["mesh"])}
   ids = _order(written["mesh_ids"] or f"[{devices}]")
   return _named_groups(sizes, ids, written["axes"])
@@ -258,9 +170,9 @@ def _named_groups(sizes: dict[str, int], ids: np.ndarray, axes: str) -> list[lis
 def _order(text: str) -> np.ndarray:
   """Partition ids listed as `0,2,1,3` or as the transposed iota `[2,2]T(1,0)`, in one row."""
   if not (counted := re.match(r"\[([\d,]+)\](?:T\((.*?)\))?", text)):
-    return np.array(_numbers(text))
-  sizes = _numbers(counted[1])
-  turn = _numbers(counted[2]) if counted[2] else range(len(sizes))
+    return np.array(numbers(text))
+  sizes = numbers(counted[1])
+  turn = numbers(counted[2]) if counted[2] else range(len(sizes))
   return np.arange(math.prod(sizes)).reshape(sizes).transpose(*turn).reshape(-1)
 
 
@@ -278,16 +190,3 @@ def _axes(groups: list[list[int]], mesh: Mesh | AbstractMesh, whole: bool) -> tu
   ways = math.prod(mesh.shape[name] for name in axes)
   full = all(len(group) == ways for group in groups) and ways * len(groups) == mesh.size
   return axes if full or not whole or not axes else ("?",)
-
-
-def _bytes(shape: str) -> int:
-  """Bytes of an array or tuple written `bf16[8,128]{1,0:T(8,128)(2,1)}`, without padding."""
-  size = 0
-  for dtype, dims in re.findall(r"([a-z]\w*)\[([^\]]*)\]", shape):
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+|$", dtype)[0] or 0)
-    size += math.ceil(math.prod(_numbers(dims)) * bits / 8)
-  return size
-
-
-def _numbers(text: str) -> list[int]:
-  return [int(number) for number in re.findall(r"\d+", text)]
