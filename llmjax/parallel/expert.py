@@ -102,17 +102,36 @@ def _ragged(sizes_swe, most: int, places: int):
   to_swe = _before(sizes_swe.transpose(1, 2, 0)).transpose(2, 0, 1)
   out = from_swe[me], sizes_swe[me], to_swe[me], sizes_swe[:, me]
   home = to_swe[:, me], sizes_swe[:, me], from_swe[:, me], sizes_swe[me]
+  out, home = ([a.reshape(-1) for a in way] for way in (out, home))
+  away, at_home = (ways * most, jax.lax.empty), (places, jnp.zeros)  # experts skip what is no row
 
-  def mover(rows, numbers):
-    numbers = [a.reshape(-1) for a in numbers]
+  def send(x_td):
+    return _travel(away, at_home, x_td, out, home)
 
-    def move(x_td):
-      got_td = jnp.zeros((rows, x_td.shape[1]), x_td.dtype)
-      return jax.lax.ragged_all_to_all(x_td, got_td, *numbers, axis_name="expert")
+  def bring(made_td):
+    return _travel(at_home, away, made_td, home, out)
 
-    return move
+  return send, bring
 
-  return mover(ways * most, out), mover(places, home)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _travel(to, fro, x_td, there, back):
+  """Sends each run to its place among `to`: how many rows, and what makes those that none fills."""
+  rows, make = to
+  into_td = make((rows, x_td.shape[1]), x_td.dtype)
+  return jax.lax.ragged_all_to_all(x_td, into_td, *there, axis_name="expert")
+
+
+def _travel_forward(to, fro, x_td, there, back):
+  return _travel(to, fro, x_td, there, back), (there, back)
+
+
+def _travel_backward(to, fro, residuals, grad_td):
+  there, back = residuals
+  return _travel(fro, to, grad_td, back, there), None, None
+
+
+_travel.defvjp(_travel_forward, _travel_backward)
 
 
 def _before(sizes):
