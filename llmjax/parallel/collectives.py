@@ -37,6 +37,7 @@ class Collective:
     count: executions in one run of the program, the product of its loops' trip counts.
     dtype: XLA's name of the (first) operand's type, such as `bf16`.
     op_name: JAX's name of what made it, "" if the program does not say.
+    overlapped: whether other work runs while it does.
   """
 
   kind: str
@@ -45,6 +46,7 @@ class Collective:
   count: int
   dtype: str
   op_name: str
+  overlapped: bool = False
 
 
 def collectives(hlo_text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
@@ -83,7 +85,8 @@ def collectives(hlo_text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
     shapes = [run.body[name].shape for name in run.op.operands[:first]]
     size = sum(map(size_bytes, shapes)) * (len(groups[0]) if kind == "all-gather" else 1)
     dtype = re.match(r"\(*(\w+)", shapes[0])[1]
-    found.append(Collective(kind, axes, size, run.count, dtype, run.origin))
+    beside = run.op.code.endswith("-start") or bool(run.op.find("(async_collective_name|chain_id)"))
+    found.append(Collective(kind, axes, size, run.count, dtype, run.origin, beside))
   return found
 
 

@@ -237,7 +237,7 @@ def test_tpu_fusions_are_read():
     f"%f = bf16[16,4] fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1, {name}",
   )
   found = collectives(_program(*lines, others=first + second), MESH)
-  gather = Collective("all-gather", ("fsdp",), 256, 1, "bf16", "")
+  gather = Collective("all-gather", ("fsdp",), 256, 1, "bf16", "", overlapped=True)
   scatter = Collective("reduce-scatter", ("fsdp",), 256, 1, "bf16", "jit(step)/dot_general")
   assert found == [gather, gather, scatter]
 
