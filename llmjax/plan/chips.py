@@ -30,8 +30,9 @@ class Chip:
     watts: of the chip at work, 0 where none is published.
     hosts: chips of one host.
     sizes: most chips along each dimension of a slice; () for GPUs, which count chips only.
-    devices: that JAX sees in one chip.
+    clock_hz: of its cores; 0 where unknown. Taken for the compiler's estimated cycles.
     source: where the figures are from.
+    devices: that JAX sees in one chip.
   """
 
   name: str
@@ -45,6 +46,7 @@ class Chip:
   watts: float
   hosts: int
   sizes: tuple
+  clock_hz: float
   source: str
   devices: int = 1
 
@@ -59,43 +61,43 @@ _GOOGLE = "cloud.google.com/tpu/docs and /tpu/pricing; links: Austin et al. 2025
 _ROWS = (
   Chip(
     "v4", {"bfloat16": 275 * TERA, "int8": 275 * TERA}, 32 * GIB, 1.2 * TB, 6, 45 * GB, 6.25 * GB,
-    3.22, 192, 4, (16, 16, 16), _GOOGLE + "; watts: Jouppi et al. 2023, arXiv:2304.01433",
+    3.22, 192, 4, (16, 16, 16), 1.05e9, _GOOGLE + "; watts: Jouppi et al. 2023, arXiv:2304.01433",
     devices=2,
   ),
   Chip(
     "v5e", {"bfloat16": 197 * TERA, "int8": 393 * TERA}, 16 * GIB, 819 * GB, 4, 45 * GB,
-    3.125 * GB, 1.20, 0, 8, (16, 16), _GOOGLE,
+    3.125 * GB, 1.20, 0, 8, (16, 16), 1.5e9, _GOOGLE,
   ),
   Chip(
     "v5p", {"bfloat16": 459 * TERA, "int8": 918 * TERA}, 95 * GIB, 2765 * GB, 6, 90 * GB,
-    6.25 * GB, 4.20, 0, 4, (16, 20, 28), _GOOGLE,
+    6.25 * GB, 4.20, 0, 4, (16, 20, 28), 1.75e9, _GOOGLE,
   ),
   Chip(
     "v6e", {"bfloat16": 918 * TERA, "int8": 1836 * TERA}, 32 * GIB, 1640 * GB, 4, 90 * GB,
-    12.5 * GB, 2.70, 0, 8, (16, 16), _GOOGLE,
+    12.5 * GB, 2.70, 0, 8, (16, 16), 1.75e9, _GOOGLE,
   ),
   Chip(
     "tpu7x", {"bfloat16": 2307 * TERA, "float8": 4614 * TERA}, 192 * GIB, 7380 * GB, 6, 100 * GB,
-    12.5 * GB, 0, 0, 4, (16, 24, 24), "docs.cloud.google.com/tpu/docs/tpu7x; no list price",
+    12.5 * GB, 0, 0, 4, (16, 24, 24), 1.75e9, "docs.cloud.google.com/tpu/docs/tpu7x; no list price",
     devices=2,
   ),
   Chip(
     "a100", {"bfloat16": 312 * TERA, "int8": 624 * TERA}, 80 * GB, 2039 * GB, 1, 300 * GB,
-    25 * GB, 2.00, 400, 8, (), "NVIDIA A100 80GB SXM data sheet; a round market price",
+    25 * GB, 2.00, 400, 8, (), 0.0, "NVIDIA A100 80GB SXM data sheet; a round market price",
   ),
   Chip(
     "h100", {"bfloat16": 989 * TERA, "float8": 1979 * TERA, "int8": 1979 * TERA}, 80 * GB,
-    3350 * GB, 1, 450 * GB, 50 * GB, 3.00, 700, 8, (),
+    3350 * GB, 1, 450 * GB, 50 * GB, 3.00, 700, 8, (), 0.0,
     "NVIDIA H100 SXM data sheet; a round market price",
   ),
   Chip(
     "h200", {"bfloat16": 989 * TERA, "float8": 1979 * TERA, "int8": 1979 * TERA}, 141 * GB,
-    4800 * GB, 1, 450 * GB, 50 * GB, 3.80, 700, 8, (),
+    4800 * GB, 1, 450 * GB, 50 * GB, 3.80, 700, 8, (), 0.0,
     "NVIDIA H200 SXM data sheet; a round market price",
   ),
   Chip(
     "b200", {"bfloat16": 2250 * TERA, "float8": 4500 * TERA, "int8": 4500 * TERA}, 180 * GB,
-    7700 * GB, 1, 900 * GB, 50 * GB, 5.00, 1000, 8, (),
+    7700 * GB, 1, 900 * GB, 50 * GB, 5.00, 1000, 8, (), 0.0,
     "NVIDIA DGX B200 data sheet, an eighth; a round market price",
   ),
 )
