@@ -6,8 +6,9 @@ count a multiply-add as two and causal attention by the keys a query sees, not b
 
 import dataclasses
 
+from llmjax.models.build import count_parameters
 from llmjax.models.config import ModelConfig
-from llmjax.models.formulas import cache_bytes_per_token, forward_flops_per_token, parameters
+from llmjax.models.formulas import cache_bytes_per_token, forward_flops_per_token
 from llmjax.plan.chips import Chip, Topology
 from llmjax.plan.traffic import Sent, traffic
 from llmjax.train.config import Config
@@ -110,7 +111,7 @@ def roofline(config: Config, topology: Topology, sizes: dict[str, int]) -> Roofl
   chip = topology.chip
   model_flops, recomputed = step_flops(config)
   rate = chip.peak(config.model.dtype) * topology.chips
-  held = parameters(config.model) * 4 / (sizes["fsdp"] * sizes["stage"] * sizes["tensor"])
+  held = count_parameters(config.model) * 4 / (sizes["fsdp"] * sizes["stage"] * sizes["tensor"])
   sent = traffic(config, sizes)
   across = config.mesh.across if topology.slices > 1 else None
   return Roofline(
@@ -160,7 +161,7 @@ def serving(model: ModelConfig, topology: Topology, rows: int, prompt: int, leng
   chip, size = topology.chip, DTYPE_BYTES[model.dtype]
   rate, memory = chip.peak(model.dtype) * topology.chips, chip.hbm_rate * topology.chips
   cache = cache_bytes_per_token(model, size) * length * rows
-  read_s = (parameters(model) * size + cache) / memory
+  read_s = (count_parameters(model) * size + cache) / memory
   token_s = max(read_s, rows * forward_flops_per_token(model, length) / rate)
   prefill_s = rows * prompt * forward_flops_per_token(model, prompt) / rate
   per_s = rows / token_s

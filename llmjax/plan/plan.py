@@ -24,8 +24,8 @@ def plan(config: Config, where: str, slices: int = 1, keep_hlo: str = "") -> dic
     keep_hlo: file for the optimized program; "" keeps none.
   Returns:
     `ideal_step_s`, `bound`, `tokens_per_step` and costs by formula; for a TPU whose compiler is
-    installed also `fits`, `peak_bytes`, `hbm_bytes`, `est_step_s`, `mfu`, `compile_s`, `collectives`
-    and `largest_buffers`, all of them the compiler's estimates.
+    installed also `fits`, `peak_bytes`, `hbm_bytes`, `est_step_s`, `mfu`, `compile_s`,
+    `collectives` and `largest_buffers`, all of them the compiler's estimates.
   Raises:
     UserError: an unknown topology, a mesh that does not divide it, a program that is refused.
   """

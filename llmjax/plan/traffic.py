@@ -6,8 +6,8 @@ one device passes on, not what is whole there: of a gathered array the others' p
 
 import dataclasses
 
+from llmjax.models.build import count_parameters
 from llmjax.models.config import ModelConfig
-from llmjax.models.formulas import parameters
 from llmjax.parallel.schedules import make_schedule
 from llmjax.train.config import Config
 
@@ -48,7 +48,7 @@ def traffic(config: Config, sizes: dict[str, int]) -> list[Sent]:
 def _weights(config, sizes):
   """Weights gathered, gradients summed."""
   model = config.model
-  held = parameters(model) * 4 / (sizes["stage"] * sizes["tensor"])
+  held = count_parameters(model) * 4 / (sizes["stage"] * sizes["tensor"])
   experts = expert_bytes(model) / (sizes["stage"] * sizes["tensor"])
   held += experts / sizes["expert"] - experts
   part = (sizes["fsdp"] - 1) / sizes["fsdp"]

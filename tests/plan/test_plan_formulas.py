@@ -4,8 +4,9 @@ import pytest
 
 from llmjax.core.config import override
 from llmjax.core.errors import UserError
+from llmjax.models.build import count_parameters
 from llmjax.models.config import ModelConfig
-from llmjax.models.formulas import cache_bytes_per_token, parameters
+from llmjax.models.formulas import cache_bytes_per_token
 from llmjax.parallel.mesh import AXES
 from llmjax.plan.chips import CHIPS, topology
 from llmjax.plan.formulas import (
@@ -42,7 +43,7 @@ def test_300_billion_tokens_are_286_thousand_steps():
 
 
 def test_llama_7b_has_as_many_weights_and_a_cache_of_a_gibibyte():
-  assert parameters(LLAMA_7B) == 6_738_415_616
+  assert count_parameters(LLAMA_7B) == 6_738_415_616
   assert cache_bytes_per_token(LLAMA_7B) * 2048 == 2**30
   one = serving(LLAMA_7B, topology("a100:1"), rows=1, prompt=2048, length=2048)
   assert one.cache_bytes == 2**30
