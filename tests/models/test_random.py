@@ -138,7 +138,10 @@ def _legal_experts(made):
   groups = (made | back)["moe.groups"]
   top_groups = back["moe.top_groups"] = min(made["moe.top_groups"], groups)
   usable = made["moe.experts"] // groups * top_groups
-  return back | {"moe.top_k": min(made["moe.top_k"], usable)}
+  back["moe.top_k"] = min(made["moe.top_k"], usable)
+  if back["moe.top_k"] == 1 and made["moe.router"] in ("softmax", "sigmoid"):
+    back["moe.renormalize"] = False
+  return back
 
 
 def make(values):
