@@ -16,6 +16,7 @@ from llmjax.nn.mask import Mask, cache_mask, cross_mask, self_mask
 from llmjax.nn.norm import Norm
 from llmjax.nn.param import normal, param
 from llmjax.nn.position import Bias, alibi_slopes, rope_angles
+from llmjax.parallel.rules import shard
 
 
 class Stack(nnx.Module):
@@ -105,7 +106,8 @@ class Stack(nnx.Module):
       )
       for kind in dict.fromkeys(self.config.attention.pattern)
     }
-    real_bt = None if segments_bt is None else segments_bt > 0
+    # Pinned, or the layout of experts' rows would spread to what attention sees.
+    real_bt = None if segments_bt is None else shard(segments_bt > 0, "bt")
     return Shared(views, positions_bt, source_view, key, batch.tokens_bt, real_bt)
 
   def leave(self, x_btd):

@@ -205,8 +205,8 @@ def _experts_choose(config, scores_bte, real_bt) -> Routes:
   """
   e = config.experts
   slots = config.slots(scores_bte.shape[1])
-  scored_bet = jnp.where(real_bt[:, None], scores_bte.swapaxes(1, 2), -1.0)
-  worst_be1 = jax.lax.top_k(jax.lax.stop_gradient(scored_bet), slots)[0][..., -1:]
+  scored_bet = jnp.where(real_bt[:, None], _coarse(scores_bte.swapaxes(1, 2)), -1.0)
+  worst_be1 = jax.lax.top_k(scored_bet, slots)[0][..., -1:]
   # Of equal scores at the border the first tokens are taken, as top_k does.
   above, equal = scored_bet > worst_be1, scored_bet == worst_be1
   room = slots - above.sum(-1, keepdims=True)
@@ -235,7 +235,7 @@ def _within_capacity(config, routes: Routes) -> Routes:
   experts_bi = routes.experts_btj.swapaxes(1, 2).reshape(b, j * t)  # first choices first
   if config.drop == "lightest":
     weights_bi = routes.weights_btj.swapaxes(1, 2).reshape(b, j * t)
-    order_bi = jnp.argsort(-jax.lax.stop_gradient(weights_bi), axis=1, stable=True)
+    order_bi = jnp.argsort(-_coarse(weights_bi), axis=1, stable=True)
   sorted_bi = jnp.take_along_axis(experts_bi, order_bi, axis=1)
   here_bie = sorted_bi[..., None] == jnp.arange(config.experts)
   fits_bi = ((jnp.cumsum(here_bie, axis=1) <= slots) & here_bie).any(-1)
@@ -245,6 +245,15 @@ def _within_capacity(config, routes: Routes) -> Routes:
     jnp.where(fits_btj, routes.experts_btj, config.experts),
     jnp.where(fits_btj, routes.weights_btj, 0),
   )
+
+
+def _coarse(values):
+  """Rounds what tokens are compared by to 11 bits.
+
+  Alike tokens (first ones of documents, say) then stay equal, and in their order, however a mesh
+  rounds.
+  """
+  return jax.lax.reduce_precision(jax.lax.stop_gradient(values), exponent_bits=8, mantissa_bits=10)
 
 
 def _routing(config, wanted: Routes, kept: Routes, share_bte, logits_bte, real_bt) -> Routing:

@@ -9,10 +9,14 @@ from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
 from llmjax.nn import moe
 from llmjax.parallel import expert
+from llmjax.parallel.collectives import collectives
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import weight_shardings
-from llmjax.train.check import all_meshes
+from llmjax.train.check import _quick, all_meshes
 from llmjax.train.pipelined import PipelineConfig
+from llmjax.train.shrink import made_up_batch
+from llmjax.train.state import abstract_state
+from llmjax.train.step import compile_step
 from tests.multidevice.test_step import experiment, named, prove
 
 # Weights of an expert with few tokens have gradients of nearly nothing, whose rounding Adam would
@@ -99,6 +103,17 @@ def test_the_ragged_exchange_takes_all_tokens_to_one_device(ragged, lopsided):
   prove({"expert": 8}, *ALL_TO_ONE)
 
 
+def test_nothing_but_stages_permutes_in_a_pipeline():
+  """Devices of two stages that wait in permutes of different branches wait for ever."""
+  config, batch = experiment(*ROUTED), made_up_batch(experiment(*ROUTED))
+  mesh = make_mesh(MeshConfig(data=1, stage=2, context=2, tensor=2))
+  with jax.set_mesh(mesh):
+    lowered = compile_step(config, mesh).lower(abstract_state(config, mesh), batch)
+    text = lowered.compile(compiler_options=_quick()).as_text()
+  permuted = {one.axes for one in collectives(text, mesh) if one.kind == "collective-permute"}
+  assert permuted == {("stage",)}
+
+
 def test_a_mesh_that_does_not_divide_the_experts_names_array_and_sizes():
   model = abstract(experiment(*SMALL, "model.moe.experts=4").model)
   mesh = make_mesh(MeshConfig(data=1, expert=8))
@@ -127,12 +142,15 @@ def test_every_router_on_meshes_of_three_axes(name, sizes):
 
 
 CUT = [sizes for sizes in all_meshes(8) if "expert" in sizes and sizes not in MESHES]
-UNCUT = [{"fsdp": 2, "context": 2, "tensor": 2}, {"data": 2, "stage": 2, "tensor": 2}]
+UNCUT = [
+  {"fsdp": 2, "context": 2, "tensor": 2}, {"data": 2, "stage": 2, "tensor": 2},
+  {"stage": 2, "context": 2, "tensor": 2},
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", CUT + UNCUT, ids=named)
-def test_all_other_meshes_that_cut_experts_and_two_that_do_not(sizes):
+def test_all_other_meshes_that_cut_experts_and_some_that_do_not(sizes):
   prove(sizes, *ROUTED, "model.heads=16", "model.kv_heads=8", "train.accumulation=8")
 
 

@@ -24,6 +24,12 @@ def best(numbers, values, count):
   return sorted(numbers, key=lambda number: (-values[number], number))[:count]
 
 
+def coarse(value):
+  """The nearest number of 11 bits: tokens are compared by no more, so that alike ones are equal."""
+  part, power = math.frexp(value)
+  return math.ldexp(round(part * 2**11), power - 11)
+
+
 def chosen(scores, cfg, bias=None):
   """One token's experts, best first: DeepSeek-V3, eq. 16, and its limit on nodes, sec. 2.1.2.
 
@@ -62,7 +68,7 @@ def picked_by_experts(scores_te, real_t, cfg):
   routes = [[] for _ in scores_te]
   tokens = [place for place in range(len(scores_te)) if real_t[place]]
   for expert in range(cfg["moe.experts"]):
-    values = {place: scores_te[place][expert] for place in tokens}
+    values = {place: coarse(scores_te[place][expert]) for place in tokens}
     for place in best(tokens, values, slots(cfg, len(scores_te))):
       routes[place].append((expert, cfg["moe.scale"] * scores_te[place][expert]))
   return routes
@@ -86,7 +92,7 @@ def within_capacity(routes, cfg):
   places = [(j, t) for j in range(cfg["moe.top_k"]) for t in range(len(routes))]
   places = [(j, t) for j, t in places if j < len(routes[t])]
   if cfg["moe.drop"] == "lightest":
-    places.sort(key=lambda place: -routes[place[1]][place[0]][1])
+    places.sort(key=lambda place: -coarse(routes[place[1]][place[0]][1]))
   room = [slots(cfg, len(routes))] * cfg["moe.experts"]
   kept = [[] for _ in routes]
   for j, t in places:
