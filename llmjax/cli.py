@@ -11,8 +11,13 @@ import shutil
 import sys
 from pathlib import Path
 
+from llmjax import Sampling, convert, generate, load, run
+from llmjax.bench import suite
+from llmjax.core import config as configs
 from llmjax.core.errors import RunFailed, UserError, nearest
 from llmjax.parallel import join, multihost
+from llmjax.train import check as checks
+from llmjax.train.config import Config
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,12 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     return sub
 
   train = verb("train", "Run or resume an experiment: --config.section.key=value overrides.")
-  train.add_argument("--config", required=True, metavar="FILE", help="Python file, get_config()")
-  train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
-
   launch = verb("launch", "Run or resume an experiment in several processes.")
-  launch.add_argument("--config", required=True, metavar="FILE", help="Python file, get_config()")
-  launch.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+  for sub in (train, launch):
+    sub.add_argument("--config", required=True, metavar="FILE", help="Python file, get_config()")
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
   launch.add_argument("--on", required=True, metavar="WHERE", help="local:N: N processes, here")
   launch.add_argument("--devices", type=int, default=1, help="CPU devices of a process")
 
@@ -67,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
   evaluate.add_argument("--checkpoint", required=True, metavar="DIR")
 
   bench = verb("bench", "Measure against peers; --config.section.key=value tunes llmjax.")
-  bench.add_argument("name", metavar="NAME", help="train, decode, data or attention")
+  bench.add_argument("name", metavar="NAME", help="train, moe, decode, data or attention")
   bench.add_argument("--size", default="L", help="L (35.7 M parameters), S (4.5 M) or tiny")
   bench.add_argument("--dtype", default="float32", help="float32 or bfloat16")
   bench.add_argument("--peers", default="", metavar="A,B", help="all by default")
@@ -90,12 +93,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args, overrides) -> dict:
-  from llmjax import run
-  from llmjax.core.config import load
-  from llmjax.train.config import Config
-
   join.join()
-  result = run.train(load(args.config, overrides, Config), args.workdir)
+  result = run.train(configs.load(args.config, overrides, Config), args.workdir)
   if not multihost.is_writer():
     return result
   print(_verdict(result))
@@ -108,9 +107,7 @@ def _train(args, overrides) -> dict:
 
 
 def _launch(args, overrides) -> dict:
-  from launch import local
-  from llmjax.core.config import load
-  from llmjax.train.config import Config
+  from launch import local  # here, because other verbs need nothing from outside of llmjax
 
   kind, _, number = args.on.partition(":")
   if kind != "local":
@@ -119,7 +116,7 @@ def _launch(args, overrides) -> dict:
     raise UserError(f"--on={args.on}: {number!r} is not a number of processes, 1 or more")
   if args.devices < 1:
     raise UserError(f"--devices={args.devices} is less than 1")
-  load(args.config, overrides, Config)  # a mistake is told before anything is started
+  configs.load(args.config, overrides, Config)  # a mistake is told before anything is started
   return local.launch(args.config, args.workdir, int(number), args.devices, overrides)
 
 
@@ -140,8 +137,6 @@ def _command() -> str:
 
 
 def _generate(args, overrides) -> dict:
-  from llmjax import Sampling, generate, load
-
   _no_overrides(overrides)
   sampling = Sampling(args.temperature, args.top_k, args.top_p, args.max_tokens, args.seed)
   model = load(args.checkpoint)
@@ -152,8 +147,6 @@ def _generate(args, overrides) -> dict:
 
 
 def _evaluate(args, overrides) -> dict:
-  from llmjax import run
-
   result = run.evaluate(args.checkpoint, overrides)
   for name, value in result.items():
     print(f"{name:20} {value:,.4f}" if isinstance(value, float) else f"{name:20} {value:,}")
@@ -161,14 +154,12 @@ def _evaluate(args, overrides) -> dict:
 
 
 def _bench(args, overrides) -> dict:
-  from llmjax.bench.suite import Options, bench, show
-
   peers = tuple(name.strip() for name in args.peers.split(",") if name.strip())
-  options = Options(
+  options = suite.Options(
     args.size, args.dtype, peers, args.rounds, args.seconds, tuple(overrides)
   )
-  result = bench(args.name, options)
-  print(show(result))
+  result = suite.bench(args.name, options)
+  print(suite.show(result))
   return result
 
 
@@ -178,16 +169,13 @@ def _check(args, overrides) -> dict:
   if args.meshes not in ("some", "all"):
     raise UserError(f"--meshes={args.meshes}; {nearest(args.meshes, ('some', 'all'))}")
   _force_devices(args.devices)  # before jax makes its devices
-  from llmjax.core.config import load
-  from llmjax.train.check import all_meshes, check, show_row
-  from llmjax.train.config import Config
-
-  config = load(args.config, overrides, Config)
-  meshes = list(all_meshes(args.devices)) if args.meshes == "all" else ()
-  result = check(config, args.devices, meshes, lambda row: print(show_row(row), flush=True))
+  config = configs.load(args.config, overrides, Config)
+  meshes = list(checks.all_meshes(args.devices)) if args.meshes == "all" else ()
+  tell = lambda row: print(checks.show_row(row), flush=True)  # noqa: E731
+  result = checks.check(config, args.devices, meshes, tell)
   for row in result["meshes"]:
     if not row["ok"]:
-      print(f"llmjax: check failed: {show_row(row)}", file=sys.stderr)
+      print(f"llmjax: check failed: {checks.show_row(row)}", file=sys.stderr)
   return result
 
 
@@ -207,8 +195,6 @@ def _force_devices(count: int):
 
 
 def _convert(args, overrides) -> dict:
-  from llmjax import convert
-
   _no_overrides(overrides)
   result = convert(args.source, args.to, args.format, args.dtype, args.family)
   print(

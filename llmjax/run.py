@@ -17,12 +17,13 @@ from ml_collections import ConfigDict
 from llmjax.core import config as configs
 from llmjax.core.errors import UserError
 from llmjax.data.loader import make_store, make_tokenizer, read_split
-from llmjax.data.prepare import prepare, store_key
+from llmjax.data.prepare import store_key
 from llmjax.data.sources import read_sources
 from llmjax.eval.loss import compressor_bits_per_byte, evaluate_loss
 from llmjax.models import gguf, hf
 from llmjax.models.build import count_parameters
 from llmjax.models.model import Model
+from llmjax.models.upcycle import begin_from
 from llmjax.parallel import multihost
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import weight_shardings
@@ -35,7 +36,7 @@ from llmjax.train.checkpoint import load_model, newest_meta
 from llmjax.train.config import Config, binding
 from llmjax.train.loop import fit
 from llmjax.train.metrics import read_metrics
-from llmjax.train.plot import plot_loss
+from llmjax.train.plot import plot_experts, plot_loss
 
 _REPORTED = 1000  # held-out documents that the tokenizer is measured on
 EVAL_KEYS = ("data.sources", "data.cache", "eval.batch_size", "eval.stride")
@@ -88,10 +89,16 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
   )
 
   def evaluate(model):
-    batch_size, stride = config.eval.batch_size, config.eval.stride
-    return evaluate_loss(model, held_store, mesh, task, batch_size, stride)
+    return evaluate_loss(model, held_store, mesh, task, config.eval.batch_size, config.eval.stride)
 
-  fitted = fit(config, workdir, tokenizer, store, mesh, evaluate)
+  def begin(fresh):
+    where = config.init.checkpoint
+    if not where:
+      return fresh
+    _say(f"weights of {where}")
+    return begin_from(load(where), config.model, fresh, config.init.drop, config.seed)
+
+  fitted = fit(config, workdir, tokenizer, store, mesh, evaluate, begin)
   _say("evaluating on held-out text")
   scores = evaluate(fitted.model)
   if writes:
@@ -116,6 +123,9 @@ def _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s) -> di
     "tokenizer": report(tokenizer, [document.text for document in held_out[:_REPORTED]]),
   }
   plot_loss(workdir, workdir / "loss.png", _levels(result))
+  if config.model.moe.experts:
+    plot_experts(workdir, workdir / "experts.png")
+    result["moe_max_load"] = _last_fifth(workdir, "moe_max_load")
   if config.model.kind == "decoder":
     model = Model(config.model, fitted.model, tokenizer)
     _write_samples(model, config.sample.prompts, _sampling(config), workdir)
@@ -178,10 +188,9 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
       )
   mesh = make_mesh(MeshConfig())
   decoder = jax.device_put(model.parameters, weight_shardings(mesh, model.parameters))
-  store = prepare(documents, model.tokenizer, _cache(config, checkpoint))
+  store = make_store(config.data, documents, model.tokenizer, _workdir(checkpoint))
   task = config.task_of(model.tokenizer)
-  batch_size, stride = config.eval.batch_size, config.eval.stride
-  scores = evaluate_loss(decoder, store, mesh, task, batch_size, stride)
+  scores = evaluate_loss(decoder, store, mesh, task, config.eval.batch_size, config.eval.stride)
   return {**scores, **compressor_bits_per_byte(documents)}
 
 
@@ -197,18 +206,22 @@ def _levels(result: dict) -> dict[str, float]:
   }
 
 
+def _last_fifth(workdir: Path, name: str) -> float:
+  """Mean of a metric over the last fifth of a run's reported steps."""
+  values = [line[name] for line in read_metrics(workdir) if name in line]
+  return round(statistics.fmean(values[-max(1, len(values) // 5) :]), 4)
+
+
 def _median_rate(workdir: Path) -> float:
   """Predicted tokens a second at the median step, over all sessions of the run."""
   return statistics.median(line["tokens_per_s"] for line in read_metrics(workdir) if "loss" in line)
 
 
-def _cache(config: Config, checkpoint) -> Path:
-  if config.data.cache:
-    return Path(config.data.cache)
+def _workdir(checkpoint) -> Path:
   path = Path(checkpoint).absolute()
   while path.name.isdigit() or path.name == "checkpoints":
     path = path.parent
-  return path / "data"
+  return path
 
 
 def _check_workdir(config: Config, meta: dict, workdir: Path):

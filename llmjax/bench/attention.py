@@ -30,10 +30,8 @@ def measure(options, positions=POSITIONS) -> dict:
     would not fit into half of the memory that is free.
   """
   title = f"attention, batch 1, {_HEADS} heads of {_HEAD_DIM}, forward and backward"
-  cases = []
-  for kernel in KERNELS:
-    rows = [_row(kernel, length, options) for length in positions]
-    cases.append({"title": f"{kernel} {title}", "kernel": kernel, "rows": rows})
+  rows = {kernel: [_row(kernel, length, options) for length in positions] for kernel in KERNELS}
+  cases = [{"title": f"{name} {title}", "kernel": name, "rows": rows[name]} for name in KERNELS]
   return {"cases": cases}
 
 

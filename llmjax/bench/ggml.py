@@ -2,7 +2,6 @@
 batch of sequences that advance together, the highest score taken with numpy.
 """
 
-import ctypes
 from pathlib import Path
 
 import gguf
@@ -76,7 +75,8 @@ def decode(spec: Spec):
     batch.n_tokens = place
     if api.llama_decode(context, batch):
       raise RuntimeError("llama_decode failed")
-    return [_best(api.llama_get_logits_ith(context, at), size.vocab_size) for at in wanted]
+    scores = [api.llama_get_logits_ith(context, at) for at in wanted]
+    return [int(np.ctypeslib.as_array(row, (size.vocab_size,)).argmax()) for row in scores]
 
   def run(rows, new_tokens: int) -> list[list[int]]:
     api.llama_memory_clear(api.llama_get_memory(context), True)
@@ -100,8 +100,3 @@ def _open(path: Path, cores: int):
   if not context:
     raise RuntimeError(f"llama.cpp cannot open {path}")
   return context
-
-
-def _best(logits, vocab_size: int) -> int:
-  pointer = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
-  return int(np.argmax(np.ctypeslib.as_array(pointer, (vocab_size,))))

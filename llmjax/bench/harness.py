@@ -40,7 +40,7 @@ class Worker:
     facts: what it said when it was ready.
   """
 
-  def __init__(self, name: str, spec: Spec, environment: Mapping[str, str] | None = None):
+  def __init__(self, name: str, spec: Spec, environment: Mapping[str, str]):
     self.name = name
     self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 closed in close()
     self._process = subprocess.Popen(
@@ -49,7 +49,7 @@ class Worker:
       stdout=subprocess.PIPE,
       stderr=self._log,
       text=True,
-      env={**os.environ, "OMP_NUM_THREADS": str(spec.cores), **(environment or {})},
+      env={**os.environ, "OMP_NUM_THREADS": str(spec.cores), **environment},
     )
     try:
       self.facts = self._answer()
@@ -61,8 +61,7 @@ class Worker:
     """Sends one request and waits for the answer."""
     # A worker that died is told by `_answer`, with its own last words.
     with contextlib.suppress(BrokenPipeError):
-      self._process.stdin.write(json.dumps(request) + "\n")
-      self._process.stdin.flush()
+      print(json.dumps(request), file=self._process.stdin, flush=True)
     return self._answer()
 
   def _answer(self) -> dict:
@@ -76,34 +75,33 @@ class Worker:
 
   def close(self) -> None:
     """Ends the process by ending its input, or by force when that does not do."""
-    with contextlib.suppress(BrokenPipeError):
-      self._process.stdin.close()
-    try:
-      self._process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-      self._process.kill()
-      self._process.wait()
-    self._process.stdout.close()
-    self._log.close()
+    with self._log:
+      try:
+        self._process.communicate(timeout=10)
+      except subprocess.TimeoutExpired:
+        self._process.kill()
+        self._process.communicate()
 
 
 def interleave(
-  workers: Mapping[str, Worker], requests: Mapping[str, Sequence[dict]], rounds: int, tell=None
+  workers: Mapping[str, Worker], requests: Mapping[str, Sequence[dict]], rounds: int
 ) -> dict[str, list[list[dict]]]:
   """Asks every worker in turn, `rounds` times, every other round in reverse order.
 
   Args:
     requests: what a round asks of each worker, by its name.
-    tell: called with the round's number and a worker's name before it is asked.
   Returns:
     By worker, for each of its requests, one answer a round.
   """
   made = {name: [[] for _ in requests[name]] for name in workers}
   for number in range(rounds):
-    order = list(workers)[:: -1 if number % 2 else 1]
-    for name in order:
-      if tell:
-        tell(number, name)
-      for place, request in enumerate(requests[name]):
-        made[name][place].append(workers[name].ask(request))
+    for name in list(workers)[:: -1 if number % 2 else 1]:
+      say(f"round {number + 1} of {rounds}: {name}")
+      for answers, request in zip(made[name], requests[name], strict=True):
+        answers.append(workers[name].ask(request))
   return made
+
+
+def say(text: str) -> None:
+  """Tells how far a benchmark is, on standard error."""
+  print(text, file=sys.stderr, flush=True)

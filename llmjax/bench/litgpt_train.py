@@ -31,4 +31,4 @@ def train(spec: Spec):
   copy_weights_hf_llama(config, {}, weights, load_file(Path(spec.folder, "model.safetensors")))
   model = GPT(config)
   model.load_state_dict(weights)
-  return prepare_step(spec, model)
+  return prepare_step(spec, model, model)

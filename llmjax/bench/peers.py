@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from llmjax.core.errors import UserError, nearest
 
-INSTALL = "see requirements-bench.txt: pip install --no-deps -r requirements-bench.txt"
-
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
@@ -17,10 +15,12 @@ class Peer:
   Attributes:
     where: `module:function`; the function takes a `Spec` and returns (facts, measure).
     needs: importable packages without which it is left out.
+    kind: what is added to the size's name: "-moe" or nothing.
   """
 
   where: str
   needs: tuple[str, ...] = ()
+  kind: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,11 @@ PEERS = {
     "transformers-compile": Peer("llmjax.bench.torch_peers:train_compiled", _TORCH),
     "litgpt": Peer("llmjax.bench.litgpt_train:train", (*_TORCH, "litgpt", "lightning")),
   },
+  "moe": {
+    "llmjax": Peer("llmjax.bench.ours:train", kind="-moe"),
+    "dense": Peer("llmjax.bench.ours:train"),
+    "transformers": Peer("llmjax.bench.torch_peers:train", _TORCH, "-moe"),
+  },
   "decode": {
     "llmjax": Peer("llmjax.bench.ours:decode"),
     "transformers": Peer("llmjax.bench.torch_peers:decode", _TORCH),
@@ -61,8 +66,8 @@ PEERS = {
   },
   "data": {
     "step": Peer("llmjax.bench.ours:train"),
-    "tokenize": Peer("llmjax.bench.ours_data:tokenize"),
-    "load": Peer("llmjax.bench.ours_data:load"),
+    "tokenize": Peer("llmjax.bench.ours:tokenize"),
+    "load": Peer("llmjax.bench.ours:load"),
   },
 }
 
@@ -80,11 +85,13 @@ def pick(bench: str, names: Sequence[str] = ()) -> dict[str, Peer]:
   for name in names:
     if name not in known:
       raise UserError(f"unknown peer {name!r} of bench {bench}; {nearest(name, known)}")
-  chosen = {name: peer for name, peer in known.items() if not names or name in names}
-  for name, peer in list(chosen.items()):
-    missing = [package for package in peer.needs if importlib.util.find_spec(package) is None]
+  chosen = {}
+  for name in [name for name in known if not names or name in names]:
+    missing = [package for package in known[name].needs if not importlib.util.find_spec(package)]
     if missing:
-      why = f"{missing[0]} is not installed; {INSTALL}"
+      install = "see requirements-bench.txt: pip install --no-deps -r requirements-bench.txt"
+      why = f"{missing[0]} is not installed; {install}"
       print(f"llmjax: {name} is left out, {why}", file=sys.stderr)
-      del chosen[name]
+    else:
+      chosen[name] = known[name]
   return chosen

@@ -18,16 +18,16 @@ def summary(rounds: Sequence[dict]) -> dict:
   """Sums up one peer's rounds.
 
   Args:
-    rounds: answers, in order; every number that all of them hold is summed up.
+    rounds: answers, in order, all with the same keys; numbers are summed up.
   Returns:
     The median of each number; for `tokens_per_s` also `least_per_s` and `most_per_s`; for
     `peak_bytes` the largest.
   """
-  made = {}
-  for key in rounds[0]:
-    values = [answer[key] for answer in rounds]
-    if all(isinstance(value, int | float) for value in values):
-      made[key] = statistics.median(values)
+  made = {
+    key: statistics.median(answer[key] for answer in rounds)
+    for key, value in rounds[0].items()
+    if isinstance(value, int | float)
+  }
   rates = [answer["tokens_per_s"] for answer in rounds]
   made |= {"least_per_s": min(rates), "most_per_s": max(rates)}
   if "peak_bytes" in made:

@@ -1,11 +1,12 @@
 """What is measured: the sizes, the tokens, and one folder of weights that every peer reads.
 
-Both sizes are Llama-type decoders with a head of its own. Weights and tokens are functions of a
+All sizes are Llama-type decoders with a head of their own. Weights and tokens are functions of a
 fixed seed, so that losses and greedy tokens of different peers can be compared.
 """
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,7 @@ ROPE_THETA = 10_000.0
 NORM_EPS = 1e-5
 PROMPT_TOKENS = 128
 NEW_TOKENS = 128
-LEARNING_RATE = 1e-4
-WEIGHT_DECAY = 0.1
-BETAS = (0.9, 0.95)
-EPS = 1e-8
+ADAMW = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}  # torch's names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +31,7 @@ class Size:
     mlp_width: feed-forward width (f).
     batch_size: rows of a training batch.
     length: positions of a row.
+    experts: of each layer, two for a token, `mlp_width` wide each; 0: dense layers.
   """
 
   vocab_size: int
@@ -42,17 +41,23 @@ class Size:
   mlp_width: int
   batch_size: int
   length: int
+  experts: int = 0
 
   @property
   def parameters(self) -> int:
     """Weights, from the shapes that are written."""
-    return sum(int(np.prod(shape)) for shape, _ in _shapes(self).values())
+    return sum(math.prod(shape) for shape in _shapes(self).values())
 
 
 SIZES = {
   "L": Size(8192, 512, 8, 8, 1536, 8, 256),
   "S": Size(2048, 256, 4, 4, 768, 16, 128),
   "tiny": Size(64, 16, 2, 2, 32, 2, 8),
+}
+# As many active FLOPs in experts: two of eight, half as wide.
+SIZES |= {
+  f"{name}-moe": dataclasses.replace(size, mlp_width=size.mlp_width // 2, experts=8)
+  for name, size in SIZES.items()
 }
 
 
@@ -69,28 +74,30 @@ def prompts(size: Size, batch: int) -> list[list[int]]:
   return rng.integers(size.vocab_size, size=(batch, PROMPT_TOKENS)).tolist()
 
 
-def _shapes(size: Size) -> dict[str, tuple[tuple[int, ...], float]]:
-  """Lists Hugging Face's names of a Llama's tensors with shape and standard deviation."""
+def _shapes(size: Size) -> dict[str, tuple[int, ...]]:
+  """Lists Hugging Face's names of a Llama's or a Mixtral's tensors, with shapes (out, in)."""
   v, d, f = size.vocab_size, size.width, size.mlp_width
-  shapes = {
-    "model.embed_tokens.weight": ((v, d), 0.02),
-    "lm_head.weight": ((v, d), 0.02),
-    "model.norm.weight": ((d,), 0.0),
-  }
-  block = {f"self_attn.{name}_proj": ((d, d), d**-0.5) for name in "qkvo"}
-  block |= {f"mlp.{name}_proj": ((f, d), d**-0.5) for name in ("gate", "up")}
-  block["mlp.down_proj"] = ((d, f), f**-0.5)
-  block |= {f"{name}_layernorm": ((d,), 0.0) for name in ("input", "post_attention")}
+  block = {f"self_attn.{name}_proj": (d, d) for name in "qkvo"}
+  if size.experts:
+    block["block_sparse_moe.gate"] = (size.experts, d)
+    for e in range(size.experts):
+      sides = {"w1": (f, d), "w3": (f, d), "w2": (d, f)}
+      block |= {f"block_sparse_moe.experts.{e}.{name}": side for name, side in sides.items()}
+  else:
+    block |= {"mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
+  block |= {"input_layernorm": (d,), "post_attention_layernorm": (d,)}
+  shapes = {"model.embed_tokens": (v, d), "lm_head": (v, d), "model.norm": (d,)}
   for layer in range(size.layers):
-    shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in block.items()}
-  return shapes
+    shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
+  return {f"{name}.weight": shape for name, shape in shapes.items()}
 
 
 def hf_config(size: Size) -> dict:
-  """Describes a size as a Llama `config.json`."""
-  return {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+  """Describes a size as the `config.json` of a Llama or a Mixtral."""
+  kind = {"model_type": "llama"}
+  if size.experts:
+    kind = {"model_type": "mixtral", "num_local_experts": size.experts, "num_experts_per_tok": 2}
+  return kind | {
     "vocab_size": size.vocab_size,
     "hidden_size": size.width,
     "num_hidden_layers": size.layers,
@@ -103,7 +110,6 @@ def hf_config(size: Size) -> dict:
     "tie_word_embeddings": False,
     "bos_token_id": None,
     "eos_token_id": None,
-    "torch_dtype": "float32",
   }
 
 
@@ -114,9 +120,10 @@ def write_weights(size: Size, folder: Path) -> None:
   near log(v), and greedy tokens depend on every layer.
   """
   rng = np.random.default_rng(0)
-  tensors = {
-    name: rng.standard_normal(shape, np.float32) * np.float32(std) + np.float32(std == 0)
-    for name, (shape, std) in _shapes(size).items()
-  }
+  tensors = {}
+  for name, shape in _shapes(size).items():
+    std = 0.02 if name in ("model.embed_tokens.weight", "lm_head.weight") else shape[-1] ** -0.5
+    drawn = rng.standard_normal(shape, np.float32) * np.float32(std)
+    tensors[name] = drawn if drawn.ndim > 1 else np.ones_like(drawn)
   save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
   (folder / "config.json").write_text(json.dumps(hf_config(size)))

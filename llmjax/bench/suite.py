@@ -2,22 +2,38 @@
 
 import contextlib
 import dataclasses
-import sys
+import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmjax.bench import attention
-from llmjax.bench.harness import Worker, interleave
+from llmjax.bench.harness import Worker, interleave, say
 from llmjax.bench.peers import PEERS, Spec, pick
 from llmjax.bench.report import compare, cores, machine, ratio, table
-from llmjax.bench.sizes import SIZES, write_weights
+from llmjax.bench.sizes import NEW_TOKENS, PROMPT_TOKENS, SIZES, write_weights
 from llmjax.core.config import override
 from llmjax.core.errors import UserError, nearest
 from llmjax.models.config import DTYPES
 from llmjax.train.config import Config
 
+BENCHES = (*PEERS, "attention")
 _LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # bf16 keeps 8 bits of a logit
+_COLUMNS = {
+  "peer": "peer",
+  "positions": "positions",
+  "tokens_per_s": "tokens/s",
+  "least_per_s": "least",
+  "most_per_s": "most",
+  "ratio": "ratio",
+  "decode_tokens_per_s": "after first token",
+  "decode_ratio": "ratio",
+  "seconds_per_step": "s",
+  "temp_bytes": "temporary MB",
+  "peak_bytes": "peak MB",
+  "import_s": "import s",
+  "first_step_s": "first step s",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +57,8 @@ class Options:
   overrides: tuple[str, ...] = ()
 
   def __post_init__(self):
-    for key, value, known in (("size", self.size, SIZES), ("dtype", self.dtype, DTYPES)):
+    sizes = [name for name in SIZES if not name.endswith("-moe")]
+    for key, value, known in (("size", self.size, sizes), ("dtype", self.dtype, DTYPES)):
       if value not in known:
         raise UserError(f"bench: unknown {key} {value!r}; {nearest(value, known)}")
     if self.rounds < 1 or self.seconds <= 0:
@@ -53,7 +70,7 @@ def bench(name: str, options: Options | None = None) -> dict:
   """Runs a benchmark.
 
   Args:
-    name: train, decode, data or attention.
+    name: train, moe, decode, data or attention.
     options: how.
   Returns:
     `bench`, the options, `machine`, and `cases`: each a title and its rows.
@@ -64,9 +81,11 @@ def bench(name: str, options: Options | None = None) -> dict:
   if name not in BENCHES:
     raise UserError(f"unknown bench {name!r}; {nearest(name, BENCHES)}")
   head = {"bench": name, **dataclasses.asdict(options), "machine": machine()}
-  if name == "attention" and options.peers:
+  if name != "attention":
+    return head | _go_round(name, options)
+  if options.peers:
     raise UserError("bench attention has no peers")
-  return {**head, **BENCHES[name](options)}
+  return head | attention.measure(options)
 
 
 def show(result: dict) -> str:
@@ -83,134 +102,104 @@ def show(result: dict) -> str:
   return "\n".join([*lines, *result.get("notes", ())])
 
 
-_COLUMNS = {
-  "peer": "peer",
-  "positions": "positions",
-  "tokens_per_s": "tokens/s",
-  "least_per_s": "least",
-  "most_per_s": "most",
-  "ratio": "ratio",
-  "decode_tokens_per_s": "after first token",
-  "decode_ratio": "ratio",
-  "seconds_per_step": "s",
-  "temp_bytes": "temporary MB",
-  "peak_bytes": "peak MB",
-  "import_s": "import s",
-  "first_step_s": "first step s",
-}
-
-
 def _value(row: dict, column: str):
   value = row.get(column)
   return value / 1e6 if value is not None and column.endswith("_bytes") else value
 
 
-def _measure(bench: str, options: Options, requests: Sequence[dict]):
-  """Goes round a benchmark's workers.
-
-  Returns:
-    For each request (answers by peer, rows), and what is told of llmjax's first step.
-  """
-  tell = lambda number, name: _say(f"round {number + 1} of {options.rounds}: {name}")  # noqa: E731
+def _go_round(bench: str, options: Options) -> dict:
+  """Asks a benchmark's workers in turn; what is asked of them is a case each."""
+  cases = [{"batch": 1}, {"batch": 8}] if bench == "decode" else [{}]
+  requests = [{"seconds": options.seconds, **case} for case in cases]
   with contextlib.ExitStack() as stack:
     workers, told = _start(stack, bench, options)
-    made = interleave(workers, dict.fromkeys(workers, requests), options.rounds, tell)
-  results = []
-  for place in range(len(requests)):
+    made = interleave(workers, dict.fromkeys(workers, requests), options.rounds)
+  base = next(iter(PEERS[bench]))
+  for place, case in enumerate(cases):
     rounds = {name: answers[place] for name, answers in made.items()}
-    rows = compare(rounds, next(iter(PEERS[bench])))
-    results.append((rounds, [{**workers[row["peer"]].facts, **row} for row in rows]))
-  return results, told
-
-
-def _start(stack: contextlib.ExitStack, bench: str, options: Options):
-  """Starts the chosen peers over one folder of weights; llmjax twice, to time its first step."""
-  chosen = pick(bench, options.peers)
-  if not chosen:
-    raise UserError(f"bench {bench}: none of the peers asked for is installed")
-  folder = _scratch(stack)
-  write_weights(SIZES[options.size], Path(folder))
-
-  def start(name: str, environment: dict, again: str = "") -> Worker:
-    _say(f"preparing {name}{again}")
-    where = chosen[name].where
-    spec = Spec(where, options.size, options.dtype, folder, cores(), options.overrides)
-    return stack.enter_context(contextlib.closing(Worker(name + again, spec, environment)))
-
-  if "llmjax" not in chosen:
-    return {name: start(name, {}) for name in chosen}, {"notes": []}
-  cache = {"JAX_COMPILATION_CACHE_DIR": _scratch(stack)}
-  cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-  workers = {"llmjax": start("llmjax", cache)}
-  warm = start("llmjax", cache, " once more, from its compilation cache")
-  warm.close()
-  workers |= {name: start(name, {}) for name in chosen if name != "llmjax"}
-  return workers, _first_step(workers["llmjax"].facts["first_step_s"], warm.facts["first_step_s"])
-
-
-def _scratch(stack: contextlib.ExitStack) -> str:
-  return stack.enter_context(tempfile.TemporaryDirectory(prefix="llmjax-bench-"))
-
-
-def _first_step(cold_s: float, warm_s: float) -> dict:
-  note = (
-    f"llmjax's first step: {cold_s:.1f} s with an empty compilation cache, {warm_s:.1f} s with a "
-    "filled one"
-  )
-  return {"first_step_cold_s": cold_s, "first_step_warm_s": warm_s, "notes": [note]}
-
-
-def _train(options: Options) -> dict:
-  ((_, rows),), told = _measure("train", options, [{"seconds": options.seconds}])
-  losses = [row["first_loss"] for row in rows]
-  if max(losses) - min(losses) > _LOSS_TOLERANCE[options.dtype]:
-    told["notes"].append(f"WARNING: first losses differ, peers do not do the same: {losses}")
-  size = SIZES[options.size]
-  title = (
-    f"training, {size.parameters / 1e6:.1f} M parameters, batch {size.batch_size} × {size.length};"
-    " ratio: llmjax ÷ peer, median over rounds; peak: of the steps"
-  )
-  return {"cases": [{"title": title, "rows": rows}], **told}
-
-
-def _decode(options: Options) -> dict:
-  batches = (1, 8)
-  results, told = _measure("decode", options, [{"batch": batch} for batch in batches])
-  cases = []
-  for batch, (rounds, rows) in zip(batches, results, strict=True):
-    for row in rows:
-      row["same_tokens"] = _same(rounds, row["peer"])
-    if any(row["same_tokens"] < 8 for row in rows):
-      told["notes"].append(f"WARNING: greedy tokens differ early (batch {batch}), see same_tokens")
-    title = (
-      f"decoding, batch {batch}, prompt 128, 128 new, greedy; tokens/s of a whole call; "
-      "ratio: llmjax ÷ peer, median over rounds"
-    )
-    cases.append({"title": title, "batch": batch, "rows": rows})
+    rows = [{**workers[row["peer"]].facts, **row} for row in compare(rounds, base)]
+    if bench == "data" and base in rounds:
+      for row in rows:
+        row["ratio"] = ratio(rounds[row["peer"]], rounds[base])
+    told["notes"] += _check_losses(rows, _LOSS_TOLERANCE[options.dtype])
+    told["notes"] += _check_tokens(rows, rounds, **case)
+    case |= {"title": _title(bench, options, **case), "rows": rows}
   return {"cases": cases, **told}
 
 
-def _same(rounds, name: str) -> int:
-  """Counts the leading tokens a peer wrote that are those of the first peer."""
-  first, ids = next(iter(rounds.values()))[0]["ids"], rounds[name][0]["ids"]
-  differs = [i for i, (a, b) in enumerate(zip(first, ids, strict=True)) if a != b]
-  return differs[0] if differs else len(ids)
+def _start(stack: contextlib.ExitStack, bench: str, options: Options):
+  """Starts the chosen peers over one folder of weights; llmjax twice, to time its first step.
+
+  Returns:
+    The workers by name, and what is told of llmjax's first step, with `notes`.
+  """
+  chosen = pick(bench, options.peers)
+  if not chosen:
+    raise UserError(f"bench {bench}: none of the peers asked for is installed")
+  scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmjax-bench-")))
+  for size in {options.size + peer.kind for peer in chosen.values()}:
+    (scratch / size).mkdir()
+    write_weights(SIZES[size], scratch / size)
+  cache = {
+    "JAX_COMPILATION_CACHE_DIR": str(scratch / "cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+
+  def start(name: str, again: str = "") -> Worker:
+    say(f"preparing {name}{again}")
+    where, size = chosen[name].where, options.size + chosen[name].kind
+    spec = Spec(where, size, options.dtype, str(scratch / size), cores(), options.overrides)
+    return Worker(name + again, spec, cache if name == "llmjax" else {})
+
+  workers, told = {}, {"notes": []}
+  for name in chosen:
+    workers[name] = stack.enter_context(contextlib.closing(start(name)))
+    if name == "llmjax":
+      with contextlib.closing(start(name, " once more, from its compilation cache")) as warm:
+        warm_s = warm.facts["first_step_s"]
+      cold_s = workers[name].facts["first_step_s"]
+      told |= {"first_step_cold_s": cold_s, "first_step_warm_s": warm_s}
+      told["notes"].append(
+        f"llmjax's first step: {cold_s:.1f} s with an empty compilation cache, {warm_s:.1f} s with "
+        "a filled one"
+      )
+  return workers, told
 
 
-def _data(options: Options) -> dict:
-  ((rounds, rows),), _ = _measure("data", options, [{"seconds": options.seconds}])
+def _check_losses(rows: Sequence[dict], tolerance: float) -> list[str]:
+  """Warns where training begins with different losses; `dense` is another model than the rest."""
+  losses = {row["peer"]: row["first_loss"] for row in rows if "first_loss" in row}
+  losses.pop("dense", None)
+  if not losses or max(losses.values()) - min(losses.values()) <= tolerance:
+    return []
+  return [f"WARNING: first losses differ, peers do not do the same: {losses}"]
+
+
+def _check_tokens(
+  rows: Sequence[dict], rounds: Mapping[str, list[dict]], batch: int = 0
+) -> list[str]:
+  """Counts the leading tokens that a peer wrote as the first peer did; warns where they are few."""
+  first = next(iter(rounds.values()))[0].get("ids")
+  if first is None:
+    return []
   for row in rows:
-    if "ratio" in row:
-      row["ratio"] = ratio(rounds[row["peer"]], rounds["step"])
-  title = (
-    "tokenizing, and packing and batching, against what the training step consumes; "
-    "ratio: peer ÷ step, median over rounds"
-  )
-  return {"cases": [{"title": title, "rows": rows}]}
+    pairs = zip(first, rounds[row["peer"]][0]["ids"], strict=True)
+    row["same_tokens"] = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+  if min(row["same_tokens"] for row in rows) >= 8:
+    return []
+  return [f"WARNING: greedy tokens differ early (batch {batch}), see same_tokens"]
 
 
-BENCHES = {"train": _train, "decode": _decode, "data": _data, "attention": attention.measure}
-
-
-def _say(text: str):
-  print(text, file=sys.stderr, flush=True)
+def _title(bench: str, options: Options, batch: int = 0) -> str:
+  size = SIZES[options.size + ("-moe" if bench == "moe" else "")]
+  scale = f"{size.parameters / 1e6:.1f} M parameters, batch {size.batch_size} × {size.length}"
+  ours = "ratio: llmjax ÷ peer, median over rounds"
+  return {
+    "train": f"training, {scale}; {ours}; peak: of the steps",
+    "moe": f"training, {size.experts} experts, 2 a token, {scale}; dense: llmjax at equal active "
+    f"FLOPs; {ours}",
+    "decode": f"decoding, batch {batch}, prompt {PROMPT_TOKENS}, {NEW_TOKENS} new, greedy; "
+    f"tokens/s of a whole call; {ours}",
+    "data": "tokenizing, and packing and batching, against what the training step consumes; "
+    "ratio: peer ÷ step, median over rounds",
+  }[bench]

@@ -5,11 +5,22 @@ import time
 from llmjax.bench.sizes import NEW_TOKENS, Size, prompts
 
 
+def prepare_steps(size: Size, run_step):
+  """Makes a peer out of a function that does one step of training and returns its loss.
+
+  Returns:
+    (facts, measure), as `Peer.where` wants them; `measure({"seconds": s})`.
+  """
+  tokens = size.batch_size * size.length
+  facts = {"first_loss": run_step()}
+  return facts, lambda request: timed_steps(run_step, tokens, request["seconds"])
+
+
 def timed_steps(run_step, tokens: int, seconds: float) -> dict:
   """Runs whole steps until `seconds` have passed.
 
   Args:
-    run_step: does one step and returns its loss.
+    run_step: does one step and returns its loss, if it has one.
     tokens: predicted a step.
   Returns:
     `tokens`, `seconds`, `tokens_per_s` and the `losses`.
@@ -29,7 +40,7 @@ def prepare_decode(size: Size, run):
   Args:
     run: `(rows of ids, new tokens) -> new ids of each row`, greedy, EOS ignored.
   Returns:
-    (facts, measure), as `Peer.where` wants them; `measure({"batch": n})`.
+    As `prepare_steps`; `measure({"batch": n})`.
   """
   warm = set()
 

@@ -12,61 +12,50 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from llmjax.bench.peers import Spec
-from llmjax.bench.sizes import BETAS, EPS, LEARNING_RATE, SIZES, WEIGHT_DECAY, token_batches
-from llmjax.bench.timing import prepare_decode, timed_steps
-
-
-class _Logits(torch.nn.Module):
-  """Makes a Hugging Face model a function of ids that returns logits."""
-
-  def __init__(self, model):
-    super().__init__()
-    self.model = model
-
-  def forward(self, ids):
-    """Scores: logits [b, t, v]."""
-    return self.model(input_ids=ids).logits
+from llmjax.bench.sizes import ADAMW, SIZES, token_batches
+from llmjax.bench.timing import prepare_decode, prepare_steps
 
 
 def train(spec: Spec, compiled: bool = False):
   """Prepares `LlamaForCausalLM` as it is, or under `torch.compile`."""
   model = AutoModelForCausalLM.from_pretrained(spec.folder, dtype=torch.float32)
   model.config.use_cache = False
-  model = _Logits(model)
-  return prepare_step(spec, torch.compile(model) if compiled else model)
+
+  def score(ids):
+    return model(input_ids=ids).logits
+
+  return prepare_step(spec, model, torch.compile(score) if compiled else score)
 
 
 train_compiled = functools.partial(train, compiled=True)
 
 
-def prepare_step(spec: Spec, model):
+def prepare_step(spec: Spec, model, score):
   """Makes a peer of training out of a torch module.
 
   Args:
-    model: ids [b, t] → logits [b, t, v], with fp32 weights.
+    model: holds the weights, in fp32.
+    score: ids [b, t] → logits [b, t, v].
   Returns:
     (facts, measure), as `Peer.where` wants them.
   """
   torch.set_num_threads(spec.cores)
   model.train()
-  rate = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
-  optimizer = torch.optim.AdamW(model.parameters(), fused=True, **rate)
+  optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
   size = SIZES[spec.size]
   feed = itertools.cycle(torch.from_numpy(rows).long() for rows in token_batches(size))
 
   def run_step() -> float:
     rows = next(feed)
     with torch.autocast("cpu", torch.bfloat16, enabled=spec.dtype == "bfloat16"):
-      logits = model(rows[:, :-1])
+      logits = score(rows[:, :-1])
     loss = cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
     return loss.item()
 
-  first_loss = run_step()
-  measure = functools.partial(timed_steps, run_step, size.batch_size * size.length)
-  return {"first_loss": first_loss}, lambda request: measure(request["seconds"])
+  return prepare_steps(size, run_step)
 
 
 def decode(spec: Spec, **options):

@@ -22,7 +22,12 @@ from llmjax.core.errors import UserError, nearest
 
 def defaults(schema: type) -> ConfigDict:
   """Makes a locked, editable config tree holding a dataclass's defaults."""
-  return ConfigDict(dataclasses.asdict(schema())).lock()
+  return editable(schema())
+
+
+def editable(config) -> ConfigDict:
+  """Makes a locked, editable config tree, or a section of one, of a frozen config."""
+  return ConfigDict(dataclasses.asdict(config)).lock()
 
 
 def load(path: str, overrides: Sequence[str], schema: type):
@@ -48,7 +53,7 @@ def override(config, overrides: Sequence[str]):
   Raises:
     UserError: an unknown key or a value of the wrong type.
   """
-  return _apply(ConfigDict(to_dict(config)), overrides, type(config))
+  return _apply(editable(config), overrides, type(config))
 
 
 def _apply(tree: ConfigDict, overrides: Sequence[str], schema: type):
@@ -85,22 +90,13 @@ def _run_file(path: str) -> ConfigDict:
 
 
 def _check_keys(overrides: Sequence[str], schema: type):
-  known = set(_leaf_keys(schema))
+  known = flat(schema())
   for argument in overrides:
     key, found, _ = argument.removeprefix("--config.").partition("=")
     if key not in known:
       raise UserError(f"unknown config key {key!r}; {nearest(key, known)}")
     if not found:
       raise UserError(f"config key {key!r} has no value; write --config.{key}=VALUE")
-
-
-def _leaf_keys(schema: type, prefix: str = ""):
-  hints = typing.get_type_hints(schema)
-  for field in dataclasses.fields(schema):
-    if dataclasses.is_dataclass(hints[field.name]):
-      yield from _leaf_keys(hints[field.name], f"{prefix}{field.name}.")
-    else:
-      yield prefix + field.name
 
 
 def freeze(values: dict, schema: type, prefix: str = ""):

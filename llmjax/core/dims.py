@@ -20,6 +20,7 @@ LETTERS = {
   "i": "rows of a small table, or input features (pixels of a patch)",
   "v": "vocabulary",
   "e": "experts",
+  "j": "experts of a token",
   "c": "expert capacity",
   "l": "layers",
   "r": "low rank",

@@ -5,6 +5,7 @@ the hand-written backward pass XLA's CPU backend converts bf16 operands to fp32 
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -44,28 +45,18 @@ def _einsum(eq, a, b):
 
   With two contracted dimensions XLA may choose to transpose the weight, at every call.
   """
-  (a_letters, b_letters), out = eq.split("->")[0].split(","), eq.split("->")[1]
-  terms = [a_letters, b_letters, out]
-  shape = None
+  terms = re.split(",|->", eq)
+  sizes = dict(zip(terms[0] + terms[1], a.shape + b.shape, strict=True))
+  shape = [sizes[letter] for letter in terms[2]]
   for pair in ("nh", "kh"):
-    if all(pair in term or not set(pair) & set(term) for term in terms):
-      sizes = dict(zip(a_letters + b_letters, a.shape + b.shape, strict=True))
-      shape = [sizes[letter] for letter in out] if pair in out else shape
-      a, b = (_joined(x, term.find(pair)) for x, term in ((a, a_letters), (b, b_letters)))
+    if pair in eq and all(pair in term or not set(pair) & set(term) for term in terms):
+      sizes[pair[0]] *= sizes[pair[1]]
       terms = [term.replace(pair, pair[0]) for term in terms]
-      a_letters, b_letters, _ = terms
-  made = jnp.einsum(
-    f"{terms[0]},{terms[1]}->{terms[2]}", a, b, preferred_element_type=jnp.float32
+  a, b = (
+    x.reshape([sizes[letter] for letter in term]) for x, term in zip((a, b), terms, strict=False)
   )
-  return made if shape is None else made.reshape(shape)
-
-
-def _joined(array, place: int):
-  """Takes the dimensions at `place` and after it as one; -1 leaves the array."""
-  if place < 0:
-    return array
-  shape = array.shape
-  return array.reshape(*shape[:place], shape[place] * shape[place + 1], *shape[place + 2 :])
+  eq = f"{terms[0]},{terms[1]}->{terms[2]}"
+  return jnp.einsum(eq, a, b, preferred_element_type=jnp.float32).reshape(shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -80,8 +71,7 @@ def _contract_forward(eq, out_dtype, a, b):
 
 def _contract_backward(eq, out_dtype, residuals, grad):
   a, b, like_b = residuals
-  operands, out = eq.split("->")
-  a_letters, b_letters = operands.split(",")
+  a_letters, b_letters, out = re.split(",|->", eq)
   grad = grad.astype(a.dtype)
   grad_a = _einsum(f"{out},{b_letters}->{a_letters}", grad, b).astype(a.dtype)
   grad_b = _einsum(f"{out},{a_letters}->{b_letters}", grad, a).astype(like_b.dtype)

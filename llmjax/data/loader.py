@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from llmjax.core.choices import check_least
 from llmjax.core.errors import UserError
 from llmjax.data import sources
 from llmjax.data.batch import Batch
@@ -44,8 +45,7 @@ class DataConfig:
   def __post_init__(self):
     if not 0 < self.held_out < 1:
       raise UserError(f"data.held_out {self.held_out} is not between 0 and 1")
-    if self.batch_size < 1:
-      raise UserError(f"data.batch_size {self.batch_size} is less than 1")
+    check_least("data", self, batch_size=1)
 
 
 def read_split(config: DataConfig) -> tuple[list[sources.Document], list[sources.Document]]:

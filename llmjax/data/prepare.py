@@ -78,7 +78,13 @@ def prepare(documents: Sequence[Document], tokenizer: Tokenizer, cache: Path) ->
         raise
     finally:
       shutil.rmtree(partial, ignore_errors=True)
-  return _open(folder)
+  meta = json.loads((folder / "meta.json").read_text())
+  return TokenStore(
+    key=key,
+    lengths=np.load(folder / "lengths.npy"),
+    size_bytes=meta["size_bytes"],
+    records=grain.sources.ArrayRecordDataSource(str(folder / "tokens.array_record")),
+  )
 
 
 def _write(documents: Sequence[Document], tokenizer: Tokenizer, folder: Path):
@@ -96,13 +102,3 @@ def _write(documents: Sequence[Document], tokenizer: Tokenizer, folder: Path):
   size_bytes = sum(document.size_bytes for document in documents)
   meta = {"documents": len(lengths), "size_bytes": size_bytes, "tokens": int(sum(lengths))}
   (folder / "meta.json").write_text(json.dumps(meta))
-
-
-def _open(folder: Path) -> TokenStore:
-  meta = json.loads((folder / "meta.json").read_text())
-  return TokenStore(
-    key=folder.name,
-    lengths=np.load(folder / "lengths.npy"),
-    size_bytes=meta["size_bytes"],
-    records=grain.sources.ArrayRecordDataSource(str(folder / "tokens.array_record")),
-  )

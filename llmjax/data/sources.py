@@ -65,29 +65,23 @@ def read_sources(spec: str) -> list[Document]:
 
 def _read_entry(entry: str) -> Iterator[Document]:
   if entry == "stdlib":
-    yield from _read_stdlib()
-    return
-  root = Path(entry).expanduser()
-  if root.is_dir():
-    for path in _files_below(root):
-      yield Document(entry, path.relative_to(root).as_posix(), _read_text(path))
-  elif root.exists():
-    yield Document(entry, root.name, _read_text(root))
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = [p for p in _files_below(root, _STDLIB_SKIPPED) if p.suffix in _STDLIB_SUFFIXES]
   else:
-    raise UserError(f"source {entry!r} does not exist; name a folder, a file or 'stdlib'")
+    root = Path(entry).expanduser()
+    if not root.exists():
+      raise UserError(f"source {entry!r} does not exist; name a folder, a file or 'stdlib'")
+    paths = _files_below(root, _SKIPPED) if root.is_dir() else [root]
+  for path in paths:
+    name = path.relative_to(root).as_posix() if path != root else root.name
+    try:
+      yield Document(entry, name, _read_text(path))
+    except UserError:
+      if entry != "stdlib":  # a few of its encodings' own sample files are not UTF-8
+        raise
 
 
-def _read_stdlib() -> Iterator[Document]:
-  root = Path(sysconfig.get_paths()["stdlib"])
-  for path in _files_below(root, _STDLIB_SKIPPED):
-    if path.suffix in _STDLIB_SUFFIXES:
-      try:
-        yield Document("stdlib", path.relative_to(root).as_posix(), _read_text(path))
-      except UserError:  # a few encodings' own sample files are not UTF-8
-        continue
-
-
-def _files_below(root: Path, skipped: set = _SKIPPED) -> list[Path]:
+def _files_below(root: Path, skipped: set) -> list[Path]:
   found = []
   for folder, folders, files in os.walk(root):
     folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]

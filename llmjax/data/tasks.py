@@ -10,7 +10,7 @@ import math
 import jax
 import numpy as np
 
-from llmjax.core.choices import check_choice
+from llmjax.core.choices import check_choice, check_least
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 
@@ -38,8 +38,7 @@ class TaskConfig:
     check_choice("task.name", self.name, ("auto", *TASKS))
     if not 0 < self.hidden <= 0.5:
       raise UserError(f"task.hidden {self.hidden} is not in (0, 0.5]")
-    if self.span < 1:
-      raise UserError(f"task.span {self.span} is less than 1")
+    check_least("task", self, span=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,30 +83,29 @@ class Task:
 
   def _prefix_lm(self, tokens_u, segments_u, rng) -> Batch:
     """Each document's first tokens, at least one and not all, are seen by all of it."""
-    row = jax.tree.map(lambda a: a[0], language_model(tokens_u[None], segments_u[None]))
+    row = language_model(tokens_u, segments_u)
     lengths = np.bincount(row.segments_bt)
     splits = np.array([rng.integers(1, max(2, length)) for length in lengths])[row.segments_bt]
     known = row.positions_bt + 1 < splits  # the next token is itself in the prefix
     prefix = (row.positions_bt < splits) & (row.segments_bt > 0)
-    mask = row.loss_mask_bt * ~known
-    return dataclasses.replace(row, prefix_bt=prefix, loss_mask_bt=mask.astype(np.float32))
+    return dataclasses.replace(row, prefix_bt=prefix, loss_mask_bt=row.loss_mask_bt * ~known)
 
   def _masked_lm(self, tokens_u, segments_u, rng) -> Batch:
     """Of the hidden tokens 80 % become the mask, 10 % any token, 10 % stay.
 
     Source: Devlin et al. 2018, arXiv:1810.04805, sec. 3.1.
     """
-    tokens_t, segments_t = tokens_u[:-1].astype(np.int32), segments_u[:-1].astype(np.int32)
-    hidden = (rng.random(len(tokens_t)) < self.config.hidden) & (segments_t > 0)
+    row = language_model(tokens_u, segments_u)
+    tokens_t = row.tokens_bt
+    hidden = (rng.random(len(tokens_t)) < self.config.hidden) & (row.segments_bt > 0)
     how = rng.random(len(tokens_t))
     anything = rng.integers(0, self.tokens, len(tokens_t))
     shown = np.where(how < 0.8, self.tokens, np.where(how < 0.9, anything, tokens_t))
-    return Batch(
+    return dataclasses.replace(
+      row,
       tokens_bt=np.where(hidden, shown, tokens_t).astype(np.int32),
       targets_bt=tokens_t,
       loss_mask_bt=hidden.astype(np.float32),
-      segments_bt=segments_t,
-      positions_bt=segment_positions(segments_t[None])[0],
     )
 
   def _span_corruption(self, tokens_u, segments_u, rng) -> Batch:
@@ -121,7 +119,7 @@ class Task:
     pairs = [self._corrupt(ids, rng) for ids in documents if len(ids) >= _SHORTEST]
     source_s, source_segments_s = _lay_out([source for source, _ in pairs], t)
     target_t, segments_t = _lay_out([target for _, target in pairs], self.target_width(t))
-    positions_t = segment_positions(segments_t[None])[0]
+    positions_t = segment_positions(segments_t)
     given_t = np.where(positions_t == 0, self.start * (segments_t > 0), np.roll(target_t, 1))
     return Batch(
       tokens_bt=given_t.astype(np.int32),
@@ -131,7 +129,7 @@ class Task:
       positions_bt=positions_t,
       source_bs=source_s,
       source_segments_bs=source_segments_s,
-      source_positions_bs=segment_positions(source_segments_s[None])[0],
+      source_positions_bs=segment_positions(source_segments_s),
     )
 
   def target_width(self, t: int) -> int:
@@ -177,16 +175,16 @@ def language_model(tokens_bu: np.ndarray, segments_bu: np.ndarray) -> Batch:
   """Makes next-token prediction out of rows one token longer than the batch.
 
   Args:
-    tokens_bu: int32 [b, t + 1] ids.
+    tokens_bu: int32 [b, t + 1] ids, or one row of them.
     segments_bu: int32 [b, t + 1] document numbers, 0 for padding.
   Returns:
     A numpy `Batch` of [b, t]; a prediction counts where the next token is of the same document.
   """
-  inputs = segments_bu[:, :-1]
-  same = (inputs == segments_bu[:, 1:]) & (inputs > 0)
+  inputs = segments_bu[..., :-1]
+  same = (inputs == segments_bu[..., 1:]) & (inputs > 0)
   return Batch(
-    tokens_bt=tokens_bu[:, :-1].astype(np.int32),
-    targets_bt=np.where(same, tokens_bu[:, 1:], 0).astype(np.int32),
+    tokens_bt=tokens_bu[..., :-1].astype(np.int32),
+    targets_bt=np.where(same, tokens_bu[..., 1:], 0).astype(np.int32),
     loss_mask_bt=same.astype(np.float32),
     segments_bt=inputs.astype(np.int32),
     positions_bt=segment_positions(inputs),
@@ -197,9 +195,8 @@ def score_only(tokens_bu: np.ndarray, segments_bu: np.ndarray, scored_bu: np.nda
   """Makes next-token prediction in which only the marked tokens count.
 
   Args:
-    tokens_bu: int32 [b, t + 1] ids.
-    segments_bu: int32 [b, t + 1] document numbers, 0 for padding.
-    scored_bu: bool [b, t + 1], true for tokens whose prediction counts.
+    scored_bu: bool [b, t + 1], true for tokens whose prediction counts; the others are those of
+      `language_model`.
   """
   batch = language_model(tokens_bu, segments_bu)
   return dataclasses.replace(batch, loss_mask_bt=batch.loss_mask_bt * scored_bu[:, 1:])
@@ -207,7 +204,7 @@ def score_only(tokens_bu: np.ndarray, segments_bu: np.ndarray, scored_bu: np.nda
 
 def segment_positions(segments_bt: np.ndarray) -> np.ndarray:
   """Counts each position from the start of its segment: [1, 1, 2, 2, 2] → [0, 1, 0, 1, 2]."""
-  places = np.arange(segments_bt.shape[1], dtype=np.int32)
+  places = np.arange(segments_bt.shape[-1], dtype=np.int32)
   starts = np.ones(segments_bt.shape, bool)
-  starts[:, 1:] = segments_bt[:, 1:] != segments_bt[:, :-1]
-  return places - np.maximum.accumulate(np.where(starts, places, 0), axis=1).astype(np.int32)
+  starts[..., 1:] = segments_bt[..., 1:] != segments_bt[..., :-1]
+  return places - np.maximum.accumulate(np.where(starts, places, 0), axis=-1).astype(np.int32)

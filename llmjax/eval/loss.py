@@ -1,6 +1,7 @@
 """Held-out loss: bits per byte of text, beside what general compressors make of the same bytes."""
 
 import gzip
+import itertools
 import lzma
 import math
 from collections.abc import Sequence
@@ -72,20 +73,14 @@ def evaluate_loss(
 
 @jax.jit
 def _loss_sum(model: nnx.Module, batch: Batch):
-  x_btd, _ = model.hidden(batch)
+  x_btd = model.hidden(batch)[0]
   _, nll = head_loss(LossConfig(), model.head, x_btd, batch.targets_bt, batch.loss_mask_bt)
   return jnp.stack((nll, jnp.sum(batch.loss_mask_bt)))
 
 
 def _batches(store, task: Task | None, context, stride, batch_size):
-  rows = []
   numbered = enumerate(windows(store, context, stride))
-  for number, row in numbered:
-    rows.append((number, *row))
-    if len(rows) == batch_size:
-      yield _batch(task, rows)
-      rows = []
-  if rows:
+  while rows := [(number, *row) for number, row in itertools.islice(numbered, batch_size)]:
     rows += [(0, *map(np.zeros_like, rows[0][1:]))] * (batch_size - len(rows))
     yield _batch(task, rows)
 

@@ -24,7 +24,7 @@ def build(key, config: ModelConfig) -> nnx.Module:
     key: PRNG key of the whole model.
     config: the architecture, `vocab_size` filled in.
   Returns:
-    A module with `hidden(batch, cache, key) -> (x_btd, cache)` and `logits(x_btd)`.
+    A module with `hidden(batch, cache, key) -> (x_btd, cache, routing)` and `logits(x_btd)`.
   """
   return KINDS[config.kind](key, config)
 

@@ -9,6 +9,7 @@ from llmjax.nn.embed import EmbedConfig
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
+from llmjax.nn.router import MoeConfig
 
 KINDS = ("decoder", "encoder", "encoder_decoder", "vision")
 BLOCKS = ("sequential", "parallel", "parallel_shared")
@@ -115,6 +116,7 @@ class ModelConfig:
   norm: NormConfig = NormConfig()
   embed: EmbedConfig = EmbedConfig()
   vision: VisionConfig = VisionConfig()
+  moe: MoeConfig = MoeConfig()
 
   def __post_init__(self):
     for key, known in (
@@ -139,11 +141,17 @@ class ModelConfig:
       "n": self.heads,
       "k": k,
       "g": self.heads // k,
-      "h": self.head_dim or self.width // self.heads,
+      "h": self.attention.latent.head_dim or self.head_dim or self.width // self.heads,
       "f": self.mlp_width,
+      "e": self.moe.experts,
       "v": self.vocab_size,
       "t": self.context,
     }
+
+  @property
+  def rotary_head(self) -> int:
+    """Channels of a head that `position.fraction` is of."""
+    return self.attention.latent.rope_dim or self.dims["h"]
 
   @property
   def causal(self) -> bool:
@@ -158,18 +166,33 @@ def _check_heads(config: ModelConfig):
     raise UserError(
       f"model.heads {config.heads} is not a multiple of model.kv_heads {config.kv_heads}"
     )
-  if not config.head_dim and config.width % config.heads:
+  if config.attention.latent.kv_rank:
+    _check_latent(config)
+  elif not config.head_dim and config.width % config.heads:
     raise UserError(
       f"model.width {config.width} is not a multiple of model.heads {config.heads}; set head_dim"
     )
   if config.position.kind == "rope":
-    h = config.dims["h"]
+    h = config.rotary_head
     if h % 2:
       raise UserError(f"head width {h} is odd; rotary positions need it even")
     if not config.position.rotary_dim(h):
       raise UserError(f"model.position.fraction {config.position.fraction} of {h} turns nothing")
     if config.position.scaling == "ntk" and config.position.rotary_dim(h) < 4:
       raise UserError("model.position.scaling=ntk needs at least 4 rotary channels a head, not 2")
+
+
+def _check_latent(config: ModelConfig):
+  h = config.dims["h"]
+  if config.kv_heads not in (0, config.heads) or config.head_dim not in (0, h):
+    raise UserError(
+      f"latent attention decides heads itself: leave model.kv_heads {config.kv_heads} and "
+      f"model.head_dim {config.head_dim}, or set them to {config.heads} and {h}"
+    )
+  if config.position.kind != "rope" or config.position.fraction != 1:
+    raise UserError("latent attention turns all of rope_dim: model.position.kind=rope, fraction=1")
+  if config.kind not in ("decoder", "encoder"):
+    raise UserError(f"model.kind={config.kind} has no latent attention")
 
 
 def _check_kind(config: ModelConfig):
@@ -185,6 +208,15 @@ def _check_kind(config: ModelConfig):
       raise UserError("an encoder_decoder decides its masks itself: leave model.attention.mask")
     if config.block != "sequential":
       raise UserError("an encoder_decoder has sequential blocks: leave model.block")
+  if config.moe.experts:
+    if config.kind not in ("decoder", "encoder"):
+      raise UserError(f"model.kind={config.kind} has no experts: set model.moe.experts to 0")
+    if config.moe.dense_first >= config.layers:
+      raise UserError(
+        f"model.moe.dense_first {config.moe.dense_first} leaves none of {config.layers} layers"
+      )
+    if config.mlp_bias:
+      raise UserError("experts have no biases: leave model.mlp_bias")
   if config.kind == "vision":
     _check_vision(config)
   if config.kind in ("encoder", "encoder_decoder") and config.vision.image_size:

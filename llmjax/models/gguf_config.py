@@ -9,53 +9,39 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
+from llmjax.core import config as configs
 from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig
-from llmjax.nn.attention import AttentionConfig
-from llmjax.nn.embed import EmbedConfig
-from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig, rope_frequencies
 
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-  """What a file of an architecture leaves unsaid.
-
-  Attributes:
-    kind: decoder or encoder.
-    activation: of the feed-forward layer.
-    layout: rope's channel pairs.
-    pattern: kinds of layers where the file names a window.
-    local_theta: rope's base in window layers; 0 means the file's.
-    scaled: token vectors are multiplied by √d.
-    large: layers of the one size whose attention scores are divided by √(d / n), not √h.
-  """
-
-  kind: str = "decoder"
-  activation: str = "swiglu"
-  layout: str = "half"
-  pattern: tuple = ("full",)
-  local_theta: float = 0.0
-  scaled: bool = False
-  large: int = 0
-
-
-_GEMMA = Architecture(activation="geglu_tanh", scaled=True)
+# What files of an architecture leave unsaid, by our keys; those of windows hold where there is one.
 ARCHITECTURES = {
-  "bert": Architecture(kind="encoder", activation="gelu"),
-  "gemma": _GEMMA,
-  "gemma2": dataclasses.replace(_GEMMA, pattern=("window", "full"), large=46),
-  "gemma3": dataclasses.replace(
-    _GEMMA, pattern=("window",) * 5 + ("full",), local_theta=10_000.0, large=62
-  ),
-  "gpt2": Architecture(activation="gelu_tanh"),
-  "llama": Architecture(layout="interleaved"),
-  "olmo2": Architecture(),
-  "phi3": Architecture(pattern=("window",)),
-  "qwen2": Architecture(),
-  "qwen3": Architecture(),
+  "bert": {"kind": "encoder", "activation": "gelu", "embed.head_bias": True},
+  "gemma": {"activation": "geglu_tanh"},
+  "gemma2": {"activation": "geglu_tanh", "attention.pattern": ("window", "full")},
+  "gemma3": {
+    "activation": "geglu_tanh",
+    "attention.pattern": ("window",) * 5 + ("full",),
+    "position.local_theta": 10_000.0,
+  },
+  "gpt2": {"activation": "gelu_tanh"},
+  "llama": {"position.layout": "interleaved"},
+  "olmo2": {},
+  "phi3": {"attention.pattern": ("window",)},
+  "qwen2": {},
+  "qwen3": {},
 }
+_WINDOWS = ("attention.pattern", "position.local_theta")
+_COUNTS = {
+  "layers": "block_count",
+  "width": "embedding_length",
+  "heads": "attention.head_count",
+  "mlp_width": "feed_forward_length",
+}
+# Layers of the one size whose attention scores are divided by √(d / n), not √h.
+_LARGE = {"gemma2": 46, "gemma3": 62}
 
 
 class Metadata:
@@ -67,7 +53,6 @@ class Metadata:
     if self.name not in ARCHITECTURES:
       known = ", ".join(sorted(ARCHITECTURES))
       raise UserError(f"GGUF architecture {self.name!r} is not one of {known}")
-    self.architecture = ARCHITECTURES[self.name]
 
   def get(self, key: str, default=None):
     """The value of a key, or a default; 32-bit floats as they were written, 1e-5 as 1e-5."""
@@ -93,36 +78,34 @@ def config_of(metadata: Metadata, shapes: Mapping[str, tuple]) -> ModelConfig:
     UserError: an architecture, or a variant of one, that is not known here.
   """
   _refuse(metadata, shapes)
-  known = metadata.architecture
-  layers, width = metadata.number("block_count"), metadata.number("embedding_length")
-  heads = metadata.number("attention.head_count")
-  head_dim = metadata.get("attention.key_length", 0) or width // heads
-  learned = "position_embd.weight" in shapes
-  return ModelConfig(
-    kind=known.kind,
-    layers=layers,
-    width=width,
-    heads=heads,
-    kv_heads=metadata.get("attention.head_count_kv", heads),
-    head_dim=head_dim,
-    mlp_width=metadata.number("feed_forward_length"),
-    activation=known.activation,
-    mlp_bias="blk.0.ffn_up.bias" in shapes,
-    vocab_size=shapes["token_embd.weight"][0],
-    context=shapes["position_embd.weight"][0] if learned else metadata.number("context_length"),
-    tie_embeddings="output.weight" not in shapes,
-    dtype="float32",
-    attention=_attention(metadata, shapes, (width // heads) ** -0.5, head_dim),
-    position=PositionConfig(kind="learned") if learned else _position(metadata, head_dim),
-    norm=_norm(metadata, shapes),
-    embed=EmbedConfig(
-      scale=math.sqrt(width) if known.scaled else 1.0,
-      types=shapes.get("token_types.weight", (0,))[0],
-      norm="token_embd_norm.weight" in shapes,
-      head_bias=known.kind == "encoder",
-      logit_softcap=metadata.get("final_logit_softcapping", 0.0),
-    ),
-  )
+  values = {"dtype": "float32"} | ARCHITECTURES[metadata.name]
+  values |= {ours: metadata.number(theirs) for ours, theirs in _COUNTS.items()}
+  width, heads = values["width"], values["heads"]
+  h = metadata.get("attention.key_length", 0) or width // heads
+  values |= {
+    "kv_heads": metadata.get("attention.head_count_kv", heads),
+    "head_dim": h,
+    "mlp_bias": "blk.0.ffn_up.bias" in shapes,
+    "vocab_size": shapes["token_embd.weight"][0],
+    "tie_embeddings": "output.weight" not in shapes,
+    "embed.types": shapes.get("token_types.weight", (0,))[0],
+    "embed.norm": "token_embd_norm.weight" in shapes,
+    "embed.logit_softcap": metadata.get("final_logit_softcapping", 0.0),
+    "attention.softcap": metadata.get("attn_logit_softcapping", 0.0),
+    "attention.window": metadata.get("attention.sliding_window", 0),
+  }
+  if "position_embd.weight" in shapes:
+    values |= {"position.kind": "learned", "context": shapes["position_embd.weight"][0]}
+  else:
+    values |= {"context": metadata.number("context_length")} | _rope(metadata, h)
+  values |= _seen(shapes, h) | _norm(metadata, shapes)
+  if not values["attention.window"]:
+    values = {key: value for key, value in values.items() if key not in _WINDOWS}
+  if metadata.name.startswith("gemma"):
+    values["embed.scale"] = math.sqrt(width)
+  if _LARGE.get(metadata.name) == values["layers"]:
+    values["attention.scale"] = (width // heads) ** -0.5
+  return configs.freeze(unflatten_dict(values, sep="."), ModelConfig, "model.")
 
 
 def _refuse(metadata: Metadata, shapes):
@@ -134,67 +117,56 @@ def _refuse(metadata: Metadata, shapes):
   if "token_embd.weight" not in shapes:
     raise UserError("this GGUF file holds no tensor 'token_embd.weight': it is not a whole model")
   window = metadata.get("attention.sliding_window")
-  if window and "window" not in metadata.architecture.pattern:
+  if window and "attention.pattern" not in ARCHITECTURES[metadata.name]:
     raise UserError(f"a sliding window in GGUF architecture {metadata.name} is not known")
 
 
-def _attention(metadata: Metadata, shapes, wide_scale: float, head_dim: int) -> AttentionConfig:
-  known = metadata.architecture
+def _seen(shapes, head_dim: int) -> dict:
+  """What the tensors of the first layer's attention say."""
   bias = "blk.0.attn_q.bias" in shapes or "blk.0.attn_qkv.bias" in shapes
   normed = shapes.get("blk.0.attn_q_norm.weight")
-  window = metadata.get("attention.sliding_window", 0)
-  large = known.large == metadata.number("block_count")
-  return AttentionConfig(
-    pattern=known.pattern if window else ("full",),
-    window=window,
-    softcap=metadata.get("attn_logit_softcapping", 0.0),
-    qk_norm="none" if normed is None else "head" if normed == (head_dim,) else "all",
-    bias="all" if "blk.0.attn_output.bias" in shapes else "qkv" if bias else "none",
-    scale=wide_scale if large else 0.0,
+  return {
+    "attention.qk_norm": "none" if not normed else "head" if normed == (head_dim,) else "all",
+    "attention.bias": "all" if "blk.0.attn_output.bias" in shapes else "qkv" if bias else "none",
+  }
+
+
+def _norm(metadata: Metadata, shapes) -> dict:
+  before, after, post = (
+    f"blk.0.{name}.weight" in shapes
+    for name in ("attn_norm", "post_attention_norm", "attn_output_norm")
   )
-
-
-def _norm(metadata: Metadata, shapes) -> NormConfig:
-  if "blk.0.attn_output_norm.weight" in shapes:
-    place = "post"
-  elif "blk.0.post_attention_norm.weight" in shapes:
-    place = "sandwich" if "blk.0.attn_norm.weight" in shapes else "output"
-  else:
-    place = "pre"
+  inside = "pre" if not after else "sandwich" if before else "output"
+  made = {"norm.place": "post" if post else inside}
   eps = metadata.get("attention.layer_norm_rms_epsilon")
   if eps is not None:
-    return NormConfig(place=place, eps=eps)
-  bias = any(name.endswith("norm.bias") for name in shapes)
+    return made | {"norm.eps": eps}
   eps = metadata.get("attention.layer_norm_epsilon", 1e-5)
-  return NormConfig(kind="layer", place=place, eps=eps, bias=bias)
+  bias = any(name.endswith("norm.bias") for name in shapes)
+  return made | {"norm.kind": "layer", "norm.eps": eps, "norm.bias": bias}
 
 
-def _position(metadata: Metadata, head_dim: int) -> PositionConfig:
-  known = metadata.architecture
-  plain = PositionConfig(
-    theta=metadata.get("rope.freq_base", 10_000.0),
-    local_theta=known.local_theta if metadata.get("attention.sliding_window") else 0.0,
-    fraction=metadata.get("rope.dimension_count", head_dim) / head_dim,
-    layout=known.layout,
-  )
+def _rope(metadata: Metadata, head_dim: int) -> dict:
+  made = {
+    "position.theta": metadata.get("rope.freq_base", 10_000.0),
+    "position.fraction": metadata.get("rope.dimension_count", head_dim) / head_dim,
+  }
   kind = metadata.get("rope.scaling.type", "none")
   factor = metadata.get("rope.scaling.factor", 1.0)
   if kind == "none" or factor == 1:
-    return plain
+    return made
+  made |= {"position.scaling": kind, "position.factor": factor}
   if kind == "linear":
-    return dataclasses.replace(plain, scaling="linear", factor=factor)
+    return made
   if kind != "yarn":
     raise UserError(f"GGUF rope scaling {kind!r} is not one of linear, none, yarn")
   share = metadata.get("rope.scaling.attn_factor", 1.0)
-  return dataclasses.replace(
-    plain,
-    scaling="yarn",
-    factor=factor,
-    original_context=metadata.number("rope.scaling.original_context_length"),
-    beta_fast=metadata.get("rope.scaling.yarn_beta_fast", 32.0),
-    beta_slow=metadata.get("rope.scaling.yarn_beta_slow", 1.0),
-    attention_factor=share * (0.1 * math.log(factor) + 1),
-  )
+  return made | {
+    "position.original_context": metadata.number("rope.scaling.original_context_length"),
+    "position.beta_fast": metadata.get("rope.scaling.yarn_beta_fast", 32.0),
+    "position.beta_slow": metadata.get("rope.scaling.yarn_beta_slow", 1.0),
+    "position.attention_factor": share * (0.1 * math.log(factor) + 1),
+  }
 
 
 def with_divisors(position: PositionConfig, head_dim: int, divisors: np.ndarray) -> PositionConfig:

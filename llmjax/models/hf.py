@@ -1,6 +1,6 @@
 """Hugging Face folders, read and written: `config.json`, safetensors, a tokenizer.
 
-The families are tables (`hf_decoders`, `hf_encoders`, `hf_vision`), which `hf_family` and
+The families are tables (`hf_decoders`, `hf_moe`, `hf_encoders`, `hf_vision`), which `hf_family` and
 `hf_layout` read in both directions.
 """
 
@@ -19,12 +19,13 @@ from llmjax.models.hf_encoders import BERT, ROBERTA, T5
 from llmjax.models.hf_family import Family, misfits, note, read_config, write_config
 from llmjax.models.hf_files import DTYPES, open_tensors, read_json, save_tensors, write_json
 from llmjax.models.hf_layout import Tensors, from_tensors, matches, to_tensors
+from llmjax.models.hf_moe import MOES
 from llmjax.models.hf_vision import GEMMA3_SHELL, LLAVA, VIT
 from llmjax.models.model import Model
 from llmjax.text.folder import load_tokenizer
 from llmjax.text.tokenizer import start_id
 
-ALL = (*DECODERS, BERT, ROBERTA, T5, VIT, LLAVA, GEMMA3_SHELL)
+ALL = (*DECODERS, *MOES, BERT, ROBERTA, T5, VIT, LLAVA, GEMMA3_SHELL)
 FAMILIES = {family.name: family for family in ALL}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
@@ -69,13 +70,12 @@ def read_tensors(family: Family, config: ModelConfig, tensors: Tensors):
     note(f"{len(dropped)} tensors have no place in llmjax and are left out, such as {dropped[0]!r}")
   kept = {
     name: reader
-    for name, reader in tensors.readers.items()
+    for name, reader in tensors.data.items()
     if not matches(name, family.dropped + family.ignore)
     and not family.skip(name, config)
     and not _is_copy(family, name, tensors)
   }
-  table = family.table(config)
-  return from_tensors(config, Tensors(kept), table, family.offset, family.optional)
+  return from_tensors(config, Tensors(kept), family.tensors, family.offset, family.optional)
 
 
 def _is_copy(family, name, tensors) -> bool:
@@ -116,7 +116,7 @@ def save_folder(model: Model, path, dtype: str = "float32", family: str = ""):
   model = _begun(model)
   chosen = choose(model.config, family)
   config, leaves = half_layout(model)
-  tensors = to_tensors(config, leaves, chosen.table(config), chosen.offset)
+  tensors = to_tensors(config, leaves, chosen.tensors, chosen.offset)
   for name, (value, like) in chosen.constants.items():
     tensors[name] = np.full_like(tensors[like], value)
   ids = _token_ids(model)
@@ -170,7 +170,8 @@ def half_layout(model: Model) -> tuple[ModelConfig, dict]:
   """
   leaves = tree.flatten(model.parameters)
   position, h = model.config.position, model.config.dims["h"]
-  if position.kind == "rope" and position.layout == "interleaved":
+  ordinary = not model.config.attention.latent.kv_rank
+  if ordinary and position.kind == "rope" and position.layout == "interleaved":
     r = position.rotary_dim(h)
     order = np.concatenate([np.arange(0, r, 2), np.arange(1, r, 2), np.arange(r, h)])
     turned = re.compile(r"/attention/(query|key)(_norm/scale)?_(bias_)?\w*h$")

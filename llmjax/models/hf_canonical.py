@@ -8,15 +8,18 @@ import dataclasses
 from llmjax.models.config import ModelConfig, VisionConfig
 from llmjax.nn.attention import AttentionConfig
 from llmjax.nn.position import PositionConfig
+from llmjax.nn.router import MoeConfig
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
   """Writes an architecture one way: sizes filled in, values that change nothing at their defaults.
 
-  Rotary positions come out in half layout; see `hf.half_layout` for the weights.
+  Rotary positions come out in half layout, but for latent attention, whose families say which; see
+  `hf.half_layout` for the weights.
   """
   dims, vision = config.dims, config.kind == "vision"
   encoder_layers = config.encoder_layers or config.layers
+  moe = _canonical_moe(config)
   return dataclasses.replace(
     config,
     kv_heads=dims["k"],
@@ -25,6 +28,8 @@ def canonical(config: ModelConfig) -> ModelConfig:
     attention=_canonical_attention(config),
     position=_canonical_position(config),
     norm=dataclasses.replace(config.norm, final=config.norm.final or config.norm.place == "post"),
+    moe=moe,
+    mlp_width=config.mlp_width if moe.dense_first or not moe.experts else moe.width,
     vision=config.vision if config.vision.image_size else VisionConfig(),
     context=1 if vision else config.context,
     tie_embeddings=vision or config.tie_embeddings,
@@ -33,7 +38,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
 
 def _canonical_attention(config: ModelConfig) -> AttentionConfig:
   attention, h = config.attention, config.dims["h"]
-  layers = [attention.pattern[i % len(attention.pattern)] for i in range(config.layers)]
+  layers = layer_kinds(config)
   usual = config.kind == "encoder_decoder" or config.causal == (config.kind == "decoder")
   unread = ("window", "sparse_block", "sparse_local", "sparse_global", "sparse_stride")
   unread = [key for key in unread if key.partition("_")[0] not in layers]
@@ -43,6 +48,18 @@ def _canonical_attention(config: ModelConfig) -> AttentionConfig:
     mask="auto" if usual else attention.mask,
     scale=0.0 if attention.scale == h**-0.5 else attention.scale,
     **{key: getattr(AttentionConfig(), key) for key in unread},
+  )
+
+
+def _canonical_moe(config: ModelConfig) -> MoeConfig:
+  moe = config.moe
+  if not moe.experts:
+    return moe
+  return dataclasses.replace(
+    moe,
+    width=moe.width or config.mlp_width,
+    top_groups=1 if moe.groups == 1 else moe.top_groups,
+    drop=moe.drop if moe.capacity else MoeConfig().drop,
   )
 
 
@@ -62,15 +79,23 @@ def _canonical_position(config: ModelConfig) -> PositionConfig:
   position = config.position
   words = (position.kind, position.scaling) if position.kind == "rope" else (position.kind,)
   read = [key for word in words for key in READ.get(word, ())]
+  if config.attention.latent.kv_rank:
+    read.append("layout")
   made = PositionConfig(kind=position.kind, **{key: getattr(position, key) for key in read})
   windows = "window" in config.attention.pattern[: config.layers]
   if not windows or (made.local_theta == made.theta and made.scaling == "none"):
     made = dataclasses.replace(made, local_theta=0.0)
   if made.scaling == "ntk":  # the same angles as a larger base
-    r = made.rotary_dim(config.dims["h"])
+    r = made.rotary_dim(config.rotary_head)
     theta = made.theta * made.factor ** (r / (r - 2))
     made = dataclasses.replace(made, theta=theta, scaling="none", factor=1.0)
   return made
+
+
+def layer_kinds(config: ModelConfig) -> list[str]:
+  """Lists the kind of every layer."""
+  pattern = config.attention.pattern
+  return [pattern[i % len(pattern)] for i in range(config.layers)]
 
 
 def shortest_pattern(layers: list) -> tuple:

@@ -8,7 +8,7 @@ import dataclasses
 
 from llmjax.core.errors import UserError
 from llmjax.models.hf_family import Family, Key, Part, only
-from llmjax.models.hf_rope import GEMMA3_ROPE, QWEN_LAYERS, gemma_layers, rope, window
+from llmjax.models.hf_rope import QWEN_LAYERS, gemma_layers, rope, window
 
 PLAIN = {
   "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -39,7 +39,8 @@ def _divides(config):
   return {}
 
 
-def _without(table: dict, *parts: str) -> dict:
+def without(table: dict, *parts: str) -> dict:
+  """Leaves out the rows whose names have one of these parts."""
   return {name: row for name, row in table.items() if not any(part in name for part in parts)}
 
 
@@ -75,7 +76,7 @@ LLAMA = Family(
   ignore=(r"rotary_emb\.inv_freq$",),
 )
 # What Llama's successors share; without biases unless they add them.
-COMMON_KEYS = _without(LLAMA.keys, "bias")
+COMMON_KEYS = without(LLAMA.keys, "bias")
 MISTRAL = dataclasses.replace(
   LLAMA, name="mistral", architecture="MistralForCausalLM",
   keys=COMMON_KEYS | {"num_key_value_heads": Key("kv_heads", 8, null=0)},
@@ -97,7 +98,7 @@ OLMO2 = dataclasses.replace(
   keys=COMMON_KEYS | BIAS | {"rms_norm_eps": Key("norm.eps", 1e-5)},
   fixed={"norm.place": "output", "attention.qk_norm": "all"},
   parts=(rope(),),
-  tensors=_without(LLAMA.tensors, "layernorm")
+  tensors=without(LLAMA.tensors, "layernorm")
   | {
     L + "post_attention_layernorm": B + "attention_norm",
     L + "post_feedforward_layernorm": B + "mlp_norm",
@@ -107,7 +108,7 @@ PHI3 = dataclasses.replace(
   LLAMA, name="phi3", architecture="Phi3ForCausalLM",
   keys=COMMON_KEYS | {"rms_norm_eps": Key("norm.eps", 1e-5)},
   parts=(rope(fraction_key="partial_rotary_factor", scalings=("default",)), window(None)),
-  tensors=_without(LLAMA.tensors, "{q,k,v}", "{gate,up}")
+  tensors=without(LLAMA.tensors, "{q,k,v}", "{gate,up}")
   | {
     L + "self_attn.qkv_proj": A + "{query,key,value}",
     L + "mlp.gate_up_proj": B + "mlp/{gate,up}",
@@ -115,20 +116,14 @@ PHI3 = dataclasses.replace(
 )
 
 
-def _read_gemma(theirs, values):
-  scale = (theirs.get("query_pre_attn_scalar") or 256) ** -0.5
-  return {"embed.scale": values["width"] ** 0.5, "attention.scale": scale}
+def _gemma_scalar(scale: float, config) -> int:
+  return round((scale or config.dims["h"] ** -0.5) ** -2)
 
 
-def _write_gemma(config):
-  scale = config.attention.scale or config.dims["h"] ** -0.5
-  return {"query_pre_attn_scalar": round(scale**-2)}
-
-
-GEMMA_SCALES = Part(("query_pre_attn_scalar", "hidden_act"), _read_gemma, _write_gemma)
+EMBED_SCALE = Part(("hidden_act",), lambda theirs, values: {"embed.scale": values["width"] ** 0.5})
 GEMMA2 = dataclasses.replace(
   LLAMA, name="gemma2", architecture="Gemma2ForCausalLM",
-  keys=_without(COMMON_KEYS, "hidden_act")
+  keys=without(COMMON_KEYS, "hidden_act")
   | {
     "num_attention_heads": Key("heads", 8),
     "num_key_value_heads": Key("kv_heads", 4),
@@ -138,11 +133,14 @@ GEMMA2 = dataclasses.replace(
     "tie_word_embeddings": Key("tie_embeddings", True),
     **BIAS,
     "use_bidirectional_attention": only(None, False),
+    "query_pre_attn_scalar": Key(
+      "attention.scale", 256, (lambda scalar, _: scalar**-0.5, _gemma_scalar)
+    ),
     "attn_logit_softcapping": Key("attention.softcap", 50.0, null=0.0),
     "final_logit_softcapping": Key("embed.logit_softcap", 30.0, null=0.0),
   },
   fixed={"norm.place": "sandwich"},
-  parts=(rope(), gemma_layers(2), GEMMA_SCALES, DIVIDES),
+  parts=(rope(), gemma_layers(2), EMBED_SCALE, DIVIDES),
   tensors=LLAMA.tensors
   | {
     L + "post_attention_layernorm": B + "attention_out_norm",
@@ -161,7 +159,9 @@ GEMMA3 = dataclasses.replace(
     "final_logit_softcapping": Key("embed.logit_softcap", 0.0, null=0.0),
   },
   fixed={"norm.place": "sandwich", "attention.qk_norm": "head"},
-  parts=(GEMMA3_ROPE, gemma_layers(6), GEMMA_SCALES, DIVIDES),
+  parts=(
+    rope(theta=1_000_000.0, local_key="rope_local_base_freq"), gemma_layers(6), EMBED_SCALE, DIVIDES
+  ),
 )
 LAYER_NORM = {"norm.kind": "layer", "norm.bias": True, "mlp_bias": True}
 LEARNED = LAYER_NORM | {"attention.bias": "all", "position.kind": "learned"}
@@ -206,7 +206,7 @@ GPT2 = Family(
 X = "gpt_neox.layers.{l}."
 NEOX = Family(
   "gpt_neox", "GPTNeoXForCausalLM",
-  _without(COMMON_KEYS, "num_key_value_heads", "head_dim", "rms_norm_eps")
+  without(COMMON_KEYS, "num_key_value_heads", "head_dim", "rms_norm_eps")
   | {
     "hidden_act": Key("activation", "gelu", PLAIN),
     "layer_norm_eps": Key("norm.eps", 1e-5),
@@ -225,7 +225,7 @@ NEOX = Family(
     "gpt_neox.final_layer_norm": "decoder/norm",
     "embed_out.weight": ("vd", "embed/head_dv"),
   },
-  (rope("rotary_emb_base", "rotary_pct", 0.25), DIVIDES),
+  (rope("rotary_emb_base", fraction_key="rotary_pct", fraction=0.25), DIVIDES),
   LAYER_NORM,
   aliases=(
     (r"^(embed_in|layers|final_layer_norm)\.", r"gpt_neox.\1."),

@@ -5,10 +5,8 @@ Sources: as in `hf_decoders`.
 
 import dataclasses
 
-from llmjax.models.config import ModelConfig
 from llmjax.models.hf_decoders import LEARNED, SIZES
 from llmjax.models.hf_family import Family, Key, Part, only
-from llmjax.nn.mlp import GATED
 
 B = "encoder/blocks/"
 E = "bert.embeddings."
@@ -71,39 +69,20 @@ def _roberta(name: str) -> str:
   return name
 
 
-def _read_roberta(theirs, values):
-  return {"context": theirs.get("max_position_embeddings", 512) - UNUSED_ROWS}
-
-
-def _write_roberta(config):
-  return {"max_position_embeddings": config.context + UNUSED_ROWS}
-
-
 ROBERTA = dataclasses.replace(
   BERT, name="roberta", architecture="RobertaForMaskedLM",
-  keys={name: key for name, key in BERT.keys.items() if key.ours != "context"}
-  | {"pad_token_id": only(UNUSED_ROWS - 1)},
+  keys=BERT.keys
+  | {
+    "max_position_embeddings": Key(
+      "context", 512, (lambda rows, _: rows - UNUSED_ROWS, lambda context, _: context + UNUSED_ROWS)
+    ),
+    "pad_token_id": only(UNUSED_ROWS - 1),
+  },
   tensors={_roberta(name): row for name, row in BERT.tensors.items()}
   | {_roberta(E) + "position_embeddings.weight": (f"({UNUSED_ROWS}+t)d", "embed/position_td")},
-  parts=(Part(("max_position_embeddings",), _read_roberta, _write_roberta),),
   aliases=((r"^(embeddings|encoder|pooler)\.", r"roberta.\1."),),
   twins={"lm_head.decoder.bias": "lm_head.bias"},
 )
-
-
-def _read_t5(theirs, values):
-  scaled = theirs.get("scale_decoder_outputs")
-  if scaled is None:
-    scaled = values["tie_embeddings"]
-  return {"embed.logit_scale": values["width"] ** -0.5 if scaled else 1.0}
-
-
-def _write_t5(config: ModelConfig):
-  return {
-    "scale_decoder_outputs": config.embed.logit_scale != 1,
-    "pad_token_id": 0,
-    "decoder_start_token_id": max(config.embed.start_token, 0),
-  }
 
 
 def _t5_stack(stack: str, mlp: str) -> dict:
@@ -115,17 +94,10 @@ def _t5_stack(stack: str, mlp: str) -> dict:
     block + "0.layer_norm": ours + "attention_norm",
     block + "0.SelfAttention.{q,k,v,o}": ours + "attention/{query,key,value,out}",
     block + mlp + ".layer_norm": ours + "mlp_norm",
+    block + mlp + ".DenseReluDense.wi_{0,1}": ours + "mlp/{gate,up}",
+    block + mlp + ".DenseReluDense.wi": ours + "mlp/up",
     block + mlp + ".DenseReluDense.wo": ours + "mlp/down",
     stack + ".final_layer_norm": stack + "/norm",
-  }
-
-
-def _t5_hidden(config: ModelConfig) -> dict:
-  """Rows of the hidden projections, whose names say whether they are gated."""
-  theirs, ours = ("wi_{0,1}", "{gate,up}") if config.activation in GATED else ("wi", "up")
-  return {
-    f"{stack}.block.{{l}}.layer.{mlp}.DenseReluDense.{theirs}": f"{stack}/blocks/mlp/{ours}"
-    for stack, mlp in (("encoder", 1), ("decoder", 2))
   }
 
 
@@ -150,7 +122,13 @@ T5 = Family(
     "layer_norm_epsilon": Key("norm.eps", 1e-6),
     "feed_forward_proj": Key("activation", "relu", T5_ACTIVATIONS),
     "tie_word_embeddings": Key("tie_embeddings", True),
-    "decoder_start_token_id": Key("embed.start_token", 0),
+    "scale_decoder_outputs": Key(
+      "embed.logit_scale", lambda values: values["tie_embeddings"],
+      (lambda yes, values: values["width"] ** -0.5 if yes else 1.0, lambda scale, _: scale != 1),
+    ),
+    "decoder_start_token_id": Key(
+      "embed.start_token", 0, (lambda number, _: number, lambda number, _: max(number, 0))
+    ),
     "is_encoder_decoder": only(True),
     "is_decoder": only(False),
   },
@@ -162,10 +140,9 @@ T5 = Family(
     D + "EncDecAttention.{q,k,v,o}": "decoder/blocks/cross_attention/{query,key,value,out}",
     "lm_head.weight": ("vd", "embed/head_dv"),
   },
-  # transformers derives the last two of these keys from feed_forward_proj
-  (Part(("scale_decoder_outputs", "dense_act_fn", "is_gated_act"), _read_t5, _write_t5),),
+  # transformers derives these two keys from feed_forward_proj
+  (Part(("dense_act_fn", "is_gated_act"), write=lambda config: {"pad_token_id": 0}),),
   {"kind": "encoder_decoder", "position.kind": "relative", "attention.scale": 1.0},
-  rows=_t5_hidden,
   ignore=(r"EncDecAttention\.relative_attention_bias",),
   twins={f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")},
   head_optional=True,

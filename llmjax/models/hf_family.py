@@ -8,6 +8,8 @@ import dataclasses
 import sys
 from collections.abc import Callable
 
+from flax.traverse_util import unflatten_dict
+
 from llmjax.core import config as configs
 from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig
@@ -40,14 +42,17 @@ class Key:
   Attributes:
     ours: our dotted key; empty for a key that is only checked.
     default: their value where the key is absent, or a function of our values so far.
-    values: their value → ours, the first of several being the one written; None: as it is.
+    values: their value → ours, the first of several being the one written; None: as it is. Or two
+      functions: of their value and our values so far, of our value and our config.
+    other: another name of the key, read where the first is absent.
     null: what their null means, and what is written as null; by default it is as if absent.
   """
 
   ours: str
   default: object = REQUIRED
-  values: dict | None = None
+  values: dict | tuple | None = None
   null: object = REQUIRED
+  other: str = ""
 
 
 def only(*values) -> Key:
@@ -81,7 +86,6 @@ class Family:
     tensors: their name → our module, or (letters, our path or paths); see `hf_layout`.
     parts: what tables cannot say.
     fixed: our dotted key → the value that the family implies.
-    rows: further rows that depend on the architecture.
     offset: norm scales are stored less this number.
     aliases: (pattern, replacement): other spellings of their names.
     ignore: patterns of their names that hold nothing a model needs.
@@ -100,7 +104,6 @@ class Family:
   tensors: dict
   parts: tuple = ()
   fixed: dict = dataclasses.field(default_factory=dict)
-  rows: Callable[[ModelConfig], dict] = lambda config: {}
   offset: float = 0.0
   aliases: tuple = ()
   ignore: tuple = ()
@@ -111,10 +114,6 @@ class Family:
   constants: dict = dataclasses.field(default_factory=dict)
   head_optional: bool = False
   written: bool = True
-
-  def table(self, config: ModelConfig) -> dict:
-    """The rows of an architecture."""
-    return self.tensors | self.rows(config)
 
   def name_of(self, path: str) -> str | None:
     """Their name of one of our weights."""
@@ -138,7 +137,7 @@ def read_config(family: Family, theirs: dict, quiet: bool = False) -> ModelConfi
     UserError: a key is missing, or has a value that llmjax cannot compute with.
   """
   values = {"dtype": "float32", **read_values(family, theirs, quiet)}
-  return configs.freeze(_nest(values), ModelConfig, "model.")
+  return configs.freeze(unflatten_dict(values, sep="."), ModelConfig, "model.")
 
 
 def read_values(family: Family, theirs: dict, quiet: bool = False) -> dict:
@@ -153,6 +152,7 @@ def read_values(family: Family, theirs: dict, quiet: bool = False) -> dict:
   if theirs.get("quantization_config"):
     raise UserError(f"this {family.name} folder is quantized (quantization_config); not supported")
   known = HARMLESS.union(family.keys, *(part.keys for part in family.parts))
+  known |= {key.other for key in family.keys.values()}
   unknown = [name for name in theirs if name not in known]
   if unknown and not quiet:
     note(f"config.json has keys that llmjax does not know and leaves out: {', '.join(unknown)}")
@@ -161,7 +161,7 @@ def read_values(family: Family, theirs: dict, quiet: bool = False) -> dict:
 
 def _value(family: Family, name: str, key: Key, theirs: dict, values: dict):
   """Our value of one of their keys."""
-  value = theirs.get(name, key.default)
+  value = theirs.get(name, theirs.get(key.other, key.default))
   if value is None:
     value = key.default if key.null is REQUIRED else key.null
   if value is REQUIRED:
@@ -170,21 +170,12 @@ def _value(family: Family, name: str, key: Key, theirs: dict, values: dict):
     value = value(values)
   if key.values is None:
     return value
+  if isinstance(key.values, tuple):
+    return key.values[0](value, values)
   if isinstance(value, list | dict) or value not in key.values:
     known = ", ".join(repr(each) for each in key.values)
     raise UserError(f"{family.name} with {name}={value!r} is not supported; known: {known}")
   return key.values[value]
-
-
-def _nest(values: dict) -> dict:
-  nested: dict = {}
-  for dotted, value in values.items():
-    *sections, name = dotted.split(".")
-    at = nested
-    for section in sections:
-      at = at.setdefault(section, {})
-    at[name] = value
-  return nested
 
 
 def write_config(family: Family, config: ModelConfig) -> dict:
@@ -197,7 +188,9 @@ def write_config(family: Family, config: ModelConfig) -> dict:
   theirs = {"model_type": family.name, "architectures": [family.architecture]}
   for name, key in family.keys.items():
     value = flat[key.ours] if key.ours else None
-    if key.values is not None:
+    if isinstance(key.values, tuple):
+      value = key.values[1](value, config)
+    elif key.values is not None:
       words = [word for word, ours in key.values.items() if ours == value]
       if not words:
         raise UserError(f"{family.name} has no {key.ours}={value!r}")
@@ -210,12 +203,12 @@ def write_config(family: Family, config: ModelConfig) -> dict:
 
 def misfits(family: Family, config: ModelConfig) -> list[str]:
   """Says what of an architecture a family cannot hold: sentences, none if it holds all of it."""
-  config = canonical(config)
+  config, kind = canonical(config), family.fixed.get("kind", "decoder")
+  if config.kind != kind:
+    return [f"its kind is {kind}"] * 9
   try:
     back = canonical(read_config(family, write_config(family, config), quiet=True))
   except UserError as error:
-    if config.kind != family.fixed.get("kind", "decoder"):
-      return [f"its kind is {family.fixed.get('kind', 'decoder')}"] * 9
     return [str(error)] * 2
   have, want = configs.flat(back), configs.flat(config)
   return [

@@ -5,20 +5,25 @@ are read, and the older words, which all versions understand, are written.
 """
 
 import math
+from collections.abc import Callable
 
 from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig
-from llmjax.models.hf_canonical import READ, shortest_pattern
+from llmjax.models.hf_canonical import READ, layer_kinds, shortest_pattern
 from llmjax.models.hf_family import Part
+from llmjax.nn.position import PositionConfig
 
 SCALINGS = ("default", "linear", "llama3", "yarn")
 # Ours → theirs; the other values of a scaling are called alike.
 WORDS = {"original_context": "original_max_position_embeddings"}
-KINDS = {"full_attention": "full", "sliding_attention": "window"}
+FULL, SLIDING = "full_attention", "sliding_attention"
+KINDS = {FULL: "full", SLIDING: "window"}
 
 
 def rope(
   theta_key: str = "rope_theta",
+  theta: float = 10_000.0,
+  local_key: str = "",
   fraction_key: str = "",
   fraction: float = 1.0,
   scalings: tuple = SCALINGS,
@@ -27,28 +32,41 @@ def rope(
 
   Args:
     theta_key: their name of the base.
+    theta: the base where the key is absent.
+    local_key: their name of the base in window layers; empty where that is the same.
     fraction_key: their name of the share of channels that turn; empty where all do.
     fraction: that share where the key is absent.
     scalings: the rope types that the family knows.
   """
 
   def read(theirs, values):
-    scaling = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
-    theta = scaling.pop("rope_theta", None) or theirs.get(theta_key) or 10_000.0
+    given, local = theirs.get("rope_parameters") or {}, {}
+    if local_key:
+      given, local = given.get(FULL) or {}, given.get(SLIDING) or {}
+    scaling = dict(given or theirs.get("rope_scaling") or {})
+    base = scaling.pop("rope_theta", None) or theirs.get(theta_key) or theta
     share = scaling.pop("partial_rotary_factor", None)
     share = share or theirs.get(fraction_key or "partial_rotary_factor") or fraction
     if share != 1 and not fraction_key:
       raise UserError(f"partial_rotary_factor={share!r} is not supported in this family")
-    made = {"position.theta": theta, "position.fraction": share}
+    made = {"position.theta": base, "position.fraction": share}
+    if local.get("rope_type", "default") != "default":
+      raise UserError(f"rope type {local['rope_type']!r} in window layers is not supported")
+    if local_key:
+      local_theta = local.get("rope_theta") or theirs.get(local_key) or 10_000.0
+      made["position.local_theta"] = local_theta
     context = theirs.get("original_max_position_embeddings") or values["context"]
     return made | _read_scaling(scaling, scalings, context, values["context"])
 
   def write(config):
-    made = {theta_key: config.position.theta} | _write_scaling(config, scalings)
-    return made | ({fraction_key: config.position.fraction} if fraction_key else {})
+    position = config.position
+    made = {theta_key: position.theta, local_key: position.local_theta or position.theta}
+    made |= {fraction_key: position.fraction} | _write_scaling(position)
+    return {key: value for key, value in made.items() if key}
 
-  keys = (theta_key, "rope_scaling", "rope_parameters", "original_max_position_embeddings")
-  return Part((*keys, fraction_key or "partial_rotary_factor"), read, write)
+  keys = (theta_key, local_key, "rope_scaling", "rope_parameters")
+  keys += ("original_max_position_embeddings", fraction_key or "partial_rotary_factor")
+  return Part(keys, read, write)
 
 
 def _read_scaling(scaling: dict, scalings: tuple, original: int, context: int) -> dict:
@@ -85,106 +103,72 @@ def _read_yarn(scaling: dict, original: int, context: int):
     scaling["attention_factor"] = (one * stretch + 1) / (all_dims * stretch + 1)
 
 
-def _write_scaling(config: ModelConfig, scalings: tuple) -> dict:
-  position = config.position
-  if position.kind != "rope":
-    raise UserError(f"its position.kind is 'rope', not {position.kind!r}")
+def _write_scaling(position: PositionConfig) -> dict:
   if position.scaling == "none":
     return {}
-  if position.scaling not in scalings:
-    raise UserError(f"it has no rope scaling {position.scaling!r}")
   words = {WORDS.get(ours, ours): getattr(position, ours) for ours in READ[position.scaling]}
   if not position.attention_factor:
     words.pop("attention_factor", None)
   return {"rope_scaling": {"rope_type": position.scaling, **words}}
 
 
-def _read_gemma3_rope(theirs, values):
-  both = theirs.get("rope_parameters") or {}
-  scaling = dict(both.get("full_attention") or theirs.get("rope_scaling") or {})
-  local = dict(both.get("sliding_attention") or {})
-  theta = scaling.pop("rope_theta", None) or theirs.get("rope_theta") or 1_000_000.0
-  local_theta = local.pop("rope_theta", None) or theirs.get("rope_local_base_freq") or 10_000.0
-  if local.get("rope_type", "default") != "default":
-    raise UserError(f"rope type {local['rope_type']!r} in window layers is not supported")
-  made = {"position.theta": theta, "position.local_theta": local_theta}
-  return made | _read_scaling(scaling, SCALINGS, values["context"], values["context"])
+def _layers(keys: str, size: Callable, slides: Callable, write: Callable) -> Part:
+  """Kinds of layers by `layer_types`, or where it is silent by `slides`.
 
+  Args:
+    keys: their further keys.
+    size: their config → the window, if there is one.
+    slides: (their config, that window, number of a layer) → whether the layer has it.
+    write: as in `Part`.
+  """
 
-def _write_gemma3_rope(config):
-  position = config.position
-  windows = "window" in config.attention.pattern
-  if position.scaling != "none" and windows and not position.local_theta:
-    raise UserError("it does not scale the positions of window layers")
-  local = position.local_theta or position.theta
-  made = {"rope_theta": position.theta, "rope_local_base_freq": local}
-  return made | _write_scaling(config, SCALINGS)
+  def read(theirs, values):
+    window = size(theirs)
+    slide = [slides(theirs, window, i) for i in range(values["layers"])]
+    kinds = theirs.get("layer_types") or [SLIDING if each else FULL for each in slide]
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+      known = ", ".join(KINDS)
+      raise UserError(f"layer_types with {unknown[0]!r} is not supported; known: {known}")
+    pattern = shortest_pattern([KINDS[kind] for kind in kinds])
+    if "window" not in pattern:
+      return {"attention.pattern": pattern}
+    if not window:
+      raise UserError("layer_types has sliding_attention, but there is no sliding_window")
+    return {"attention.pattern": pattern, "attention.window": window}
 
-
-GEMMA3_ROPE = Part(
-  ("rope_theta", "rope_local_base_freq", "rope_scaling", "rope_parameters"),
-  _read_gemma3_rope,
-  _write_gemma3_rope,
-)
-
-
-def _layers(theirs: dict, slides: list, size) -> dict:
-  """Pattern and window by `layer_types`, or where it is silent by which layers slide."""
-  kinds = ["sliding_attention" if each else "full_attention" for each in slides]
-  kinds = theirs.get("layer_types") or kinds
-  unknown = [kind for kind in kinds if kind not in KINDS]
-  if unknown:
-    raise UserError(f"layer_types with {unknown[0]!r} is not supported; known: {', '.join(KINDS)}")
-  pattern = shortest_pattern([KINDS[kind] for kind in kinds])
-  if "window" not in pattern:
-    return {"attention.pattern": pattern}
-  if not size:
-    raise UserError("layer_types has sliding_attention, but there is no sliding_window")
-  return {"attention.pattern": pattern, "attention.window": size}
+  return Part(("sliding_window", "layer_types", *keys.split()), read, write)
 
 
 def _kinds(config: ModelConfig) -> list:
   words = {ours: word for word, ours in KINDS.items()}
-  pattern = config.attention.pattern
-  if "sparse" in pattern:
-    raise UserError("it has no sparse layers")
-  return [words[pattern[i % len(pattern)]] for i in range(config.layers)]
+  return [words.get(kind, kind) for kind in layer_kinds(config)]
 
 
 def window(default: int | None) -> Part:
   """`sliding_window` in every layer, or none; `default` where the key is absent."""
-
-  def read(theirs, values):
-    size = theirs.get("sliding_window", default)
-    return _layers(theirs, [size] * values["layers"], size)
-
-  def write(config):
-    if len(set(_kinds(config))) > 1:
-      raise UserError("its layers are all of one kind")
-    return {"sliding_window": config.attention.window or None}
-
-  return Part(("sliding_window", "layer_types"), read, write)
-
-
-def _read_qwen(theirs, values):
-  size = theirs.get("sliding_window", 4096) if theirs.get("use_sliding_window") else None
-  full = theirs.get("max_window_layers", 28) if size else values["layers"]
-  return _layers(theirs, [i >= full for i in range(values["layers"])], size)
+  return _layers(
+    "",
+    lambda theirs: theirs.get("sliding_window", default),
+    lambda theirs, size, i: size,
+    lambda config: {"sliding_window": config.attention.window or None},
+  )
 
 
 def _write_qwen(config):
   kinds = _kinds(config)
   return {
-    "use_sliding_window": "sliding_attention" in kinds,
+    "use_sliding_window": SLIDING in kinds,
     "sliding_window": config.attention.window or None,
-    "max_window_layers": (*kinds, "sliding_attention").index("sliding_attention"),
+    "max_window_layers": (*kinds, SLIDING).index(SLIDING),
     "layer_types": kinds,
   }
 
 
-QWEN_LAYERS = Part(
-  ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-  _read_qwen,
+QWEN_LAYERS = _layers(
+  "use_sliding_window max_window_layers",
+  lambda theirs: theirs.get("sliding_window", 4096) if theirs.get("use_sliding_window") else None,
+  lambda theirs, size, i: size and i >= theirs.get("max_window_layers", 28),
   _write_qwen,
 )
 
@@ -192,14 +176,13 @@ QWEN_LAYERS = Part(
 def gemma_layers(period: int) -> Part:
   """Window layers, every `period`-th full, unless `layer_types` says otherwise."""
 
-  def read(theirs, values):
+  def slides(theirs, size, i):
     every = theirs.get("sliding_window_pattern") or theirs.get("_sliding_window_pattern") or period
-    slides = [(i + 1) % every for i in range(values["layers"])]
-    return _layers(theirs, slides, theirs.get("sliding_window", 4096))
+    return (i + 1) % every
 
   def write(config):
     made = {"sliding_window": config.attention.window or 4096, "layer_types": _kinds(config)}
     return made if period == 2 else made | {"sliding_window_pattern": period}
 
-  keys = ("sliding_window", "layer_types", "sliding_window_pattern", "_sliding_window_pattern")
-  return Part(keys, read, write)
+  keys = "sliding_window_pattern _sliding_window_pattern"
+  return _layers(keys, lambda theirs: theirs.get("sliding_window", 4096), slides, write)

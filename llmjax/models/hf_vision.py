@@ -75,11 +75,9 @@ CLIP = Family(
   {"vision.class_token": True, "vision.patch_bias": False, "vision.input_norm": True},
 )
 TEXTS = {"llama": LLAMA, "mistral": MISTRAL}
-SHELL_KEYS = ("text_config", "vision_config", "image_token_index", "tie_word_embeddings")
-LLAVA_KEYS = (
-  "image_token_id", "image_seq_length", "vision_feature_layer", "vocab_size", "ignore_index"
-)
-GEMMA3_KEYS = ("mm_tokens_per_image", "boi_token_index", "eoi_token_index")
+SHELL_KEYS = ("text_config", "vision_config", "tie_word_embeddings")
+LLAVA_KEYS = ("image_seq_length", "vision_feature_layer", "vocab_size", "ignore_index")
+GEMMA3_KEYS = ("mm_tokens_per_image", "image_token_index", "boi_token_index", "eoi_token_index")
 # What transformers takes a text_config to say where it is silent, as that of LLaVA 1.5 is.
 LLAMA_7B = {
   "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -102,8 +100,7 @@ def _read_llava(theirs, values):
   if not isinstance(layer, int) or not -layers <= layer <= layers or layer == 0:
     raise UserError(f"llava with vision_feature_layer={layer!r} is not supported; known: a layer")
   made["vision.layers"] = layer if layer > 0 else layers + 1 + layer
-  image_token = theirs.get("image_token_index", theirs.get("image_token_id", 32000))
-  return made | {"vision.image_token": image_token}
+  return made
 
 
 def _write_llava(config: ModelConfig):
@@ -114,7 +111,6 @@ def _write_llava(config: ModelConfig):
   return {
     "text_config": write_config(fits[0], alone),
     "vision_config": write_config(CLIP, config),
-    "image_token_index": config.vision.image_token,
     "image_seq_length": config.vision.patches,
     "vision_feature_layer": -1,
     "tie_word_embeddings": config.tie_embeddings,
@@ -132,6 +128,7 @@ C = T + "encoder.layers.{l}."
 LLAVA = Family(
   "llava", "LlavaForConditionalGeneration",
   {
+    "image_token_index": Key("vision.image_token", 32_000, other="image_token_id"),
     "vision_feature_select_strategy": only("default"),
     "projector_hidden_act": only("gelu"),
     "multimodal_projector_bias": only(True),

@@ -10,7 +10,7 @@ from flax import nnx
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
-from llmjax.models.stack import apart, views
+from llmjax.models.depth import apart, views
 from llmjax.text.tokenizer import Tokenizer
 
 

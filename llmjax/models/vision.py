@@ -57,7 +57,8 @@ class Tower(nnx.Module):
       x_btd = self.input_norm(x_btd)
     x_btd = dropout(x_btd, self.config.dropout, keys[0])
     positions_bt = jnp.broadcast_to(jnp.arange(x_btd.shape[1]), x_btd.shape[:2])
-    return self.encoder(x_btd, positions_bt, key=keys[1])[0]
+    shared = self.encoder.shared(Batch(positions_bt=positions_bt), keys[1])
+    return self.encoder(x_btd, shared)[0]
 
   def features(self, patches_bsi, key=None):
     """Reads any number of images a row: a vector for each patch, x_bsd, without class tokens."""
@@ -82,11 +83,11 @@ class Vision(nnx.Module):
     self.head = ClassHead(keys[1], config.dims)
 
   def hidden(self, batch: Batch, cache: None = None, key=None):
-    """Runs everything before the head: (x_btd of one position, None)."""
+    """Runs everything before the head: (x_btd of one position, None, None)."""
     x_btd = self.vision(batch.patches_bsi, key)
     if self.config.vision.class_token:
-      return x_btd[:, :1], None
-    return x_btd.mean(axis=1, keepdims=True), None
+      return x_btd[:, :1], None, None
+    return x_btd.mean(axis=1, keepdims=True), None, None
 
   def logits(self, x_btd):
     """Scores every class: logits_btv, fp32."""

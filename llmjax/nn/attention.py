@@ -27,6 +27,40 @@ BIASES = ("none", "qkv", "all")
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentConfig:
+  """Keys and values out of one short vector a position (`nn/latent.py`).
+
+  Attributes:
+    kv_rank: channels of that vector (r); 0 means attention with keys and values of its own.
+    query_rank: channels of a short vector that queries come out of; 0: straight from the stream.
+    rope_dim: channels of a head that rope turns; their key is the same for all heads.
+    nope_dim: channels of a head without position.
+    value_dim: channels of a head's values.
+  """
+
+  kv_rank: int = 0
+  query_rank: int = 0
+  rope_dim: int = 0
+  nope_dim: int = 0
+  value_dim: int = 0
+
+  def __post_init__(self):
+    section = "model.attention.latent"
+    check_least(section, self, kv_rank=0, query_rank=0)
+    if not self.kv_rank and any(dataclasses.astuple(self)):
+      raise UserError(f"{section} changes nothing without {section}.kv_rank")
+    if self.kv_rank:
+      check_least(section, self, rope_dim=2, nope_dim=1, value_dim=1)
+      if self.value_dim > self.head_dim:
+        raise UserError(f"{section}.value_dim {self.value_dim} is above nope_dim + rope_dim")
+
+  @property
+  def head_dim(self) -> int:
+    """Channels of a head's queries and keys."""
+    return self.nope_dim + self.rope_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
   """Who looks at whom, and how scores are made.
 
@@ -47,6 +81,8 @@ class AttentionConfig:
     kernel: auto, direct, blockwise, splash (TPU), cudnn (GPU).
     block: queries a strip of blockwise attention.
     context: what happens where positions are cut: ring, gather, all_to_all.
+    latent: multi-head latent attention. Yarn's factor on its scores, (0.1 mscale ln(factor) + 1)²
+      / √h in DeepSeek's words, is `scale`.
   """
 
   mask: str = "auto"
@@ -64,6 +100,7 @@ class AttentionConfig:
   kernel: str = "auto"
   block: int = 128
   context: str = "ring"
+  latent: LatentConfig = LatentConfig()
 
   def __post_init__(self):
     for key, known in (
@@ -84,6 +121,8 @@ class AttentionConfig:
         f"model.attention.window {self.window} and pattern {self.pattern} do not go together: "
         "a window needs window layers, and they need a window"
       )
+    if self.latent.kv_rank and (self.sinks, self.qk_norm, self.bias) != (False, "none", "none"):
+      raise UserError("latent attention has no sinks, qk_norm or bias: leave model.attention's")
 
   def rule(self, layer: str, causal: bool) -> Rule:
     """The mask's rule in a kind of layer."""
@@ -142,10 +181,10 @@ class Attention(nnx.Module):
     if config.sinks:
       self.sinks_n = param(key, "sinks_n", dims, constant(0.0))
     if config.qk_norm != "none":
-      together = ("h", "h") if config.qk_norm == "head" else ("nh", "kh")
+      together = config.qk_norm == "all"
       norm = dataclasses.replace(norm, bias=False)
-      self.query_norm = Norm(key, dims, norm, together[0])
-      self.key_norm = Norm(key, dims, norm, together[1])
+      self.query_norm = Norm(key, dims, norm, "nh" if together else "h")
+      self.key_norm = Norm(key, dims, norm, "kh" if together else "h")
 
   def __call__(self, x_btd, view: View, positions_bt, cache: KVCache | None = None):
     """Mixes a row's positions.
@@ -158,7 +197,7 @@ class Attention(nnx.Module):
     Returns:
       (y_btd, the cache with the new positions in it).
     """
-    q_btnh, k_bskh, v_bskh = self._project(x_btd, "query", "key", "value")
+    q_btnh, k_bskh, v_bskh = self._project(x_btd, query="n", key="k", value="k")
     q_btnh, new = self._queries(q_btnh, view), self._pair(k_bskh, v_bskh, view)
     if cache is not None:
       cache = new = cache.write(new, positions_bt)
@@ -166,11 +205,11 @@ class Attention(nnx.Module):
 
   def look_at(self, x_btd, source: KVCache, view: View):
     """Mixes another row's values into each position (cross attention): y_btd."""
-    return self._mix(self._queries(*self._project(x_btd, "query"), view), source, view)
+    return self._mix(self._queries(*self._project(x_btd, query="n"), view), source, view)
 
   def keys_and_values(self, x_bsd, view: View | None = None) -> KVCache:
     """Projects what is looked at; keys come out normed and rotated."""
-    return self._pair(*self._project(x_bsd, "key", "value"), view)
+    return self._pair(*self._project(x_bsd, key="k", value="k"), view)
 
   def _pair(self, k_bskh, v_bskh, view: View | None) -> KVCache:
     if self.config.qk_norm != "none":
@@ -187,42 +226,31 @@ class Attention(nnx.Module):
       q_btnh = rotate(q_btnh, *view.rope, self.layout)
     return named(shard(q_btnh, "btnh"), "query")
 
-  def _project(self, x_btd, *names) -> tuple:
-    """Projects the stream into queries, keys, values, whichever are named."""
-    heads = {"query": "n", "key": "k", "value": "k"}
-    weights = {f"{name}_d{heads[name]}h": None for name in names}
+  def _project(self, x_btd, **heads: str) -> tuple:
+    """Projects the stream into queries, keys, values, whichever are given with heads' letter."""
+    paths = [f"{name}_d{n}h" for name, n in heads.items()]
     if self.config.bias != "none":
-      weights |= {f"{name}_bias_{heads[name]}h": None for name in names}
+      paths += [f"{name}_bias_{n}h" for name, n in heads.items()]
 
     def project(x_btd, weights):
       made = []
-      for name in names:
-        n = heads[name]
+      for name, n in heads.items():
         y = dot(f"btd,d{n}h->bt{n}h", x_btd, weights[f"{name}_d{n}h"])
         bias = weights.get(f"{name}_bias_{n}h")
         made.append(y if bias is None else y + bias.astype(y.dtype))
       return tuple(made)
 
-    weights = {name: getattr(self, name) for name in weights}
-    return columns(project, x_btd, weights, tuple(f"bt{heads[name]}h" for name in names))
+    weights = {path: getattr(self, path) for path in paths}
+    return columns(project, x_btd, weights, tuple(f"bt{n}h" for n in heads.values()))
 
   def _mix(self, q_btnh, source: KVCache, view: View):
     config = self.config
-    scores = Scores(
-      config.scale or q_btnh.shape[-1] ** -0.5,
-      config.softcap,
-      view.bias,
-      self.sinks_n if config.sinks else None,
-    )
+    scale = config.scale or q_btnh.shape[-1] ** -0.5
+    sinks_n = self.sinks_n if config.sinks else None
     o_btnh = attend_cut(
-      q_btnh,
-      source.key_bskh,
-      source.value_bskh,
-      view.mask,
-      scores,
-      config.kernel,
-      config.block,
-      config.context,
+      q_btnh, source.key_bskh, source.value_bskh, view.mask,
+      Scores(scale, config.softcap, view.bias, sinks_n),
+      config.kernel, config.block, config.context,
     )
     o_btnh = named(shard(o_btnh, "btnh"), "attention")
     project = lambda o_btnh, weights: dot("btnh,nhd->btd", o_btnh, weights["out_nhd"])  # noqa: E731

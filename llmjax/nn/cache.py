@@ -18,11 +18,11 @@ class KVCache:
 
   Attributes:
     key_bksh: keys, already rotated.
-    value_bksh: values.
+    value_bksh: values; None where they come out of what stands for a key (latent attention).
   """
 
   key_bksh: jax.Array
-  value_bksh: jax.Array
+  value_bksh: jax.Array | None = None
 
   @classmethod
   def of(cls, key_bskh, value_bskh) -> "KVCache":
@@ -57,13 +57,16 @@ def _put(old_bksh, new_bkth, positions_bt):
 
 def _put_one(old_bksh, new_bk1h, positions_b1):
   """Writes one position a row, in place; a scatter would copy the cache on CPU."""
-  if len(old_bksh) == 1:  # in the form that `Cache.alone` has it carried in
-    start = (0, positions_b1[0, 0], 0)
-    return jax.lax.dynamic_update_slice(old_bksh[0], new_bk1h[0], start)[None]
+  # Without dimensions of one, the form that `Cache.alone` has it carried in.
+  kept = [axis for axis in range(4) if axis > 1 or old_bksh.shape[axis] > 1]
+  bare = old_bksh.reshape([old_bksh.shape[axis] for axis in kept])
   for row in range(len(old_bksh)):
+    new = new_bk1h[row : row + 1]
     start = (row, 0, positions_b1[row, 0], 0)
-    old_bksh = jax.lax.dynamic_update_slice(old_bksh, new_bk1h[row : row + 1], start)
-  return old_bksh
+    bare = jax.lax.dynamic_update_slice(
+      bare, new.reshape([new.shape[axis] for axis in kept]), [start[axis] for axis in kept]
+    )
+  return bare.reshape(old_bksh.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -89,16 +92,31 @@ class Cache:
     return jax.tree.leaves(self.own)[0].shape[-2]
 
   def alone(self) -> "Cache":
-    """Drops the batch dimension of a lone row's cache, for a loop to carry; `batched` restores it.
+    """Drops a lone row's batch dimension and latents' one head, for a loop to carry; `batched`
+    restores them.
 
     That is the form attention multiplies. Carried in the other, XLA's CPU backend writes the cache
-    once for the loop and once for attention, each time into a copy. More rows are left as they are.
+    once for the loop and once for attention, each time into a copy. All else is left as it is.
     """
-    return self._each(lambda leaf: leaf[0] if leaf.ndim == 4 and len(leaf) == 1 else leaf)
+
+    def bare(leaf, latent):
+      leaf = leaf[:, 0] if latent and leaf.ndim == 4 else leaf
+      return leaf[0] if leaf.ndim == 4 - latent and len(leaf) == 1 else leaf
+
+    return self._each(bare)
 
   def batched(self) -> "Cache":
     """Undoes `alone`."""
-    return self._each(lambda leaf: leaf[None] if leaf.ndim == 3 else leaf)
+
+    def whole(leaf, latent):
+      leaf = leaf[None] if leaf.ndim == 3 - latent else leaf
+      return leaf[:, None] if latent and leaf.ndim == 3 else leaf
+
+    return self._each(whole)
 
   def _each(self, change) -> "Cache":
-    return dataclasses.replace(self, own=jax.tree.map(change, self.own))
+    def each(one: KVCache):
+      return jax.tree.map(lambda leaf: change(leaf, one.value_bksh is None), one)
+
+    is_one = lambda node: isinstance(node, KVCache)  # noqa: E731
+    return dataclasses.replace(self, own=jax.tree.map(each, self.own, is_leaf=is_one))

@@ -29,18 +29,8 @@ def attend_cut(
   Keys of another row (cross attention) are always gathered, and so are those of a ring inside a
   pipeline: its permutes want all devices at once, and there each stage does something else. Under
   `ring` and `gather` the kernel is one that works on rectangles of the mask: direct or blockwise.
+  Arguments as `attend` takes; `context` is one of `CONTEXTS`.
 
-  Args:
-    q_btnh: queries.
-    k_bskh: keys.
-    v_bskh: values.
-    mask: who may look at whom.
-    scores: how scores are made.
-    kernel: see `attend`.
-    block: see `attend`.
-    context: one of `CONTEXTS`.
-  Returns:
-    o_btnh.
   Raises:
     UserError: all_to_all has fewer heads than devices to give them to.
   Source: gather: Llama 3, arXiv:2407.21783, sec. 3.3.2; all_to_all: Jacobs et al. 2023,
@@ -64,8 +54,7 @@ def _gather(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int):
     k, v, k_positions, k_segments, prefix = keys
     part = Mask(q_positions, k_positions, q_segments, k_segments, prefix, mask.rule)
     made = dataclasses.replace(scores, bias=extra[0], sinks_n=extra[1])
-    kernel = "blockwise" if q.shape[1] > block else "direct"
-    return attend(q, k, v, part, made, kernel, block)
+    return attend(q, k, v, part, made, "blockwise", block)
 
   cut, whole = PartitionSpec(None, "context"), PartitionSpec()
   queries = (q_btnh, mask.q_positions_bt, mask.q_segments_bt)

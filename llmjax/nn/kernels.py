@@ -7,12 +7,14 @@ needs O(t) memory in both directions; the other two are the platforms' own kerne
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from llmjax.core.dot import contract
 from llmjax.core.errors import UserError
+from llmjax.core.platform import platform
 from llmjax.nn.mask import Mask
 from llmjax.nn.platform_kernels import cudnn, cudnn_cannot, masked_by_rule, splash, splash_cannot
 from llmjax.nn.scores import Scores
@@ -31,7 +33,7 @@ def attend(
   Args:
     q_btnh: queries, compute dtype.
     k_bskh: keys; n is a multiple of k, and query head i reads key head i // g.
-    v_bskh: values.
+    v_bskh: values, whose head width may be smaller.
     mask: who may look at whom; each query that matters sees at least one key.
     scores: scale, soft cap, bias and sinks.
     kernel: one of `KERNELS`; auto takes the platform's where it can do what is asked.
@@ -45,30 +47,25 @@ def attend(
     arXiv:2305.13245; blockwise: Rabe & Staats 2021, arXiv:2112.05682; soft cap: Gemma team 2024,
     arXiv:2408.00118, sec. 2; sinks: OpenAI 2025, arXiv:2508.10925, sec. 2.
   """
-  chosen = choose(
-    kernel, jax.default_backend(), q_btnh.shape, k_bskh.shape, mask, scores, q_btnh.dtype
-  )
-  if chosen == "splash":
-    return splash(q_btnh, k_bskh, v_bskh, mask, scores, block, table)
-  if chosen == "cudnn":
-    return cudnn(q_btnh, k_bskh, v_bskh, mask, scores)
-  block = block if chosen == "blockwise" else None
-  return _strips(q_btnh, k_bskh, v_bskh, mask, scores, block)
+  chosen = choose(kernel, platform(), q_btnh.shape, k_bskh.shape, mask, scores, q_btnh.dtype)
+  if chosen in ("splash", "cudnn"):
+    short = q_btnh.shape[-1] - v_bskh.shape[-1]
+    v_bskh = jnp.pad(v_bskh, ((0, 0), (0, 0), (0, 0), (0, short))) if short else v_bskh
+    run, more = (splash, (block, table)) if chosen == "splash" else (cudnn, ())
+    o_btnh = run(q_btnh, k_bskh, v_bskh, mask, scores, *more)
+    return o_btnh[..., :-short] if short else o_btnh
+  if chosen == "direct" or q_btnh.shape[1] <= block:
+    run = functools.partial(_strip, mask=mask, scores=scores)
+  else:
+    run = functools.partial(_blockwise, mask=mask, scores=scores, block=block)
+  return _head_major(run, q_btnh * scores.scale, k_bskh, v_bskh)
 
 
 def choose(
   kernel: str, platform: str, q_shape, k_shape, mask: Mask, scores: Scores, dtype=jnp.bfloat16
 ) -> str:
-  """Names the kernel that `attend` runs.
+  """Names the kernel that `attend` runs; `platform` is jax's name: cpu, gpu, tpu.
 
-  Args:
-    kernel: what was asked for.
-    platform: jax's name of it: cpu, gpu, tpu.
-    q_shape: of q_btnh.
-    k_shape: of k_bskh.
-    mask: see `attend`.
-    scores: see `attend`.
-    dtype: of q_btnh.
   Raises:
     UserError: the named kernel cannot do this, with the reason.
   """
@@ -87,30 +84,28 @@ def choose(
   return kernel
 
 
-def _strips(q_btnh, k_bskh, v_bskh, mask, scores, block):
-  """Direct attention (`block` None), or the same a strip of queries after another."""
+def _head_major(run: Callable, q_btnh, k_bskh, v_bskh):
+  """Calls (q_bkgth, k_bksh, v_bksh) → o_bkgth; returns o_btnh.
+
+  Each (b, k) is then two plain matrix products on contiguous operands, twice as fast on CPU as
+  contracting "btkgh,bskh".
+  """
   b, t, n, h = q_btnh.shape
   k = k_bskh.shape[2]
-  # Head-major: each (b, k) is then two plain matrix products on contiguous operands, twice as fast
-  # on CPU as contracting "btkgh,bskh".
-  q_bkgth = (q_btnh * scores.scale).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
-  k_bksh, v_bksh = k_bskh.swapaxes(1, 2), v_bskh.swapaxes(1, 2)
-  if block is None or t <= block:
-    o_bkgth = _strip(q_bkgth, k_bksh, v_bksh, mask, scores)
-  else:
-    o_bkgth = _blockwise(q_bkgth, k_bksh, v_bksh, mask, scores, block)
-  return o_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+  q_bkgth = q_btnh.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
+  o_bkgth = run(q_bkgth, k_bskh.swapaxes(1, 2), v_bskh.swapaxes(1, 2))
+  return o_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, n, -1)
 
 
 def _strip(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores):
-  b, k, g, t, h = q_bkgth.shape
+  b, k, g, t, _ = q_bkgth.shape
   s_bkgts = _scored(q_bkgth, k_bksh, mask, scores)
   if scores.sinks_n is None:
     weights = jax.nn.softmax(s_bkgts, axis=-1)
   else:
     weights = _softmax_with_sink(s_bkgts, scores.sinks_n.reshape(k, g, 1, 1))
   weights = weights.astype(q_bkgth.dtype).reshape(b, k, g * t, -1)
-  return contract("bkqs,bksh->bkqh", weights, v_bksh).reshape(b, k, g, t, h)
+  return contract("bkqs,bksh->bkqh", weights, v_bksh).reshape(b, k, g, t, -1)
 
 
 def _scored(q_bkgth, k_bksh, mask: Mask, scores: Scores):
@@ -127,40 +122,30 @@ def _scored(q_bkgth, k_bksh, mask: Mask, scores: Scores):
   return jnp.where(mask.allowed()[:, None, None], s_bkgts, jnp.finfo(jnp.float32).min)
 
 
-def attend_part(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int = 128):
+def attend_part(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int):
   """Computes attention over some of the keys, and the log of its softmax's denominator.
 
-  Parts over different keys join as o = Σ oᵢ exp(lseᵢ - lse), lse = log Σ exp lseᵢ.
+  Parts over different keys join as o = Σ oᵢ exp(lseᵢ - lse), lse = log Σ exp lseᵢ. Arguments as
+  `attend` takes, but a query may see no key, and sinks have no part.
 
-  Args:
-    q_btnh: queries.
-    k_bskh: keys.
-    v_bskh: values.
-    mask: who may look at whom; a query may see none.
-    scores: scale, soft cap and bias.
-    block: queries at a time.
   Returns:
     (o_btnh, lse_btn), fp32.
   """
-  b, t, n, h = q_btnh.shape
-  k = k_bskh.shape[2]
-  q_bkgth = (q_btnh * scores.scale).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
-  k_bksh, v_bksh = k_bskh.swapaxes(1, 2), v_bskh.swapaxes(1, 2)
   strip = jax.checkpoint(functools.partial(_part, scores=scores))
-  made = _group(strip, q_bkgth, k_bksh, v_bksh, mask, min(block, t))
-  made_btnh = made.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h + 1)
+  run = functools.partial(_group, strip, mask=mask, block=min(block, q_btnh.shape[1]))
+  made_btnh = _head_major(run, q_btnh * scores.scale, k_bskh, v_bskh)
   return made_btnh[..., :-1], made_btnh[..., -1]
 
 
 def _part(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores):
   """A strip's result with the log of the denominator as one more channel, fp32."""
-  b, k, g, t, h = q_bkgth.shape
+  b, k, g, t, _ = q_bkgth.shape
   s_bkgts = _scored(q_bkgth, k_bksh, mask, scores)
   high = jax.lax.stop_gradient(s_bkgts.max(-1, keepdims=True))
   grown = jnp.exp(s_bkgts - high)
   total = grown.sum(-1, keepdims=True)
   weights = (grown / total).astype(q_bkgth.dtype).reshape(b, k, g * t, -1)
-  o_bkgth = contract("bkqs,bksh->bkqh", weights, v_bksh, jnp.float32).reshape(b, k, g, t, h)
+  o_bkgth = contract("bkqs,bksh->bkqh", weights, v_bksh, jnp.float32).reshape(b, k, g, t, -1)
   return jnp.concatenate([o_bkgth, high + jnp.log(total)], axis=-1)
 
 
@@ -180,35 +165,28 @@ def _blockwise(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores, block: int):
   made = []
   for start in range(0, t, size):
     stop = min(t, start + size)
-    first, end = mask.key_range(start, stop, s)
-    queries, keys = slice(start, stop), slice(first, end)
-    part = mask.tile(queries, keys)
-    made.append(
-      _group(strip, q_bkgth[:, :, :, queries], k_bksh[:, :, keys], v_bksh[:, :, keys], part, block)
-    )
+    queries, keys = slice(start, stop), slice(*mask.key_range(start, stop, s))
+    q, k, v = q_bkgth[:, :, :, queries], k_bksh[:, :, keys], v_bksh[:, :, keys]
+    made.append(_group(strip, q, k, v, mask.tile(queries, keys), block))
   return jnp.concatenate(made, axis=3)
 
 
 def _group(strip, q_bkgth, k_bksh, v_bksh, mask: Mask, block: int):
   """Runs the strips of one group: the whole ones as a loop, what is left over by itself."""
   t = q_bkgth.shape[3]
-  whole = t // block * block
+  whole = t // block * block if t >= 2 * block else 0
   made = []
-  if whole > block:
+  if whole:
 
     def run(piece):
       queries, positions, segments = piece
       part = dataclasses.replace(mask, q_positions_bt=positions, q_segments_bt=segments)
       return strip(queries, k_bksh, v_bksh, part)
 
-    pieces = (
-      _cut(q_bkgth, 3, block), _cut(mask.q_positions_bt, 1, block),
-      _cut(mask.q_segments_bt, 1, block),
-    )
+    cut = functools.partial(_cut, block=block)
+    pieces = cut(q_bkgth, 3), cut(mask.q_positions_bt, 1), cut(mask.q_segments_bt, 1)
     out = jax.lax.map(run, pieces)
     made.append(jnp.moveaxis(out, 0, 3).reshape(*q_bkgth.shape[:3], whole, -1))
-  else:
-    whole = 0
   if whole < t:
     rest = mask.tile(slice(whole, t), slice(None))
     made.append(strip(q_bkgth[:, :, :, whole:], k_bksh, v_bksh, rest))

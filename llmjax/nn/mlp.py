@@ -65,7 +65,7 @@ class Mlp(nnx.Module):
     names = ("up", "gate") if self.activation in GATED else ("up",)
     up_btf, *gate_btf = self._hidden(x_btd, names)
     if gate_btf:
-      hidden_btf = _gated(self.activation, *gate_btf, up_btf)
+      hidden_btf = gated(self.activation, *gate_btf, up_btf)
     else:
       hidden_btf = PLAIN[self.activation](up_btf)
     project = lambda x_btf, weights: dot("btf,fd->btd", x_btf, weights["down_fd"])  # noqa: E731
@@ -94,5 +94,6 @@ def _plus(x, bias):
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)
-def _gated(activation, gate_btf, up_btf):
+def gated(activation, gate_btf, up_btf):
+  """Computes act(gate) · up, again in the backward pass."""
   return GATED[activation](gate_btf) * up_btf

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from llmjax.nn.mask import Mask
 from llmjax.nn.scores import Scores
-from llmjax.parallel.rules import ACTIVATIONS, spec
+from llmjax.parallel.rules import spec
 
 
 def splash_cannot(platform, q_shape, k_shape, mask: Mask, scores: Scores) -> str | None:
@@ -28,9 +28,7 @@ def splash_cannot(platform, q_shape, k_shape, mask: Mask, scores: Scores) -> str
   return None
 
 
-def splash(
-  q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int, table=ACTIVATIONS
-):
+def splash(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int, table: dict):
   """Splash attention, on each device's own rows and heads."""
   mesh = jax.sharding.get_abstract_mesh()
   run = functools.partial(
@@ -39,14 +37,10 @@ def splash(
   arguments = (q_btnh, k_bskh, v_bskh, mask.q_segments_bt, scores.sinks_n)
   if mesh.empty:
     return run(*arguments)
-  letters = ("btnh", "btkh", "btkh", "bt", "n")
-  specs = tuple(
-    None if argument is None else spec(letter, table)
-    for argument, letter in zip(arguments, letters, strict=True)
-  )
+  specs = tuple(spec(letters, table) for letters in ("btnh", "btkh", "btkh", "bt", "n"))
   # The kernel's outputs carry no record of which axes they vary over.
   return jax.shard_map(
-    run, mesh=mesh, in_specs=specs, out_specs=spec("btnh", table), check_vma=False
+    run, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False
   )(*arguments)
 
 
@@ -66,9 +60,8 @@ def _splash_local(
   else:
     one = masks.FullMask((t, t))
   # The kernel wants tiles in 128s; t is a multiple of 128.
-  size = next(
-    width for width in (4 * block, 2 * block, block, 128) if width % 128 == 0 and t % width == 0
-  )
+  sizes = (4 * block, 2 * block, block, 128)
+  size = next(width for width in sizes if width % 128 == 0 and t % width == 0)
   kernel = kernels.make_splash_mha(
     masks.MultiHeadMask([one] * n),
     block_sizes=kernels.BlockSizes(
@@ -87,9 +80,7 @@ def _splash_local(
     )
     return o_nth.swapaxes(0, 1).astype(q_tnh.dtype)
 
-  return jax.vmap(row, in_axes=(0, 0, 0, None if segments_bt is None else 0))(
-    q_btnh, k_bskh, v_bskh, segments_bt
-  )
+  return jax.vmap(row)(q_btnh, k_bskh, v_bskh, segments_bt)
 
 
 def cudnn_cannot(platform, q_shape, k_shape, mask: Mask, scores: Scores, dtype) -> str | None:
@@ -124,15 +115,11 @@ def masked_by_rule(mask: Mask) -> bool:
 def cudnn(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, implementation="cudnn"):
   """`jax.nn.dot_product_attention`; the mask goes in as a rule where it can, else as an array."""
   rule, by_rule = mask.rule, masked_by_rule(mask)
-  bias = None
-  if scores.bias is not None:
-    bias = scores.bias.scores(mask.q_positions_bt, mask.k_positions_bs).astype(q_btnh.dtype)
+  bias = scores.bias
+  if bias is not None:
+    bias = bias.scores(mask.q_positions_bt, mask.k_positions_bs).astype(q_btnh.dtype)
   return jax.nn.dot_product_attention(
-    q_btnh,
-    k_bskh,
-    v_bskh,
-    bias,
-    None if by_rule else mask.allowed()[:, None],
+    q_btnh, k_bskh, v_bskh, bias, None if by_rule else mask.allowed()[:, None],
     scale=scores.scale,
     is_causal=by_rule and rule.causal,
     local_window_size=(rule.window - 1, 0) if by_rule and rule.window else None,

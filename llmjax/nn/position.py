@@ -144,13 +144,8 @@ def _yarn_kept(config: PositionConfig, r: int):
 
 
 def rope_angles(positions_bt, config: PositionConfig, head_dim: int, local: bool = False):
-  """Computes the rotation of every position.
+  """Computes the rotation of every position; arguments as `rope_frequencies` takes.
 
-  Args:
-    positions_bt: int32.
-    config: see `rope_frequencies`.
-    head_dim: h.
-    local: of a window layer.
   Returns:
     (cos, sin), fp32 [b, t, r/2].
   """
@@ -193,12 +188,8 @@ def rotate(x_btnh, cos, sin, layout: str = "half"):
 
 
 def sinusoids(positions_bt, width: int, theta: float):
-  """Computes fixed position vectors: sin and cos of position · theta^(-2i/d), in turn.
+  """Computes fixed position vectors: sin and cos of position · theta^(-2i/width), in turn.
 
-  Args:
-    positions_bt: int32.
-    width: d.
-    theta: base, 10,000 in the paper.
   Returns:
     p_btd, fp32.
   Source: Vaswani et al. 2017, arXiv:1706.03762, sec. 3.5.

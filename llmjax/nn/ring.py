@@ -6,6 +6,7 @@ skipped, so none idles on the mask. Memory is O(t / c) in both directions.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from llmjax.nn.mask import Mask, Rule
 from llmjax.nn.scores import Scores
 
 _AXIS = "context"
+_CUT, _WHOLE = PartitionSpec(None, _AXIS), PartitionSpec()
 _NOTHING = jnp.finfo(jnp.float32).min
 
 
@@ -29,15 +31,12 @@ class _Static(NamedTuple):
   block: int
 
 
-def ring_attend(q_btnh, k_btkh, v_btkh, mask: Mask, scores: Scores, block: int = 128):
+def ring_attend(q_btnh, k_btkh, v_btkh, mask: Mask, scores: Scores, block: int):
   """Computes attention of rows whose positions are cut along `context`.
 
   Args:
-    q_btnh: queries, t cut.
-    k_btkh: keys, cut alike.
-    v_btkh: values.
+    q_btnh: queries, t cut; keys and values are cut alike.
     mask: an aligned one.
-    scores: scale, soft cap, bias and sinks.
     block: queries of a tile that are scored at a time.
   Returns:
     o_btnh, dtype of `q_btnh`.
@@ -55,26 +54,22 @@ def _ring(static, qkv, extra, rows):
 
 
 def _ring_forward(static, qkv, extra, rows):
-  cut, whole = PartitionSpec(None, _AXIS), PartitionSpec()
-  out, saved = _on_ring(functools.partial(_forward, static), (cut, whole, cut), (cut, cut))(
-    qkv, extra, rows
-  )
+  out, saved = _on_ring(_forward, static, (_CUT, _CUT))(qkv, extra, rows)
   return out, (saved, extra)
 
 
 def _ring_backward(static, residuals, grad):
-  cut, whole = PartitionSpec(None, _AXIS), PartitionSpec()
-  run = _on_ring(functools.partial(_backward, static), (cut, whole, cut), (cut, whole))
-  return *run(*residuals, grad), None
+  return *_on_ring(_backward, static, (_CUT, _WHOLE))(*residuals, grad), None
 
 
 _ring.defvjp(_ring_forward, _ring_backward)
 
 
-def _on_ring(function, in_specs, out_specs):
+def _on_ring(function, static, out_specs):
   # By hand along this axis alone: rows and heads stay the compiler's.
   return jax.shard_map(
-    function, in_specs=in_specs, out_specs=out_specs, axis_names={_AXIS}, check_vma=False
+    functools.partial(function, static), in_specs=(_CUT, _WHOLE, _CUT), out_specs=out_specs,
+    axis_names={_AXIS}, check_vma=False,
   )
 
 
@@ -84,25 +79,21 @@ def _forward(static, qkv, extra, rows):
   (q, k, v), rows = order.take((qkv, rows))
   bias, sinks_n = extra
   queries = order.split((q, rows[:2]))
-  start = [_no_part(q_piece) for q_piece, _ in queries]
+  start = [_no_part(q_piece, v) for q_piece, _ in queries]
 
   def step(carry, number):
     parts, travelling = carry
-    keys, ids = order.split(travelling), order.ids((order.index - number) % order.ways)
-    for i, own in enumerate(queries):
-      for j, other in enumerate(keys):
-        tile = functools.partial(_tile, static, rows[2] is not None)
-        needed = order.needed(order.ids(order.index)[i], ids[j])
-        part = jax.lax.cond(
-          needed, tile, lambda own, *_: _no_part(own[0]), own, other, bias
-        )
-        parts[i] = _merge(parts[i], part)
+    keys = order.split(travelling)
+    tile = functools.partial(_tile, static)
+    nothing = lambda own, other, _: _no_part(own[0], other[0][1])  # noqa: E731
+    for i, j, needed in order.tiles(number):
+      part = jax.lax.cond(needed, tile, nothing, queries[i], keys[j], bias)
+      parts[i] = _merge(parts[i], part)
     return (parts, _pass_on(travelling)), None
 
   travelling = ((k, v), rows)
   (parts, _), _ = jax.lax.scan(step, (start, travelling), jnp.arange(order.ways))
-  o = jnp.concatenate([part[0] for part in parts], axis=1)
-  lse = jnp.concatenate([part[1] for part in parts], axis=1)
+  o, lse = order.join(parts)
   if sinks_n is not None:
     with_sink = jnp.logaddexp(lse, sinks_n)
     o, lse = o * jnp.exp(lse - with_sink)[..., None], with_sink
@@ -123,17 +114,14 @@ def _backward(static, saved, extra, grad):
 
   def step(carry, number):
     grad_q, grad_bias, grad_kv, travelling = carry
-    keys, ids = order.split(travelling), order.ids((order.index - number) % order.ways)
-    grad_kv = order.split(grad_kv)
-    for i, own in enumerate(queries):
-      for j, other in enumerate(keys):
-        pull = functools.partial(_pull_tile, static, rows[2] is not None)
-        nothing = lambda own, other, bias, _: jax.tree.map(zeros, (own[0], other[0], bias))  # noqa: E731
-        needed = order.needed(order.ids(order.index)[i], ids[j])
-        made = jax.lax.cond(needed, pull, nothing, own, other, bias, reads[i])
-        grad_q[i] += made[0]
-        grad_kv[j] = jax.tree.map(jnp.add, grad_kv[j], made[1])
-        grad_bias = jax.tree.map(jnp.add, grad_bias, made[2])
+    keys, grad_kv = order.split(travelling), order.split(grad_kv)
+    pull = functools.partial(_pull_tile, static)
+    nothing = lambda own, other, bias, _: jax.tree.map(zeros, (own[0], other[0], bias))  # noqa: E731
+    for i, j, needed in order.tiles(number):
+      made = jax.lax.cond(needed, pull, nothing, queries[i], keys[j], bias, reads[i])
+      grad_q[i] += made[0]
+      grad_kv[j] = jax.tree.map(jnp.add, grad_kv[j], made[1])
+      grad_bias = jax.tree.map(jnp.add, grad_bias, made[2])
     grad_kv = order.join(grad_kv)
     return (grad_q, grad_bias, _pass_on(grad_kv), _pass_on(travelling)), None
 
@@ -141,7 +129,7 @@ def _backward(static, saved, extra, grad):
   travelling = ((k, v), tuple(rows))
   carry = (*start, jax.tree.map(zeros, (k, v)), travelling)
   (grad_q, grad_bias, grad_kv, _), _ = jax.lax.scan(step, carry, jnp.arange(order.ways))
-  grads = order.give((jnp.concatenate(grad_q, axis=1), *grad_kv))
+  grads = order.give((order.join(grad_q), *grad_kv))
   grads = tuple(made.astype(like.dtype) for made, like in zip(grads, (q, k, v), strict=True))
   grad_sinks = None
   if sinks_n is not None:
@@ -149,34 +137,31 @@ def _backward(static, saved, extra, grad):
   return grads, jax.lax.psum((grad_bias, grad_sinks), _AXIS)
 
 
-def _tile(static: _Static, prefix: bool, own, other, bias):
+def _tile(static: _Static, own, other, bias):
   """Queries of one chunk against keys of another: (o_btnh, lse_btn), fp32."""
   q, (q_positions, q_segments) = own
   (k, v), (k_positions, k_segments, prefix_bs) = other
-  mask = Mask(
-    q_positions, k_positions, q_segments, k_segments, prefix_bs if prefix else None, static.rule
-  )
+  mask = Mask(q_positions, k_positions, q_segments, k_segments, prefix_bs, static.rule)
   return attend_part(q, k, v, mask, Scores(static.scale, static.softcap, bias), static.block)
 
 
-def _pull_tile(static: _Static, prefix: bool, own, other, bias, reads):
+def _pull_tile(static: _Static, own, other, bias, reads):
   """Gradients of one tile by its queries, its keys and values, and the bias, in fp32.
 
   With o = Σ wᵢ oᵢ and wᵢ = exp(lseᵢ - lse): ∂oᵢ = wᵢ ∂o and ∂lseᵢ = wᵢ ∂o·(oᵢ - o).
   """
   grad, own_dot, lse = reads
-  tile = lambda q, kv, bias: _tile(  # noqa: E731
-    static, prefix, (q, own[1]), (kv, other[1]), bias
-  )
+  tile = lambda q, kv, bias: _tile(static, (q, own[1]), (kv, other[1]), bias)  # noqa: E731
   (o, part_lse), pull = jax.vjp(tile, own[0], other[0], bias)
   weight = jnp.exp(part_lse - lse)
   made = pull((weight[..., None] * grad, weight * (jnp.sum(grad * o, axis=-1) - own_dot)))
   return jax.tree.map(lambda a: a.astype(jnp.float32), made)
 
 
-def _no_part(q_btnh):
+def _no_part(q_btnh, v_bskh):
   """The part of keys that nobody sees."""
-  return jnp.zeros(q_btnh.shape, jnp.float32), jnp.full(q_btnh.shape[:3], _NOTHING)
+  shape = q_btnh.shape[:3]
+  return jnp.zeros((*shape, v_bskh.shape[-1]), jnp.float32), jnp.full(shape, _NOTHING)
 
 
 def _merge(one, two):
@@ -215,6 +200,12 @@ class _Order:
       return device, 2 * self.ways - 1 - device
     return tuple(self.pieces * device + i for i in range(self.pieces))
 
+  def tiles(self, number):
+    """Yields (query chunk, key chunk, whether they need to meet) of one step of the ring."""
+    ids, visiting = self.ids(self.index), self.ids((self.index - number) % self.ways)
+    for i, j in itertools.product(range(self.pieces), repeat=2):
+      yield i, j, self.needed(ids[i], visiting[j])
+
   def needed(self, query_id, key_id):
     """Whether any query of one chunk may see any key of another."""
     ok = jnp.bool_(True)
@@ -237,31 +228,27 @@ class _Order:
 
   def take(self, tree):
     """Fetches this device's chunks, from devices that hold consecutive ones."""
-    return self._exchange(tree, back=False) if self.balanced else tree
+    if not self.balanced:
+      return tree
+    return self.join(self._swap(*self._move(self.split(tree))))
 
   def give(self, tree):
     """Undoes `take`."""
-    return self._exchange(tree, back=True) if self.balanced else tree
+    if not self.balanced:
+      return tree
+    return self.join(self._move(self._swap(*self.split(tree)), back=True))
 
-  def _exchange(self, tree, back: bool):
+  def _move(self, halves, back: bool = False) -> list:
     """Chunks of even number go one way and those of odd number another: two permutations."""
-    moves = []
-    for parity in (0, 1):
-      owner = lambda i, parity=parity: min(2 * i + parity, 2 * self.ways - 1 - 2 * i - parity)  # noqa: E731
-      pairs = [(i, owner(i)) for i in range(self.ways)]
-      moves.append([(b, a) for a, b in pairs] if back else pairs)
-    first, second = self.split(tree)
-    if back:  # the early chunk is of even number on even devices
-      first, second = self._swap(first, second)
-    first, second = (
-      jax.lax.ppermute(half, _AXIS, pairs)
-      for half, pairs in zip((first, second), moves, strict=True)
-    )
-    if not back:
-      first, second = self._swap(first, second)
-    return self.join([first, second])
+    moved = []
+    for parity, half in enumerate(halves):
+      owners = [min(n, 2 * self.ways - 1 - n) for n in range(parity, 2 * self.ways, 2)]
+      pairs = [(owner, i) if back else (i, owner) for i, owner in enumerate(owners)]
+      moved.append(jax.lax.ppermute(half, _AXIS, pairs))
+    return moved
 
-  def _swap(self, one, two):
+  def _swap(self, one, two) -> tuple:
+    """Exchanges both on odd devices, whose early chunk is of odd number."""
     even = self.index % 2 == 0
     pick = lambda a, b: jnp.where(even, a, b)  # noqa: E731
     return jax.tree.map(pick, one, two), jax.tree.map(pick, two, one)

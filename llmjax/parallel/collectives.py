@@ -7,7 +7,7 @@ read: a test can hold a budget of bytes against it, a plan can print what a step
 import dataclasses
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import numpy as np
@@ -112,7 +112,7 @@ def collectives(hlo_text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
 
 def summary(found: list[Collective]) -> dict[tuple[str, tuple[str, ...]], int]:
   """Adds up bytes × count for each (kind, axes)."""
-  totals = defaultdict(int)
+  totals = Counter()
   for one in found:
     totals[one.kind, one.axes] += one.bytes * one.count
   return dict(totals)
@@ -121,18 +121,14 @@ def summary(found: list[Collective]) -> dict[tuple[str, tuple[str, ...]], int]:
 def describe(found: list[Collective]) -> str:
   """Formats a summary for people: `all-gather fsdp 1.2 MB ×8, all-reduce data 300.0 kB`.
 
-  Args:
-    found: what `collectives` returned.
   Returns:
     For each kind and axes the mean bytes of an execution and their number, most bytes first.
   """
-  counts = defaultdict(int)
-  for one in found:
-    counts[one.kind, one.axes] += one.count
   parts = []
-  for key, total in sorted(summary(found).items(), key=lambda item: -item[1]):
-    times = f" ×{counts[key]:,}" if counts[key] > 1 else ""
-    parts.append(f"{key[0]} {'+'.join(key[1])} {_human(total / counts[key])}{times}")
+  for (kind, axes), total in Counter(summary(found)).most_common():
+    count = sum(one.count for one in found if (one.kind, one.axes) == (kind, axes))
+    times = f" ×{count:,}" if count > 1 else ""
+    parts.append(f"{kind} {'+'.join(axes)} {_human(total / count)}{times}")
   return ", ".join(parts) or "no collectives"
 
 

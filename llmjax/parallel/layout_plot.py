@@ -10,6 +10,7 @@ from llmjax.parallel.rules import ACTIVATIONS, REPLICATED, WEIGHTS, axes_of
 
 DEVICES = ("#3b78b0", "#d9731a", "#3f8f4a", "#a05195")
 ALL = "#dddddd"
+CELLS = 4  # drawn along each dimension, a multiple of what cuts it
 STREAM = ACTIVATIONS | {"t": ("context", "tensor")}  # as `stream_spec` has it
 # Title, mesh, table of the weights.
 MESHES = (
@@ -31,18 +32,17 @@ ARRAYS = (
 )
 
 
-def owners(letters: str, table: dict, mesh: dict[str, int], cells: int = 4) -> np.ndarray:
+def owners(letters: str, table: dict, mesh: dict[str, int]) -> np.ndarray:
   """Says which devices hold which part of an array of two dimensions.
 
   Args:
     letters: the dimensions'.
     table: from letters to axes.
     mesh: sizes of axes; devices are counted with the last axis fastest.
-    cells: parts drawn along each dimension, a multiple of what cuts it.
   Returns:
-    Booleans [cells, cells, device].
+    Booleans [CELLS, CELLS, device].
   """
-  held = np.zeros((cells, cells, math.prod(mesh.values())), bool)
+  held = np.zeros((CELLS, CELLS, math.prod(mesh.values())), bool)
   for device, place in enumerate(itertools.product(*map(range, mesh.values()))):
     at = dict(zip(mesh, place, strict=True))
     parts = []
@@ -51,20 +51,19 @@ def owners(letters: str, table: dict, mesh: dict[str, int], cells: int = 4) -> n
       ways, number = math.prod(mesh[axis] for axis in axes), 0
       for axis in axes:
         number = number * mesh[axis] + at[axis]
-      parts.append(slice(number * cells // ways, (number + 1) * cells // ways))
+      parts.append(slice(number * CELLS // ways, (number + 1) * CELLS // ways))
     held[(*parts, device)] = True
   return held
 
 
 def draw_layouts(path: str | Path):
   """Writes the picture, a row for each mesh; the file's ending says the format."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
+  from matplotlib.figure import Figure
+  from matplotlib.patches import Patch
 
   size = (1.75 * len(ARRAYS) + 1.6, 1.25 * len(MESHES) + 1)
-  figure, axes = plt.subplots(len(MESHES), len(ARRAYS), figsize=size)
+  figure = Figure(size)
+  axes = figure.subplots(len(MESHES), len(ARRAYS))
   for axis, (name, _, _) in zip(axes[0], ARRAYS, strict=True):
     axis.set_title(name, fontsize=9)
   for row, (title, mesh, weights) in zip(axes, MESHES, strict=True):
@@ -72,20 +71,18 @@ def draw_layouts(path: str | Path):
     for axis, (_, letters, table) in zip(row, ARRAYS, strict=True):
       _draw(axis, owners(letters, table or weights, mesh))
   names = [*(f"device {number}" for number in range(4)), "every device"]
-  patches = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (*DEVICES, ALL)]
+  patches = [Patch(color=color) for color in (*DEVICES, ALL)]
   figure.legend(patches, names, ncols=5, loc="lower center", frameon=False)
   figure.tight_layout(rect=(0, 0.03, 1, 1))
   figure.savefig(path, dpi=80)
 
 
 def _draw(axis, held: np.ndarray):
-  from matplotlib.patches import Rectangle
-
-  for i, j in itertools.product(*map(range, held.shape[:2])):
+  for i, j in np.ndindex(CELLS, CELLS):
     who = np.flatnonzero(held[i, j])
     colors = [ALL] if len(who) == held.shape[2] else [DEVICES[device] for device in who]
-    for part, color in enumerate(colors):  # shared cells are striped
-      width = 1 / len(colors)
-      axis.add_patch(Rectangle((j + part * width, i), width, 1, color=color, lw=0))
-  axis.set(xlim=(0, held.shape[1]), ylim=(held.shape[0], 0), xticks=[], yticks=[], aspect="equal")
+    width = 1 / len(colors)  # shared cells are striped
+    lefts = j + width * np.arange(len(colors))
+    axis.barh(i, width, 1, lefts, align="edge", color=colors, lw=0)
+  axis.set(xlim=(0, CELLS), ylim=(CELLS, 0), xticks=[], yticks=[], aspect="equal")
   axis.spines[:].set_color("white")

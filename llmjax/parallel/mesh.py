@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -54,8 +55,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   """Lays devices out on the named axes.
 
   Args:
-    config: size of each axis.
-    devices: devices to use, all of the run's by default.
+    devices: all of the run's by default.
   Returns:
     A mesh whose axes are all `AxisType.Auto`.
   Raises:
@@ -86,13 +86,12 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def lay_out(devices: Sequence, sizes: dict[str, int], slices: int, across: str) -> np.ndarray:
-  """Makes the grid of devices; slices follow each other along one axis.
+  """Makes the grid of devices.
 
   Args:
-    devices: all of them.
     sizes: of every axis, in the order of `AXES`.
     slices: how many; 0 counts those that devices say they are of.
-    across: the axis that runs across slices.
+    across: the axis they follow each other along.
   Returns:
     Array of devices, an axis for each of `AXES`.
   Raises:
@@ -109,18 +108,15 @@ def lay_out(devices: Sequence, sizes: dict[str, int], slices: int, across: str) 
 
 def _slices(devices, count: int) -> list[list]:
   """Groups devices by the slice they say they are of, else into runs of equal length."""
-  numbers = sorted({getattr(device, "slice_index", None) or 0 for device in devices})
-  if count and len(numbers) not in (1, count):
-    raise UserError(f"mesh.slices {count}, but the devices are of {len(numbers)} slices")
-  if len(numbers) > 1:
-    groups = [[d for d in devices if (d.slice_index or 0) == number] for number in numbers]
-  else:
-    size = len(devices) // max(1, count)
-    groups = [devices[i : i + size] for i in range(0, len(devices), max(1, size))]
-  if len({len(group) for group in groups}) > 1:
-    raise UserError(
-      f"{len(devices)} devices are not {count or len(numbers)} slices of equal size"
-    )
+  number = lambda device: getattr(device, "slice_index", None) or 0  # noqa: E731
+  groups = [list(group) for _, group in itertools.groupby(sorted(devices, key=number), number)]
+  if count and len(groups) not in (1, count):
+    raise UserError(f"mesh.slices {count}, but the devices are of {len(groups)} slices")
+  if len(groups) == 1 and count:
+    size = max(1, len(devices) // count)
+    groups = [devices[i : i + size] for i in range(0, len(devices), size)]
+  if len({len(group) for group in groups}) > 1 or count not in (0, len(groups)):
+    raise UserError(f"{len(devices)} devices are not {count or len(groups)} slices of equal size")
   return groups
 
 
@@ -128,6 +124,4 @@ def _inside(devices, shape) -> np.ndarray:
   """One slice's grid; on TPU the library puts neighbours on neighbouring chips."""
   if devices[0].platform == "tpu" and len(devices) > 1:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-  grid = np.empty(len(devices), object)
-  grid[:] = devices
-  return grid.reshape(shape)
+  return np.array(devices, object).reshape(shape)

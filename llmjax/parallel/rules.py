@@ -7,7 +7,7 @@ cut along is decided here alone.
 import math
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.core import tree
 from llmjax.core.dims import LETTERS, letters_of
@@ -21,6 +21,7 @@ WEIGHTS = {
   "v": "tensor",
   "e": "expert",
   "d": "fsdp",
+  "r": "fsdp",
 }
 ACTIVATIONS = {
   "b": ("data", "fsdp", "expert"),
@@ -41,8 +42,16 @@ class LayoutError(UserError):
 
 
 def spec(letters: str, table: dict) -> PartitionSpec:
-  """Looks letters up in a table: `spec("df", WEIGHTS)` is `P("fsdp", "tensor")`."""
-  return PartitionSpec(*(table.get(letter) for letter in letters))
+  """Looks letters up in a table: `spec("df", WEIGHTS)` is `P("fsdp", "tensor")`.
+
+  An axis cuts the first letter that names it: `spec("dr", WEIGHTS)` is `P("fsdp", None)`.
+  """
+  entries, taken = [], set()
+  for letter in letters:
+    axes = set(axes_of(letter, table))
+    entries.append(None if axes & taken else table.get(letter))
+    taken |= axes
+  return PartitionSpec(*entries)
 
 
 def shard(x, letters: str):
@@ -50,9 +59,6 @@ def shard(x, letters: str):
 
   Args:
     x: activation, one letter a dimension.
-    letters: its letters, such as `btd`.
-  Returns:
-    `x`, same values.
   Raises:
     UserError: a dimension is not a multiple of the mesh axes it is cut along.
   """
@@ -92,9 +98,7 @@ def ways(letter: str, table: dict) -> int:
 
 def inside(axis: str) -> bool:
   """Whether what is traced runs on each device of an axis by itself, in a `shard_map` over it."""
-  mesh = jax.sharding.get_abstract_mesh()
-  types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-  return types.get(axis) == AxisType.Manual
+  return axis in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def axes_of(letter: str, table: dict) -> tuple[str, ...]:
@@ -108,22 +112,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, spec("b", ACTIVATIONS))
 
 
-def weight_shardings(mesh: Mesh, model, table: dict | None = None):
+def weight_shardings(mesh: Mesh, model, table: dict = WEIGHTS):
   """Gives every leaf of a tree of weights (or of anything named like them) its sharding.
 
   Layers that `stage` does not divide are cut along the residual width instead, so that each device
   still holds its share.
 
   Args:
-    mesh: the run's mesh.
     model: tree of arrays or `ShapeDtypeStruct`s whose paths end in `_letters`.
-    table: from letters to axes; `WEIGHTS` by default.
+    table: from letters to axes.
   Returns:
     The tree with a `NamedSharding` at every leaf.
   Raises:
     UserError: a dimension is not a multiple of the mesh axes it is cut along.
   """
-  table = WEIGHTS if table is None else table
 
   def sharding(path, leaf):
     letters = letters_of(path, len(leaf.shape))
@@ -141,15 +143,13 @@ def lay_out(weights, table: dict):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return weights
-  specs = jax.tree.map(lambda sharding: sharding.spec, weight_shardings(mesh, weights, table))
-  return jax.lax.with_sharding_constraint(weights, specs)
+  return jax.lax.with_sharding_constraint(weights, weight_shardings(mesh, weights, table))
 
 
 def optimizer_shardings(mesh: Mesh, optimizer, model):
   """Lays optimizer state out like the weights it belongs to; small counters live everywhere.
 
   Args:
-    mesh: the run's mesh.
     optimizer: tree of optax state; a moment's path ends in its weight's path.
     model: the tree of weights.
   Returns:
@@ -173,10 +173,6 @@ def optimizer_shardings(mesh: Mesh, optimizer, model):
 def check_layout(mesh: Mesh, model, table: dict):
   """Refuses a mesh axis that cuts nothing, and large weights that no axis cuts.
 
-  Args:
-    mesh: the run's mesh.
-    model: tree of weights or their descriptions.
-    table: from letters to axes.
   Raises:
     LayoutError: names the axis and its letters, or the array, its letters and its size.
   """

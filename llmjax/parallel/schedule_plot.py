@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llmjax.parallel.schedules import Schedule, make_schedule, peak_activations
+from llmjax.parallel.schedules import KINDS, Schedule, make_schedule, peak_activations
 
 FILLS = {"F": ("#a6cbe8", "#3b78b0"), "B": ("#b4dfae", "#3f8f4a"), "W": ("#fbcf9a", "#d9731a")}
 IDLE = "#eeeeee"
@@ -16,24 +16,20 @@ def draw_schedules(path: str | Path, stages: int = 4, microbatches: int = 8, chu
 
   Args:
     path: file to write; its ending says the format.
-    stages: length of the pipelines.
     microbatches: a multiple of `stages`.
     chunks: chunks a stage of the interleaved schedule.
   """
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
+  from matplotlib.figure import Figure
+  from matplotlib.patches import Patch
 
   schedules = [
-    make_schedule("gpipe", stages, microbatches),
-    make_schedule("1f1b", stages, microbatches),
-    make_schedule("interleaved", stages, microbatches, chunks),
-    make_schedule("zb_h1", stages, microbatches),
+    make_schedule(kind, stages, microbatches, chunks if kind == "interleaved" else 1)
+    for kind in KINDS
   ]
   length = 3 * (microbatches + stages - 1)  # of gpipe, the longest
   size = (0.42 * length + 1.2, len(schedules) * (0.36 * stages + 0.75) + 0.6)
-  figure, axes = plt.subplots(len(schedules), 1, figsize=size, sharex=True)
+  figure = Figure(size)
+  axes = figure.subplots(len(schedules), sharex=True)
   for axis, schedule in zip(axes, schedules, strict=True):
     _draw(axis, schedule)
   axes[-1].set(xlim=(-0.1, length + 0.1), xlabel="time, in forwards of a whole stage")
@@ -45,11 +41,10 @@ def draw_schedules(path: str | Path, stages: int = 4, microbatches: int = 8, chu
     "B of a later chunk": FILLS["B"][1],
     "idle": IDLE,
   }
-  patches = [plt.Rectangle((0, 0), 1, 1, color=color) for color in legend.values()]
+  patches = [Patch(color=color) for color in legend.values()]
   figure.legend(patches, legend, ncols=len(legend), loc="upper right", frameon=False)
   figure.tight_layout(rect=(0, 0, 1, 0.97))
   figure.savefig(path, dpi=100)
-  plt.close(figure)
 
 
 def _draw(axis, schedule: Schedule):

@@ -6,6 +6,7 @@ needs beyond the order — which buffer each value lies in — is worked out her
 """
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -193,13 +194,11 @@ def check(schedule: Schedule) -> None:
     UserError: names tick, stage and action of the first fault.
   """
   kinds = ("F", "B", "W") if schedule.splits_backward else ("F", "B")
-  expected = {
-    (stage, Action(kind, chunk, microbatch)): None
-    for kind in kinds
-    for microbatch in range(schedule.microbatches)
-    for chunk in range(schedule.chunks)
-    for stage in range(schedule.stages)
-  }
+  counts = schedule.microbatches, schedule.chunks, schedule.stages
+  expected = dict.fromkeys(  # an ordered set
+    (stage, Action(kind, chunk, microbatch))
+    for kind, microbatch, chunk, stage in itertools.product(kinds, *map(range, counts))
+  )
   for tick, row in enumerate(schedule.table):
     if len(row) != schedule.stages:
       raise UserError(f"tick {tick} has {len(row)} stages, the schedule {schedule.stages}")
@@ -234,21 +233,19 @@ def peak_activations(schedule: Schedule) -> tuple[int, ...]:
   return tuple(peak)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Buffer:
-  """Where values of one sort lie: `write` and `read` are slots [tick, stage], int32, −1 for none.
+class Buffer(NamedTuple):
+  """Where values of one sort lie: slots [tick, stage], int32, −1 for none."""
 
-  `slots` is how many each stage needs, the fewest possible; an array shared by all stages needs
-  the largest.
-  """
-
-  write: np.ndarray
   read: np.ndarray
-  slots: tuple[int, ...]
+  write: np.ndarray
+
+  @property
+  def slots(self) -> tuple[int, ...]:
+    """How many each stage needs, the fewest possible; an array shared by all needs the largest."""
+    return tuple((self.write.max(axis=0) + 1).tolist())
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tables:
+class Tables(NamedTuple):
   """A schedule with a buffer slot for every value; arrays are int32 [tick, stage].
 
   In a tick a stage reads, computes, writes `saved` and `pending`, sends, and at the end writes what
@@ -274,6 +271,11 @@ class Tables:
   gradient: Buffer
   pending: Buffer
 
+  @property
+  def buffers(self) -> tuple[Buffer, ...]:
+    """All four, in this order."""
+    return self[3:]
+
 
 def tables(schedule: Schedule) -> Tables:
   """Gives every value that outlives its tick a slot that no other living value has.
@@ -292,18 +294,16 @@ def tables(schedule: Schedule) -> Tables:
       lives[need[1].kind + action.kind].setdefault((at[need], stage), []).append(tick)
     if action.kind == "W":
       lives["FB"][at[stage, action._replace(kind="F")], stage].append(tick)
-  saved, activation, gradient, pending = (
-    _allocate(lives[pair], shape) for pair in ("FB", "FF", "BB", "BW")
-  )
-  return Tables(kind, chunk, microbatch, saved, activation, gradient, pending)
+  buffers = (_allocate(lives[pair], shape) for pair in ("FB", "FF", "BB", "BW"))
+  return Tables(kind, chunk, microbatch, *buffers)
 
 
 def _allocate(lives, shape) -> Buffer:
-  write, read = np.full((2, *shape), -1, np.int32)
+  read, write = np.full((2, *shape), -1, np.int32)
   last_reads = [[] for _ in range(shape[1])]  # of what lies in each slot
   for (written, stage), reads in sorted(lives.items()):
     last = last_reads[stage]
     slot = next((slot for slot, tick in enumerate(last) if tick <= written), len(last))
     last[slot : slot + 1] = [reads[-1]]
     write[written, stage] = read[reads, stage] = slot
-  return Buffer(write, read, tuple(map(len, last_reads)))
+  return Buffer(read, write)

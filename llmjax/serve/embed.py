@@ -10,7 +10,7 @@ from flax import nnx
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.model import Model
-from llmjax.serve.prompt import bucket, lay_out
+from llmjax.serve.prompt import bucket, check_lengths, lay_out
 
 _ROWS = 32  # texts a batch
 
@@ -54,12 +54,7 @@ def _encode(model: Model, texts: Sequence[str]) -> list[list[int]]:
   tokenizer, context = model.tokenizer, model.config.context
   before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
   rows = [[*before, *ids, *after] for ids in tokenizer.encode_batch(list(texts))]
-  for number, row in enumerate(rows):
-    if not 0 < len(row) <= context:
-      raise UserError(
-        f"text {number} has {len(row)} tokens (special ones counted); this model takes from 1 to "
-        f"{context}"
-      )
+  check_lengths("text", rows, context, context)
   return rows
 
 

@@ -130,7 +130,7 @@ def _run(model, batch, lengths, key, temperature, top_p, most, ends, top_k, slot
   """Fills the cache with the prompts, then writes tokens until every row has ended."""
   rows = jnp.arange(len(lengths))
   pick = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
-  x_btd, cache = model.hidden(batch, model.start(batch, slots))
+  x_btd, cache, _ = model.hidden(batch, model.start(batch, slots))
   last_btd = x_btd[rows, lengths - 1][:, None]
   first = pick(jax.random.fold_in(key, 0), model.logits(last_btd)[:, 0])
   out_bt = jnp.zeros((len(lengths), slots), jnp.int32).at[:, 0].set(first)
@@ -147,7 +147,7 @@ def _run(model, batch, lengths, key, temperature, top_p, most, ends, top_k, slot
     # A row whose context is full goes on in its last slot; what it writes there is cut off later.
     positions = jnp.minimum(lengths + done - 1, slots - 1)[:, None]
     token = jax.lax.dynamic_index_in_dim(out_bt, done - 1, axis=1)
-    x_btd, cache = model.hidden(Batch(token, positions_bt=positions), cache.batched())
+    x_btd, cache, _ = model.hidden(Batch(token, positions_bt=positions), cache.batched())
     drawn = pick(jax.random.fold_in(key, done), model.logits(x_btd)[:, 0])
     out_bt = jax.lax.dynamic_update_index_in_dim(out_bt, drawn, done, axis=1)
     return done + 1, cache.alone(), out_bt, counts + ~ended, ended | at_end(drawn)

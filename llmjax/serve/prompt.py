@@ -69,14 +69,18 @@ def check_room(prompts: Prompts, context: int):
   Raises:
     UserError: a prompt is empty or too long.
   """
-  limits = (("prompt", prompts.rows, context - 1), ("source", prompts.sources or (), context))
-  for name, rows, most in limits:
-    for number, row in enumerate(rows):
-      if not 0 < len(row) <= most:
-        raise UserError(
-          f"{name} {number} has {len(row)} tokens (special ones counted); this model's context of "
-          f"{context} takes from 1 to {most}"
-        )
+  check_lengths("prompt", prompts.rows, context - 1, context)
+  check_lengths("source", prompts.sources or (), context, context)
+
+
+def check_lengths(name: str, rows: Sequence[Sequence[int]], most: int, context: int):
+  """Demands from 1 to `most` ids in every row; `name` is what a row is called in the error."""
+  for number, row in enumerate(rows):
+    if not 0 < len(row) <= most:
+      raise UserError(
+        f"{name} {number} has {len(row)} tokens (special ones counted); this model's context of "
+        f"{context} takes from 1 to {most}"
+      )
 
 
 def lay_out(rows: Sequence[Sequence[int]], context: int, least: int = 16):

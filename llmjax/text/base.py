@@ -12,6 +12,13 @@ from llmjax.core.errors import UserError
 
 NONE = -1  # in Settings: there is no such token, whatever the model file says
 
+# Names by which models that do not say otherwise have BOS, EOS and PAD, likeliest first.
+_NAMES = (
+  ("<s>", "<|bos|>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"),
+  ("</s>", "<|eos|>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
+  ("<pad>", "<|pad|>", "[PAD]", "<|padding|>"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -52,7 +59,8 @@ class Tokenizer:
     settings: what the caller knows beside it.
     size: the model's ids run from 0 to size - 1.
     special: text → id of the model's tokens that stand for no text.
-    ids: BOS, EOS, PAD and UNK, which stands for what the vocabulary lacks, as the model says.
+    unk_id: stands for what the vocabulary lacks.
+    ids: BOS, EOS and PAD as the model says; by default those of `special` that bear their names.
   Attributes:
     special_tokens: text → id; `special_names` is id → text.
     bos_id: as chosen by settings or model; `eos_id`, `pad_id` and `unk_id` likewise.
@@ -68,22 +76,25 @@ class Tokenizer:
     settings: Settings,
     size: int,
     special: Mapping[str, int],
-    ids: Sequence[int | None],
+    unk_id: int | None = None,
+    ids: Sequence[int | None] = (),
   ):
     self._model = model
     added = {t: i for t, i in settings.added.items() if special.get(t) != i}
     self.special_tokens = {**special, **added}
     self.vocab_size = max(size, 1 + max(added.values(), default=-1))
-    bos_id, eos_id, pad_id, self.unk_id = ids
+    self.unk_id = unk_id
+    named = (next((special[name] for name in names if name in special), None) for names in _NAMES)
+    bos_id, eos_id, pad_id = ids or named
     self.bos_id = self._choose("BOS", settings.bos_id, bos_id)
     self.eos_id = self._choose("EOS", settings.eos_id, eos_id)
     self.pad_id = self._choose("PAD", settings.pad_id, pad_id)
     # What only repeats the file is left out, so that equal tokenizers have equal fingerprints.
     self.settings = dataclasses.replace(
       settings,
-      bos_id=_unlike(self.bos_id, bos_id),
-      eos_id=_unlike(self.eos_id, eos_id),
-      pad_id=_unlike(self.pad_id, pad_id),
+      bos_id=None if self.bos_id == bos_id else settings.bos_id,
+      eos_id=None if self.eos_id == eos_id else settings.eos_id,
+      pad_id=None if self.pad_id == pad_id else settings.pad_id,
       added=added,
     )
     self.chat_template = settings.chat_template
@@ -135,13 +146,6 @@ class Tokenizer:
   def to_bytes(self) -> bytes:
     """The trained model; with `settings` enough to rebuild this tokenizer."""
     return self._model
-
-
-def _unlike(chosen: int | None, found: int | None) -> int | None:
-  """The setting that makes `chosen` of what the file says."""
-  if chosen == found:
-    return None
-  return NONE if chosen is None else chosen
 
 
 def too_large(vocab_size: int, most: int) -> UserError:

@@ -6,7 +6,6 @@ Rendered as Hugging Face's transformers does, in Jinja's sandbox: a template is 
 import datetime
 import functools
 import json
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 
@@ -18,10 +17,9 @@ import jinja2.sandbox
 from llmjax.core.errors import UserError
 from llmjax.text.base import Tokenizer
 
-# Stand for themselves in a rendered text until it is returned; drawn anew in every process, so no
-# message can hold them.
-_NONCE = secrets.token_hex(8)
-_OPEN, _CLOSE, _CUT = (f"\ufdd0{_NONCE}{mark}\ufdd1" for mark in "oce")
+# Stand in a rendered text until it is returned: around what the assistant says, and in special
+# tokens that a message spells out. Drawn anew in every process, so no message can hold them.
+_MARK, _CUT = (f"\ufdd0{secrets.token_hex(8)}\ufdd1" for _ in range(2))
 
 
 def render(
@@ -51,19 +49,20 @@ def spans(
 
   Returns:
     (text, [(start, stop), …] in characters); no spans when the template marks none.
-  Raises:
-    UserError: the template is wrong or refuses the messages.
   """
-  values = {"tools": None, "bos_token": "", "eos_token": "", **values}
-  text = _run(template, messages=messages, add_generation_prompt=add_generation_prompt, **values)
-  plain, found, start = "", [], 0
-  for piece in re.split(f"({_OPEN}|{_CLOSE})", text):
-    if piece == _OPEN:
-      start = len(plain)
-    elif piece == _CLOSE:
-      found.append((start, len(plain)))
-    else:
-      plain += piece
+  given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+  given |= {"tools": None, "bos_token": "", "eos_token": "", **values}
+  try:
+    text = _compiled(template).render(given)
+  except jinja2.TemplateSyntaxError as error:
+    raise UserError(f"chat template, line {error.lineno}: {error.message}") from error
+  except Exception as error:  # what a template does with its values may raise anything
+    raise UserError(f"the chat template refuses: {' '.join(str(error).split())}") from error
+  plain, found = "", []
+  for number, piece in enumerate(text.split(_MARK)):
+    if number % 2:  # between two marks
+      found.append((len(plain), len(plain) + len(piece)))
+    plain += piece
   return plain, found
 
 
@@ -121,16 +120,11 @@ class _Generation(jinja2.ext.Extension):
     return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
 
   def _mark(self, caller) -> str:
-    return f"{_OPEN}{caller()}{_CLOSE}"
+    return f"{_MARK}{caller()}{_MARK}"
 
 
 def _refuse(message):
   raise jinja2.TemplateError(message)
-
-
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-  how = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
-  return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
 
 @functools.cache
@@ -138,16 +132,8 @@ def _compiled(template: str) -> jinja2.Template:
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
   )
-  environment.filters["tojson"] = _to_json  # Jinja's own escapes for HTML
+  # Jinja's own escapes for HTML.
+  environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
   environment.globals["raise_exception"] = _refuse
   environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
   return environment.from_string(template)
-
-
-def _run(template: str, **values) -> str:
-  try:
-    return _compiled(template).render(**values)
-  except jinja2.TemplateSyntaxError as error:
-    raise UserError(f"chat template, line {error.lineno}: {error.message}") from error
-  except Exception as error:  # what a template does with its values may raise anything
-    raise UserError(f"the chat template refuses: {' '.join(str(error).split())}") from error

@@ -5,6 +5,7 @@ the merges, and the normalisation is spelled out as the steps it consists of.
 """
 
 import re
+from collections.abc import Sequence
 
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as proto
@@ -12,7 +13,7 @@ from tokenizers import decoders, models, normalizers
 
 from llmjax.text.base import Tokenizer
 from llmjax.text.fast import LETTERS, Fast, byte_level, words
-from llmjax.text.ranks import Tiktoken, merges_of
+from llmjax.text.ranks import Tiktoken
 from llmjax.text.raw import Bytes
 from llmjax.text.sentencepiece import SentencePiece
 
@@ -34,8 +35,7 @@ def to_json(tokenizer: Tokenizer) -> bytes:
   elif isinstance(tokenizer, Bytes):
     vocabulary = {letter: byte for byte, letter in enumerate(byte_letters())}
     made = byte_level(models.BPE(vocabulary | tokenizer.special_tokens, []), LETTERS)
-  by_id = sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.get)
-  made.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in by_id])
+  made.add_special_tokens(sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.get))
   return made.to_str().encode()
 
 
@@ -52,15 +52,10 @@ def byte_letters() -> list[str]:
 
 def _from_ranks(tokenizer: Tiktoken) -> tokenizers.Tokenizer:
   letters = byte_letters()
-
-  def spell(token: bytes) -> str:
-    return "".join(letters[byte] for byte in token)
-
-  vocabulary = {spell(token): rank for token, rank in tokenizer.ranks.items()}
-  vocabulary |= tokenizer.special_tokens  # here they keep their ids, which may leave gaps
-  merges = [(spell(left), spell(right)) for left, right in merges_of(tokenizer.ranks)]
+  ranks = {"".join(letters[b] for b in token): rank for token, rank in tokenizer.ranks.items()}
+  vocabulary = ranks | tokenizer.special_tokens  # here they keep their ids, which may leave gaps
   # A word that is a token is that token, also where no merge leads to it.
-  model = models.BPE(vocabulary, merges, ignore_merges=True)
+  model = models.BPE(vocabulary, _merges(sorted(ranks, key=ranks.get)), ignore_merges=True)
   # In Oniguruma a + after {1,3} repeats, elsewhere it only forbids going back.
   pattern = re.sub(r"(?<=\d\})\+", "", tokenizer.pattern)
   return byte_level(model, words(pattern))
@@ -74,8 +69,10 @@ def _from_pieces(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
     made = tokenizers.Tokenizer(models.Unigram(scores, tokenizer.unk_id, byte_fallback=fallback))
   else:
     vocabulary = {piece.piece: i for i, piece in enumerate(spec.pieces)}
+    scores = {piece.piece: piece.score for piece in spec.pieces if piece.type == piece.NORMAL}
+    merges = _merges(sorted(scores, key=scores.get, reverse=True))
     how = {"unk_token": spec.pieces[tokenizer.unk_id].piece, "byte_fallback": fallback}
-    model = models.BPE(vocabulary | tokenizer.special_tokens, _merges(spec), fuse_unk=True, **how)
+    model = models.BPE(vocabulary | tokenizer.special_tokens, merges, fuse_unk=True, **how)
     made = tokenizers.Tokenizer(model)
   made.normalizer = normalizers.Sequence(_normalizing(spec.normalizer_spec))
   after = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -99,13 +96,12 @@ def _normalizing(spec: proto.NormalizerSpec) -> list:
   return [*steps, normalizers.Replace(" ", _SPACE)]
 
 
-def _merges(spec: proto.ModelProto) -> list[tuple[str, str]]:
-  """Every way to make a piece of two others, best score first."""
-  normal = {piece.piece: piece.score for piece in spec.pieces if piece.type == piece.NORMAL}
-  found = [
-    (-score, number, piece[:cut], piece[cut:])
-    for number, (piece, score) in enumerate(normal.items())
-    for cut in range(1, len(piece))
-    if piece[:cut] in normal and piece[cut:] in normal
+def _merges(tokens: Sequence[str]) -> list[tuple[str, str]]:
+  """Every way to make a token of two others, for tokens in the order in which they are made."""
+  known = set(tokens)
+  return [
+    (token[:cut], token[cut:])
+    for token in tokens
+    for cut in range(1, len(token))
+    if token[:cut] in known and token[cut:] in known
   ]
-  return [(left, right) for _, _, left, right in sorted(found)]

@@ -5,7 +5,6 @@ tokens spelled out in text into their ids, so two copies are kept: one that does
 """
 
 import functools
-import json
 from collections import Counter
 from collections.abc import Iterable
 
@@ -15,11 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from llmjax.core.errors import UserError
 from llmjax.text.base import PLAIN, Settings, Tokenizer, too_large, too_small
 
-# Names by which files without a configuration beside them are understood, likeliest first.
-_BOS = ("<s>", "<|bos|>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
-_EOS = ("</s>", "<|eos|>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
-_PAD = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>")
-_SPECIAL = ("<|bos|>", "<|eos|>", "<|pad|>")
+_SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>"]
 _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _BERT_CHARS = 1000  # most characters of a trained WordPiece; rarer ones are [UNK], as in BERT
 
@@ -42,29 +37,21 @@ class Fast(Tokenizer):
   def __init__(self, model: bytes, settings: Settings = PLAIN):
     self._plain = _read(model)
     self._plain.encode_special_tokens = True  # as ordinary text, the name means
-    special = {
-      token.content: i
-      for i, token in sorted(self._plain.get_added_tokens_decoder().items())
-      if token.special
-    }
+    added = sorted(self._plain.get_added_tokens_decoder().items())
+    special = {token.content: i for i, token in added if token.special}
     ids = self._plain.get_vocab(with_added_tokens=True)
-    known = [[ids[name] for name in names if name in special] for names in (_BOS, _EOS, _PAD)]
-    unk = json.loads(model)["model"].get("unk_token")
-    size = 1 + max(ids.values(), default=-1)
-    first = [found[0] if found else None for found in known]
-    super().__init__(model, settings, size, special, (*first, ids.get(unk)))
+    unk_id = ids.get(getattr(self._plain.model, "unk_token", None))
+    super().__init__(model, settings, 1 + max(ids.values(), default=-1), special, unk_id)
 
   @functools.cached_property
   def _parsing(self) -> tokenizers.Tokenizer:
     return _read(self._model)
 
   def find(self, token: str) -> int | None:
-    """The id of a token by the name it has in the file, or None."""
     i = self._plain.token_to_id(token)
     return super().find(token) if i is None else i
 
   def encode(self, text: str, allow_special: bool = False) -> list[int]:
-    """Turns text into ids, with neither BOS nor EOS; see `Tokenizer.encode`."""
     if allow_special and not self.settings.added:
       return self._parsing.encode(text, add_special_tokens=False).ids
     return super().encode(text, allow_special)
@@ -73,7 +60,6 @@ class Fast(Tokenizer):
     return self._plain.encode(text, add_special_tokens=False).ids
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
-    """Encodes many texts, on all cores."""
     found = self._plain.encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in found]
 
@@ -107,7 +93,7 @@ class ByteBPE(Fast):
     trainer = trainers.BpeTrainer(
       vocab_size=vocab_size,
       min_frequency=2,
-      special_tokens=list(_SPECIAL),
+      special_tokens=_SPECIAL,
       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
       show_progress=False,
     )
@@ -179,16 +165,8 @@ def bert(vocabulary: dict[str, int], lowercase: bool) -> tokenizers.Tokenizer:
 
 
 def kind_of(model: bytes) -> type[Fast]:
-  """Tells the class of a `tokenizer.json`.
-
-  Raises:
-    UserError: the bytes are none.
-  """
-  try:
-    made_by = json.loads(model)["model"]["type"]
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError("the file is not a tokenizer.json") from error
-  return {"BPE": ByteBPE, "WordPiece": WordPiece}.get(made_by, Fast)
+  """Tells the class of a `tokenizer.json`; its errors are those of `Fast`."""
+  return {models.BPE: ByteBPE, models.WordPiece: WordPiece}.get(type(_read(model).model), Fast)
 
 
 def _read(model: bytes) -> tokenizers.Tokenizer:
@@ -217,6 +195,6 @@ def _characters(texts: list[str]) -> list[str]:
   for word, times in words.items():
     for char in word:
       counts[char] += times
-  kept = {c for c, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:_BERT_CHARS]}
+  kept = set(sorted(counts, key=lambda char: (-counts[char], char))[:_BERT_CHARS])
   inner = {char for word in words for char in word[1:]} & kept
   return [*sorted(kept), *(f"##{char}" for char in sorted(inner))]

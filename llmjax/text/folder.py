@@ -55,10 +55,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     plain = kind(model, Settings(pattern=pattern))
     settings = _settings(folder, config, plain) if described else plain.settings
     return plain if settings == plain.settings else kind(model, settings)
-  except OSError as error:
-    raise UserError(f"tokenizer file {str(file)!r}: {error.strerror}") from error
-  except UserError as error:
-    raise UserError(f"tokenizer file {str(file)!r}: {error}") from error
+  except (OSError, UserError) as error:
+    why = getattr(error, "strerror", error)
+    raise UserError(f"tokenizer file {str(file)!r}: {why}") from error
   except Exception as error:  # what a broken file makes the libraries raise is not documented
     why = " ".join(str(error).split()) or type(error).__name__
     raise UserError(f"tokenizer file {str(file)!r} cannot be read: {why}") from error
@@ -127,9 +126,9 @@ def _in_folder(folder: Path) -> Path:
 def _recognize(file: Path, config: dict) -> tuple[bytes, type[Tokenizer]]:
   """Reads a file: (model, its class); vocabularies become a `tokenizer.json` at once."""
   data = file.read_bytes()
-  if data[:1] == b"{" or file.name in _MERGES.values():
-    if file.name in _MERGES or file.name in _MERGES.values():
-      return _gpt2(file, config).to_str().encode(), fast.ByteBPE
+  if file.name in (*_MERGES, *_MERGES.values()):
+    return _gpt2(file, config).to_str().encode(), fast.ByteBPE
+  if data[:1] == b"{":
     if data == to_json(Bytes(b"", Settings(added=_listed(config)))):
       return b"", Bytes
     return data, fast.kind_of(data)
@@ -145,12 +144,10 @@ def _gpt2(file: Path, config: dict) -> tokenizers.Tokenizer:
   if made_for not in ("GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer"):
     raise UserError(f"a vocabulary with merges of {made_for} is not known; give tokenizer.json")
   name = {merges: vocab for vocab, merges in _MERGES.items()}.get(file.name, file.name)
-  vocabulary = json.loads((file.parent / name).read_text(encoding="utf-8"))
-  lines = (file.parent / _MERGES[name]).read_text(encoding="utf-8").split("\n")
-  merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+  model = models.BPE.from_file(str(file.parent / name), str(file.parent / _MERGES[name]))
   cutting = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
-  made = fast.byte_level(models.BPE(vocabulary, merges), cutting)
-  made.add_special_tokens([token for token in _GPT2_SPECIAL if token in vocabulary])
+  made = fast.byte_level(model, cutting)
+  made.add_special_tokens([name for name in _GPT2_SPECIAL if made.token_to_id(name) is not None])
   return made
 
 

@@ -58,21 +58,18 @@ class _Values(dict):
 
 
 def _settings(values: _Values) -> Settings:
-  def chosen(*names):
-    found = (values.get(name) for name in names)
-    return next((int(i) for i in found if i is not None), NONE)
-
   return Settings(
-    bos_id=chosen("bos_token_id", "cls_token_id"),
-    eos_id=chosen("eos_token_id", "seperator_token_id"),  # so spelled in the format
-    pad_id=chosen("padding_token_id"),
+    bos_id=values.get("bos_token_id", values.get("cls_token_id", NONE)),
+    # "seperator" is the format's own spelling
+    eos_id=values.get("eos_token_id", values.get("seperator_token_id", NONE)),
+    pad_id=values.get("padding_token_id", NONE),
     chat_template=values.get("tokenizer.chat_template"),
     add_bos=values.get("add_bos_token"),
   )
 
 
 def _types(values: _Values) -> list[int]:
-  return [int(t) for t in values.get("token_type", [1] * len(values["tokens"]))]
+  return values.get("token_type", [1] * len(values["tokens"]))
 
 
 def _llama(values: _Values, settings: Settings) -> SentencePiece:
@@ -87,9 +84,9 @@ def _llama(values: _Values, settings: Settings) -> SentencePiece:
   trained.byte_fallback = any(piece.type == piece.BYTE for piece in model.pieces)
   trained.vocab_size = len(model.pieces)
   trained.unk_piece = next(piece.piece for piece in model.pieces if piece.type == _UNKNOWN)
-  if settings.bos_id not in (None, NONE):
+  if settings.bos_id != NONE:
     trained.bos_piece = model.pieces[settings.bos_id].piece
-  if settings.eos_id not in (None, NONE):
+  if settings.eos_id != NONE:
     trained.eos_piece = model.pieces[settings.eos_id].piece
   normal.name = "identity"
   normal.add_dummy_prefix = bool(values.get("add_space_prefix", True))
@@ -107,13 +104,10 @@ def _gpt2(values: _Values, settings: Settings) -> fast.ByteBPE:
   whole_words = pre in ("llama-bpe", "llama3")
   model = models.BPE(vocabulary, merges, ignore_merges=whole_words)
   made = fast.byte_level(model, _CUTTING[pre])
-
-  def of_type(wanted: int) -> list[AddedToken]:
-    pairs = zip(values["tokens"], _types(values), strict=True)
-    return [AddedToken(token, normalized=False) for token, kind in pairs if kind == wanted]
-
-  made.add_special_tokens(of_type(_CONTROL))
-  made.add_tokens(of_type(_USER_DEFINED))
+  both = list(zip(values["tokens"], _types(values), strict=True))
+  made.add_special_tokens([token for token, kind in both if kind == _CONTROL])
+  own = [AddedToken(token, normalized=False) for token, kind in both if kind == _USER_DEFINED]
+  made.add_tokens(own)
   return fast.ByteBPE.build(made, settings)
 
 

@@ -31,39 +31,23 @@ O200K_PATTERN = (
 )
 
 
-def _llama3_special() -> dict[str, int]:
-  named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id"}
-  named[9] = "eot_id"
-  spare = iter(range(256))
-  names = [named.get(i) or f"reserved_special_token_{next(spare)}" for i in range(256)]
-  return {f"<|{name}|>": 128_000 + i for i, name in enumerate(names)}
+def _numbered(first: int, *names: str) -> dict[str, int]:
+  return {f"<|{name}|>": i for i, name in enumerate(names, first)}
 
 
-# number of ranks → (how text is cut, special tokens, BOS, EOS), from the makers' own code:
-# GPT-2 and r50k_base, p50k_base, cl100k_base, Llama 3, Qwen, o200k_base.
+_CL100K = _numbered(100_257, "endoftext", "fim_prefix", "fim_middle", "fim_suffix")
+_SPARE = [f"reserved_special_token_{number}" for number in range(251)]
+_LLAMA3 = ["begin_of_text", "end_of_text", *_SPARE[:4]]
+_LLAMA3 += ["start_header_id", "end_header_id", _SPARE[4], "eot_id", *_SPARE[5:]]
+# number of ranks → (how text is cut, special tokens), from the makers' own code: GPT-2 and
+# r50k_base, p50k_base, cl100k_base, Llama 3, Qwen, o200k_base.
 _KNOWN = {
-  50_256: (GPT2_PATTERN, {"<|endoftext|>": 50_256}, None, 50_256),
-  50_280: (GPT2_PATTERN, {"<|endoftext|>": 50_256}, None, 50_256),
-  100_256: (
-    CL100K_PATTERN,
-    {
-      "<|endoftext|>": 100_257,
-      "<|fim_prefix|>": 100_258,
-      "<|fim_middle|>": 100_259,
-      "<|fim_suffix|>": 100_260,
-      "<|endofprompt|>": 100_276,
-    },
-    None,
-    100_257,
-  ),
-  128_000: (LLAMA3_PATTERN, _llama3_special(), 128_000, 128_001),
-  151_643: (
-    QWEN_PATTERN,
-    {"<|endoftext|>": 151_643, "<|im_start|>": 151_644, "<|im_end|>": 151_645},
-    None,
-    151_643,
-  ),
-  199_998: (O200K_PATTERN, {"<|endoftext|>": 199_999, "<|endofprompt|>": 200_018}, None, 199_999),
+  50_256: (GPT2_PATTERN, _numbered(50_256, "endoftext")),
+  50_280: (GPT2_PATTERN, _numbered(50_256, "endoftext")),
+  100_256: (CL100K_PATTERN, _CL100K | _numbered(100_276, "endofprompt")),
+  128_000: (LLAMA3_PATTERN, _numbered(128_000, *_LLAMA3)),
+  151_643: (QWEN_PATTERN, _numbered(151_643, "endoftext", "im_start", "im_end")),
+  199_998: (O200K_PATTERN, {"<|endoftext|>": 199_999, "<|endofprompt|>": 200_018}),
 }
 
 
@@ -80,18 +64,19 @@ class Tiktoken(Tokenizer):
   kind = "tiktoken"
 
   def __init__(self, model: bytes, settings: Settings = PLAIN):
-    self.ranks = read_ranks(model)
-    known = _KNOWN.get(len(self.ranks), (None, {}, None, None))
-    self.pattern = settings.pattern or known[0]
+    self.ranks = _read(model)
+    pattern, special = _KNOWN.get(len(self.ranks), (None, {}))
+    if settings.pattern:
+      pattern, special = settings.pattern, {}
+    self.pattern = pattern
     if not self.pattern:
       lengths = ", ".join(f"{length:,}" for length in _KNOWN)
       raise UserError(
         f"a rank file of {len(self.ranks):,} tokens is none of the known ones ({lengths}): "
         "how it cuts text must be given as a pattern"
       )
-    special = {} if settings.pattern else known[1]
     size = 1 + max([*self.ranks.values(), *special.values()])
-    super().__init__(model, settings, size, special, (*known[2:], None, None))
+    super().__init__(model, settings, size, special)
     self._encoding = tiktoken.Encoding(
       "llmjax", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
     )
@@ -101,7 +86,6 @@ class Tiktoken(Tokenizer):
     return self._encoding.encode_ordinary(text)
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
-    """Encodes many texts, on all cores."""
     return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
   def _decode(self, ids: list[int]) -> str:
@@ -109,12 +93,8 @@ class Tiktoken(Tokenizer):
     return self._encoding.decode(known, errors="replace")
 
 
-def read_ranks(model: bytes) -> dict[bytes, int]:
-  """Reads a rank file: token → rank.
-
-  Raises:
-    UserError: a line that is not base64, space, number; or no byte-level vocabulary.
-  """
+def _read(model: bytes) -> dict[bytes, int]:
+  """Reads a rank file: token → rank."""
   try:
     lines = [line.split() for line in model.splitlines() if line]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -124,22 +104,3 @@ def read_ranks(model: bytes) -> dict[bytes, int]:
   if missing:
     raise UserError(f"the file is not a tiktoken rank file: it lacks {missing} of the 256 bytes")
   return ranks
-
-
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-  """Works out the merge that makes each token, in order: what `tokenizers` wants to be told.
-
-  A token's last merge is what is left of it when only earlier tokens may be made.
-  """
-  found = []
-  for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-      pairs = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
-      at = min(range(len(pairs)), key=pairs.__getitem__)
-      if pairs[at] >= rank:
-        break
-      parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    if len(parts) == 2:
-      found.append((parts[0], parts[1]))
-  return found

@@ -14,7 +14,7 @@ class Bytes(Tokenizer):
   def __init__(self, model: bytes = b"", settings: Settings = PLAIN):
     if model:
       raise UserError(f"a tokenizer of raw bytes has no model; {len(model)} bytes were given")
-    super().__init__(b"", settings, 259, SPECIAL, (*SPECIAL.values(), None))
+    super().__init__(b"", settings, 259, SPECIAL)
 
   def _encode(self, text: str) -> list[int]:
     return list(text.encode())

@@ -1,9 +1,9 @@
 """How well a tokenizer suits some text: lengths, losses, speed."""
 
+import itertools
 import time
+from collections import Counter
 from collections.abc import Sequence
-
-import numpy as np
 
 from llmjax.core.errors import UserError
 from llmjax.text.tokenizer import Tokenizer
@@ -23,15 +23,13 @@ def report(tokenizer: Tokenizer, texts: Sequence[str]) -> dict:
   began_s = time.perf_counter()
   rows = tokenizer.encode_batch(list(texts))
   seconds = time.perf_counter() - began_s
-  tokens = sum(map(len, rows))
+  counts = Counter(itertools.chain.from_iterable(rows))
+  tokens = counts.total()
   if not tokens:
     raise UserError(f"{len(texts)} documents make no token; a report needs text")
-  ids = np.concatenate([np.asarray(row, np.int64) for row in rows])
-  counts = np.bincount(ids, minlength=tokenizer.vocab_size)
   size_bytes = sum(len(text.encode()) for text in texts)
   characters = sum(map(len, texts))
   exact = sum(tokenizer.decode(row) == text for row, text in zip(rows, texts, strict=True))
-  unknown = 0 if tokenizer.unk_id is None else int(counts[tokenizer.unk_id])
   return {
     "documents": len(texts),
     "bytes": size_bytes,
@@ -39,9 +37,9 @@ def report(tokenizer: Tokenizer, texts: Sequence[str]) -> dict:
     "tokens": tokens,
     "bytes_per_token": size_bytes / tokens,
     "characters_per_token": characters / tokens,
-    "unknown_rate": unknown / tokens,
+    "unknown_rate": counts[tokenizer.unk_id] / tokens,
     "exact_rate": exact / len(texts),
-    "vocabulary_used": float(np.mean(counts > 0)),
+    "vocabulary_used": len(counts) / tokenizer.vocab_size,
     "megabytes_per_s": size_bytes / seconds / 1e6,
     "tokens_per_s": tokens / seconds,
   }

@@ -47,12 +47,11 @@ class SentencePiece(Tokenizer):
       self.spec = proto.ModelProto.FromString(model)
     except (RuntimeError, DecodeError) as error:
       raise UserError("the file is not a SentencePiece model") from error
-    self._lossless = _is_ours(self.spec)
+    self._lossless = self.spec.trainer_spec.max_sentence_length == _SENTENCE_BYTES
     made = self._processor
     special = {made.id_to_piece(i): i for i in range(made.vocab_size()) if made.is_control(i)}
-    ids = (made.bos_id(), made.eos_id(), made.pad_id(), made.unk_id())
-    ids = [None if i < 0 else i for i in ids]
-    super().__init__(model, settings, made.vocab_size(), special, ids)
+    ids = [None if i < 0 else i for i in (made.bos_id(), made.eos_id(), made.pad_id())]
+    super().__init__(model, settings, made.vocab_size(), special, made.unk_id(), ids)
 
   @classmethod
   def train(cls, texts: Iterable[str], vocab_size: int) -> "SentencePiece":
@@ -90,7 +89,6 @@ class SentencePiece(Tokenizer):
     return cls(written.getvalue())
 
   def find(self, token: str) -> int | None:
-    """The id of a piece by its name, or None."""
     i = self._processor.piece_to_id(token)
     return super().find(token) if i == self.unk_id else i
 
@@ -102,10 +100,7 @@ class SentencePiece(Tokenizer):
     return first + [i for part in rest for i in (*mark, *part)]
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
-    """Encodes many texts, on all cores."""
     rows = self._processor.encode(texts, num_threads=-1)
-    if not self._lossless:
-      return rows
     both = zip(texts, rows, strict=True)
     return [self._encode(text) if _SPACE_MARK in text else row for text, row in both]
 
@@ -130,21 +125,10 @@ def kind_of(model: bytes) -> type[SentencePiece]:
   """
   number = SentencePiece(model).spec.trainer_spec.model_type
   name = proto.TrainerSpec.ModelType.Name(number).lower()
-  for kind in (SentencePiece, Unigram):
-    if kind.model_type == name:
-      return kind
-  raise UserError(f"the SentencePiece model is of type {name}; bpe and unigram are known")
-
-
-def _is_ours(spec: proto.ModelProto) -> bool:
-  normal, trained = spec.normalizer_spec, spec.trainer_spec
-  return (
-    trained.max_sentence_length == _SENTENCE_BYTES
-    and trained.byte_fallback
-    and normal.name == "identity"
-    and not normal.add_dummy_prefix
-    and not normal.remove_extra_whitespaces
-  )
+  kinds = {"bpe": SentencePiece, "unigram": Unigram}
+  if name not in kinds:
+    raise UserError(f"the SentencePiece model is of type {name}; bpe and unigram are known")
+  return kinds[name]
 
 
 def _sentences(texts: Iterable[str]):

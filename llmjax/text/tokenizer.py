@@ -115,12 +115,11 @@ def start_id(tokenizer: Tokenizer) -> int:
 
 def to_state(tokenizer: Tokenizer) -> dict:
   """Packs a tokenizer into a JSON value."""
-  settings = tokenizer.settings.to_dict()
   return {
     "kind": tokenizer.kind,
     "model": base64.b64encode(tokenizer.to_bytes()).decode(),
     "fingerprint": fingerprint(tokenizer),
-    **({"settings": settings} if settings else {}),
+    "settings": tokenizer.settings.to_dict(),
   }
 
 

@@ -97,13 +97,11 @@ def some_meshes(devices: int) -> Iterator[dict[str, int]]:
   six groups of three axes. Where there is no such cube, all meshes of two axes stand for it.
   """
   yield from ({axis: devices} for axis in AXES)
-  several = [sizes for sizes in all_meshes(devices) if len(sizes) > 1]
-  cubes = [sizes for sizes in several if len(sizes) == 3 and len(set(sizes.values())) == 1]
-  wanted = [{AXES[i] for i in triple} for triple in _TRIPLES]
-  if cubes:
-    yield from (sizes for sizes in cubes if sizes.keys() in wanted)
+  side = round(devices ** (1 / 3))
+  if side > 1 and side**3 == devices:
+    yield from ({AXES[i]: side for i in triple} for triple in _TRIPLES)
   else:
-    yield from (sizes for sizes in several if len(sizes) == 2)
+    yield from (sizes for sizes in all_meshes(devices) if len(sizes) == 2)
 
 
 def all_meshes(devices: int) -> Iterator[dict[str, int]]:
@@ -115,8 +113,11 @@ def all_meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def on_one_device(config: Config, batch: Batch) -> Observed:
-  """Runs the reference: no mesh, and the batch as a whole unless dropout counts micro-batches."""
-  if not config.model.dropout:
+  """Runs the reference: no mesh, and the batch as a whole.
+
+  Dropout and load balance are of a micro-batch; with them the reference has as many.
+  """
+  if not config.model.dropout and not config.model.moe.experts:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=1))
   state = jax.jit(lambda: init_state(config))()
   step = jax.jit(lambda state, batch: advance(state, batch, config), compiler_options=_quick())

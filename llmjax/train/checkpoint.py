@@ -8,6 +8,7 @@ cannot be read is said out loud and the one before is used.
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -48,14 +49,9 @@ class Checkpoints:
   def save(self, state: TrainState, meta: dict):
     """Starts writing a checkpoint of the state's step; returns before it is on disk."""
     step = int(state.step)
-    if step in self._manager.all_steps():
-      return
-    args = ocp.args.Composite(
-      model=ocp.args.StandardSave(tree.flatten(state.model)),
-      optimizer=ocp.args.StandardSave(tree.flatten(state.optimizer)),
-      meta=ocp.args.JsonSave({**meta, "step": step}),
-    )
-    self._manager.save(step, args=args)
+    if step not in self._manager.all_steps():
+      items = _items(meta | {"step": step}, model=state.model, optimizer=state.optimizer)
+      self._manager.save(step, args=items)
 
   def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
     """Reads the newest whole checkpoint onto the shardings of `like`.
@@ -67,36 +63,33 @@ class Checkpoints:
     Raises:
       UserError: there are checkpoints and none can be read.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    for step in steps:
-      folder = self._root / str(step)
-      try:
-        meta = read_meta(folder)
-        made = TrainState(
-          step=jax.device_put(jax.numpy.int32(step), like.step.sharding),
-          model=_read(folder / "model", like.model),
-          optimizer=_read(folder / "optimizer", like.optimizer),
-        )
-      except Exception as error:
-        _warn(folder, error)
-        continue
-      self._move_aside(steps[: steps.index(step)])
-      return made, meta
-    if steps:
-      raise UserError(f"none of the {len(steps)} checkpoints in {self._root} can be read")
-    return None
+    folders = [self._root / str(step) for step in sorted(self._manager.all_steps(), reverse=True)]
+    if not folders:
+      return None
 
-  def _move_aside(self, steps: list[int]):
+    def read(folder):
+      meta = read_meta(folder)
+      made = TrainState(
+        step=jax.device_put(jax.numpy.int32(int(folder.name)), like.step.sharding),
+        model=_read(folder / "model", like.model),
+        optimizer=_read(folder / "optimizer", like.optimizer),
+      )
+      return made, meta
+
+    number, found = _newest_whole(folders, self._root, read)
+    self._move_aside(folders[:number])
+    return found
+
+  def _move_aside(self, folders: list[Path]):
     """Moves unreadable checkpoints to `damaged/`, so that their steps can be saved again."""
-    if not steps:
+    if not folders:
       return
-    damaged = self._root.parent / "damaged"
-    for step in steps if multihost.is_writer() else ():
-      damaged.mkdir(exist_ok=True)
-      number = len(list(damaged.iterdir()))
-      (self._root / str(step)).rename(damaged / f"{step}-{number}")
     if multihost.is_writer():
-      print(f"llmjax: warning: moved {len(steps)} of them to {damaged}", file=sys.stderr)
+      damaged = self._root.parent / "damaged"
+      damaged.mkdir(exist_ok=True)
+      for folder in folders:
+        folder.rename(damaged / f"{folder.name}-{len(list(damaged.iterdir()))}")
+      print(f"llmjax: warning: moved {len(folders)} of them to {damaged}", file=sys.stderr)
     multihost.barrier("damaged")
     self._manager.reload()
 
@@ -106,7 +99,7 @@ class Checkpoints:
     self._manager.close()
 
 
-def make_meta(config: Config, tokenizer: Tokenizer, data_key: str) -> dict:
+def make_meta(config: Config, tokenizer: Tokenizer | None, data_key: str) -> dict:
   """Gathers what a checkpoint says of its run; the step is added when it is saved.
 
   Data state and random state are functions of (seed, step), so these two numbers are all of both.
@@ -116,7 +109,7 @@ def make_meta(config: Config, tokenizer: Tokenizer, data_key: str) -> dict:
     "config_hash": config_hash(config),
     "seed": config.seed,
     "data_key": data_key,
-    "tokenizer": to_state(tokenizer),
+    "tokenizer": None if tokenizer is None else to_state(tokenizer),
   }
 
 
@@ -128,16 +121,9 @@ def save_model(model: Model, folder: Path):
     folder: of the checkpoint; must not exist.
   """
   config = Config(model=model.config, data=DataConfig(sources=""))
-  tokenizer = None if model.tokenizer is None else to_state(model.tokenizer)
-  meta = {
-    "config": to_dict(config), "config_hash": config_hash(config), "seed": config.seed,
-    "data_key": "", "tokenizer": tokenizer, "step": 0,
-  }
-  args = ocp.args.Composite(
-    model=ocp.args.StandardSave(tree.flatten(model.parameters)), meta=ocp.args.JsonSave(meta)
-  )
+  meta = make_meta(config, model.tokenizer, "") | {"step": 0}
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-    writer.save(Path(folder).absolute(), args)
+    writer.save(Path(folder).absolute(), _items(meta, model=model.parameters))
 
 
 def read_meta(folder: Path) -> dict:
@@ -168,16 +154,12 @@ def load_model(path: str | Path) -> tuple[Model, dict]:
   Raises:
     UserError: no such folder, no checkpoint in it, or none that can be read.
   """
-  folders = _candidates(Path(path))
-  for folder in folders:
-    try:
-      meta = read_meta(folder)
-      return _build(folder, meta), meta
-    except UserError:
-      raise
-    except Exception as error:
-      _warn(folder, error)
-  raise UserError(f"none of the {len(folders)} checkpoints in {str(path)!r} can be read")
+
+  def read(folder):
+    meta = read_meta(folder)
+    return _build(folder, meta), meta
+
+  return _newest_whole(_candidates(Path(path)), path, read)[1]
 
 
 def _build(folder: Path, meta: dict) -> Model:
@@ -202,17 +184,31 @@ def _candidates(path: Path) -> list[Path]:
   return [root / str(step) for step in steps]
 
 
+def _newest_whole(folders: list[Path], place: str | Path, read: Callable):
+  """Reads the first checkpoint that can be: (its number in the list, what `read` returns).
+
+  Raises:
+    UserError: none of them can be read, or one says what is wrong with it.
+  """
+  for number, folder in enumerate(folders):
+    try:
+      return number, read(folder)
+    except UserError:
+      raise
+    except Exception as error:
+      reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+      text = f"checkpoint {folder} cannot be read ({reason}); trying the one before"
+      if multihost.is_writer():
+        print(f"llmjax: warning: {text}", file=sys.stderr)
+  raise UserError(f"none of the {len(folders)} checkpoints in {str(place)!r} can be read")
+
+
+def _items(meta: dict, **trees) -> ocp.args.Composite:
+  """What a checkpoint holds, as Orbax wants it told."""
+  arrays = {name: ocp.args.StandardSave(tree.flatten(value)) for name, value in trees.items()}
+  return ocp.args.Composite(meta=ocp.args.JsonSave(meta), **arrays)
+
+
 def _read(folder: Path, like):
   with ocp.StandardCheckpointer() as reader:
     return tree.unflatten(like, reader.restore(folder, tree.flatten(like)))
-
-
-def _warn(folder: Path, error: Exception):
-  if not multihost.is_writer():
-    return
-  reason = " ".join(str(error).split())[:160]
-  print(
-    f"llmjax: warning: checkpoint {folder} cannot be read ({type(error).__name__}: {reason}); "
-    "trying the one before",
-    file=sys.stderr,
-  )

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+from llmjax.core.choices import check_least
 from llmjax.core.errors import UserError
 from llmjax.data.loader import DataConfig
 from llmjax.data.tasks import Task, TaskConfig
 from llmjax.models.config import ModelConfig
+from llmjax.models.upcycle import InitConfig
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.parallel.rules import ZERO
 from llmjax.text.tokenizer import Tokenizer, TokenizerConfig, start_id
@@ -33,9 +35,7 @@ class TrainConfig:
   def __post_init__(self):
     if self.zero not in ZERO:
       raise UserError(f"train.zero {self.zero} is not one of {', '.join(map(str, ZERO))}")
-    for key, value in dataclasses.asdict(self).items():
-      if value < 1:
-        raise UserError(f"train.{key} {value} is less than 1")
+    check_least("train", self, steps=1, accumulation=1, log_every=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,7 @@ class CheckpointConfig:
   keep: int = 2
 
   def __post_init__(self):
-    if self.every < 1 or self.keep < 2:
-      raise UserError(f"checkpoint: every {self.every} must be ≥ 1 and keep {self.keep} ≥ 2")
+    check_least("checkpoint", self, every=1, keep=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +108,7 @@ class Config:
 
   seed: int = 0
   model: ModelConfig = ModelConfig()
+  init: InitConfig = InitConfig()
   tokenizer: TokenizerConfig = TokenizerConfig()
   data: DataConfig = DataConfig()
   task: TaskConfig = TaskConfig()
@@ -132,6 +132,20 @@ class Config:
       )
     if name == "prefix_lm" and self.model.attention.mask != "prefix":
       raise UserError("task.name=prefix_lm needs model.attention.mask=prefix")
+    moe = self.model.moe
+    if moe.experts and moe.top_k == 1 and moe.renormalize and moe.router in ("softmax", "sigmoid"):
+      raise UserError(
+        "model.moe.renormalize makes the weight of a token's only expert 1, so that the loss does "
+        "not reach the router: set it to False, or model.moe.top_k above 1"
+      )
+
+  @property
+  def task_name(self) -> str:
+    """What is learned, with `auto` resolved; empty for a kind that learns from no text."""
+    if self.task.name != "auto":
+      return self.task.name
+    prefix = self.model.attention.mask == "prefix"
+    return "prefix_lm" if prefix else (*SUITABLE[self.model.kind], "")[0]
 
   def task_of(self, tokenizer: Tokenizer) -> Task:
     """The run's task, for a tokenizer.
@@ -139,18 +153,15 @@ class Config:
     Raises:
       UserError: `llmjax train` has no task for this kind of model.
     """
-    suits = SUITABLE[self.model.kind]
-    if not suits:
+    if not self.task_name:
       raise UserError(
         f"llmjax train reads text, which model.kind={self.model.kind} does not; "
         "train it from Python with llmjax.train.step on batches of patches"
       )
-    name = self.task.name
-    if name == "auto":
-      name = "prefix_lm" if self.model.attention.mask == "prefix" else suits[0]
     start = self.model.embed.start_token
     start = start_id(tokenizer) if start < 0 else start
-    return Task(dataclasses.replace(self.task, name=name), tokenizer.vocab_size, start)
+    task = dataclasses.replace(self.task, name=self.task_name)
+    return Task(task, tokenizer.vocab_size, start)
 
 
 # What may differ when a run goes on: it changes where and how often, not what is learned.

@@ -51,6 +51,7 @@ def fit(
   store: TokenStore,
   mesh: Mesh,
   evaluate: Callable[[nnx.Module], dict] = lambda model: {},
+  begin: Callable[[nnx.Module], nnx.Module] = lambda fresh: fresh,
 ) -> Fitted:
   """Trains a model, going on from whatever checkpoint the workdir holds.
 
@@ -61,6 +62,7 @@ def fit(
     store: training documents.
     mesh: devices.
     evaluate: called on the model every `eval.every` steps; its values are logged.
+    begin: called on the weights of step 0; what it returns takes their place.
   Returns:
     The trained model and how long it took.
   Raises:
@@ -68,22 +70,13 @@ def fit(
     Interrupted: SIGINT or SIGTERM came; the step under way was finished and saved.
   """
   steps, train_step = config.train.steps, compile_step(config, mesh)
-  rows = PackedRows(store, config.model.context, config.seed)
   meta = make_meta(config, tokenizer, store.key)
   checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-  state, start, spent_s = _start(checkpoints, config, mesh, meta)
-
+  state, start, spent_s = _start(checkpoints, config, mesh, meta, begin)
+  feed = _feed(config, tokenizer, store, mesh, start)
   report = _reporter(config, workdir, start)
   votes = multihost.Votes()
-  began_s = time.perf_counter()
-  feed = batches(
-    rows,
-    config.task_of(tokenizer),
-    batch_sharding(mesh),
-    config.data.batch_size, start, steps,
-    seed=config.seed,
-    read_ahead=config.data.read_ahead,
-  )
+  began_s = time.perf_counter() - spent_s
 
   with jax.set_mesh(mesh), _Signals() as stop:
     for step, batch in enumerate(feed, start + 1):
@@ -98,13 +91,12 @@ def fit(
       # Asked once a step: a signal must not come between saving and leaving.
       stopping = votes.add(stop.asked)
       if step % config.checkpoint.every == 0 or step == steps or stopping:
-        train_s = spent_s + time.perf_counter() - began_s
         report.flush()  # a run that goes on from here must not lack a line before it
-        checkpoints.save(state, {**meta, "train_seconds": train_s})
+        checkpoints.save(state, meta | {"train_seconds": time.perf_counter() - began_s})
       if stopping:
         break
   jax.block_until_ready(state)
-  train_s = spent_s + time.perf_counter() - began_s
+  train_s = time.perf_counter() - began_s
   report.close()
   checkpoints.close()
   if multihost.agree(stop.asked):
@@ -112,11 +104,26 @@ def fit(
   return Fitted(state.model, train_s)
 
 
-def _start(checkpoints, config, mesh, meta):
+def _feed(config: Config, tokenizer: Tokenizer, store: TokenStore, mesh: Mesh, start: int):
+  """The batches of the steps after `start`."""
+  return batches(
+    PackedRows(store, config.model.context, config.seed),
+    config.task_of(tokenizer),
+    batch_sharding(mesh),
+    config.data.batch_size,
+    start,
+    config.train.steps,
+    seed=config.seed,
+    read_ahead=config.data.read_ahead,
+  )
+
+
+def _start(checkpoints, config, mesh, meta, begin):
   """Returns (state, steps done, seconds spent) from a checkpoint, or of step 0."""
   restored = checkpoints.restore(abstract_state(config, mesh))
   if restored is None:
-    return init_sharded(config, mesh), 0, 0.0
+    state = init_sharded(config, mesh)
+    return dataclasses.replace(state, model=begin(state.model)), 0, 0.0
   state, found = restored
   if found["data_key"] != meta["data_key"]:
     raise UserError(

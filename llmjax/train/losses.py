@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from llmjax.core.choices import check_least
 from llmjax.core.errors import UserError
-from llmjax.data.batch import Batch
+from llmjax.nn.router import Routing
 from llmjax.parallel.rules import ACTIVATIONS, shard, ways
 
 
@@ -24,14 +24,22 @@ class LossConfig:
     z_loss: weight of the squared log of the softmax's sum.
     label_smoothing: share of the target's probability that is spread over all tokens.
     chunk: positions of a row whose logits exist at a time; 0 means all.
+    balance: weight of the load-balancing loss of each layer of experts, over a micro-batch.
+    sequence_balance: weight of the same over each row by itself.
+    router_z: weight of the squared log of the router's softmax's sum.
   """
 
   z_loss: float = 0.0
   label_smoothing: float = 0.0
   chunk: int = 128
+  balance: float = 0.01
+  sequence_balance: float = 0.0
+  router_z: float = 0.0
 
   def __post_init__(self):
-    check_least("loss", self, z_loss=0, chunk=0)
+    check_least(
+      "loss", self, z_loss=0, chunk=0, balance=0, sequence_balance=0, router_z=0
+    )
     if not 0 <= self.label_smoothing < 1:
       raise UserError(f"loss.label_smoothing {self.label_smoothing} is not in [0, 1)")
 
@@ -46,19 +54,6 @@ def token_nll(logits_btv, targets_bt):
     here_btv = jnp.arange(logits_btv.shape[-1]) == targets_bt[..., None]
     target_bt = jnp.sum(jnp.where(here_btv, logits_btv, 0), axis=-1)
   return jnp.log(sum_bt) + high_bt1[..., 0] - target_bt
-
-
-def cross_entropy(logits_btv, batch: Batch):
-  """Sums -log p(target) over the predictions that count.
-
-  Args:
-    logits_btv: fp32.
-    batch: targets and loss mask.
-  Returns:
-    (sum in nats, number of predictions), fp32 scalars.
-  """
-  nll_bt = token_nll(logits_btv, batch.targets_bt)
-  return jnp.sum(nll_bt * batch.loss_mask_bt), jnp.sum(batch.loss_mask_bt)
 
 
 def objective(logits_btv, targets_bt, weights_bt, config: LossConfig):
@@ -84,6 +79,19 @@ def objective(logits_btv, targets_bt, weights_bt, config: LossConfig):
     total_bt = total_bt + smooth * (log_sum_bt - logits_btv.mean(-1) - nll_bt)
     total_bt = total_bt + config.z_loss * jnp.square(log_sum_bt)
   return jnp.sum(total_bt * weights_bt), jnp.sum(nll_bt * weights_bt)
+
+
+def routing_loss(config: LossConfig, routing: Routing):
+  """Adds up what keeps routers balanced, a sum over tokens and over layers.
+
+  Source: balance: Fedus et al. 2021, arXiv:2101.03961, eq. 4; z: Zoph et al. 2022,
+    arXiv:2202.08906, eq. 5; of a row: DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20.
+  """
+  return jnp.sum(
+    config.balance * routing.balance
+    + config.sequence_balance * routing.sequence
+    + config.router_z * routing.z
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -3,36 +3,37 @@
 import json
 import sys
 import time
+import timeit
 from collections import deque
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from llmjax.train.experts import Starving
 
-def matmul_peak_flops(dtype: str, size: int = 1024, repeats: int = 5) -> float:
-  """Measures this machine's dense matrix multiplication: FLOP/s of its best of a few.
+_EVERY_S = 10.0  # between plain lines of progress
+
+
+def matmul_peak_flops(dtype: str) -> float:
+  """Measures this machine's dense matrix multiplication: the best of a few of two squares.
 
   Args:
     dtype: operands' dtype; sums are in fp32.
-    size: side of the square matrices.
-    repeats: timed runs.
   Returns:
     FLOP/s over the devices of all processes.
   """
-  a = jnp.ones((size, size), dtype)
+  a = jnp.ones((1024, 1024), dtype)
   multiply = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-  multiply(a).block_until_ready()
-  best_s = float("inf")
-  for _ in range(repeats):
-    start_s = time.perf_counter()
-    multiply(a).block_until_ready()
-    best_s = min(best_s, time.perf_counter() - start_s)
+  run = lambda: multiply(a).block_until_ready()  # noqa: E731
+  run()  # compiles
+  best_s = min(timeit.repeat(run, number=1, repeat=5))
   devices = 1 if jax.default_backend() == "cpu" else jax.local_device_count()
   # Processes measure at the same time, so those on one machine each find their share of it.
-  return 2 * size**3 / best_s * devices * jax.process_count()
+  return 2 * len(a) ** 3 / best_s * devices * jax.process_count()
 
 
 class MetricsWriter:
@@ -56,7 +57,8 @@ class MetricsWriter:
     """Writes one step's values; `step` comes first in the line."""
     self._file.write(json.dumps({"step": step, **values}) + "\n")
     for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+      if not isinstance(value, list):  # a figure of each layer or expert is for metrics.jsonl
+        self._board.add_scalar(name, value, step)
 
   def close(self):
     """Flushes and closes both files."""
@@ -67,9 +69,8 @@ class MetricsWriter:
 def read_metrics(workdir: Path) -> list[dict]:
   """Reads the whole lines of a run's `metrics.jsonl`; a last line cut short is left out."""
   path = Path(workdir, "metrics.jsonl")
-  lines = path.read_text().splitlines() if path.exists() else []
   out = []
-  for line in lines:
+  for line in path.read_text().splitlines() if path.exists() else ():
     try:
       out.append(json.loads(line))
     except json.JSONDecodeError:
@@ -95,7 +96,8 @@ class Pending:
 
   def _take(self, count):
     taken = [self._queue.popleft() for _ in range(max(0, count))]
-    return [(step, {k: float(v) for k, v in values.items()}) for step, values in taken]
+    host = lambda values: {k: np.asarray(v).tolist() for k, v in values.items()}  # noqa: E731
+    return [(step, host(values)) for step, values in taken]
 
 
 class ProgressLine:
@@ -104,12 +106,11 @@ class ProgressLine:
   Args:
     total: steps of the whole run.
     done: steps already done.
-    every_s: seconds between plain lines.
   """
 
-  def __init__(self, total: int, done: int = 0, every_s: float = 10.0):
+  def __init__(self, total: int, done: int):
     console = Console(stderr=True)
-    self._total, self._first, self._every_s = total, done, every_s
+    self._total, self._first = total, done
     self._start_s = self._last_s = time.perf_counter()
     self._bar = None
     if console.is_terminal:
@@ -129,7 +130,7 @@ class ProgressLine:
       self._bar.update(self._task, completed=step, description=text)
       return
     now_s = time.perf_counter()
-    if now_s - self._last_s >= self._every_s or step == self._total:
+    if now_s - self._last_s >= _EVERY_S or step == self._total:
       self._last_s = now_s
       left_s = (now_s - self._start_s) / max(1, step - self._first) * (self._total - step)
       print(f"step {step}/{self._total}  {text}  {left_s:.0f} s left", file=sys.stderr, flush=True)
@@ -170,11 +171,12 @@ class Reporter:
     self._writer = MetricsWriter(workdir, done)
     self._line = ProgressLine(steps, done)
     self._pending = Pending()
-    self._every, self._steps = every, steps
+    self._starving = Starving()
+    self._every, self._steps, self._first = every, steps, done + 1
     self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-    self._seen_s, self._passed_s, self._seen_tokens = time.perf_counter(), 0.0, 0.0
-    self._timed_s, self._timed_tokens = 0.0, 0.0
-    self._first = done + 1
+    self._seen_s = time.perf_counter()
+    self._since = np.zeros(2)  # (seconds, tokens) since the last line
+    self._whole = np.zeros(2)  # of all lines but the first step's, which is mostly compilation
 
   def add(self, step: int, values: dict):
     """Queues one step's metrics and deals with those that are due."""
@@ -184,37 +186,37 @@ class Reporter:
     # Several steps read at once have taken the same time each, as far as can be told from here.
     share_s = (time.perf_counter() - self._seen_s) / max(1, len(due))
     for step, values in due:
-      self._passed_s += share_s
       self._seen_s += share_s
-      self._seen_tokens += values.pop("tokens")
-      if step % self._every and step != self._steps and step != self._first:
-        continue
-      took_s, tokens = self._passed_s, self._seen_tokens
-      self._passed_s, self._seen_tokens = 0.0, 0.0
-      if step != self._first:  # the first step is mostly compilation
-        self._timed_s, self._timed_tokens = self._timed_s + took_s, self._timed_tokens + tokens
-      values["tokens_per_s"] = tokens / took_s
-      values["utilization"] = self.utilization(tokens / took_s)
-      self._writer.write(step, values)
-      rate = self.tokens_per_s or values["tokens_per_s"]
-      self._line.update(
-        step,
-        f"loss {values['loss']:.3f}  {rate:,.0f} tokens/s  "
-        f"{self.utilization(rate):.0%} of matmul peak",
-      )
+      self._since += share_s, values.pop("tokens")
+      if step % self._every == 0 or step in (self._first, self._steps):
+        self._report(step, values)
 
-  def utilization(self, tokens_per_s: float) -> float:
+  def _report(self, step: int, values: dict):
+    """Writes and shows one line, of this step's values and the rate since the last line."""
+    took_s, tokens = self._since
+    if step != self._first:
+      self._whole += self._since
+    self._since = np.zeros(2)
+    values["tokens_per_s"] = tokens / took_s
+    values["utilization"] = self._utilization(tokens / took_s)
+    self._writer.write(step, values)
+    for line in self._starving.add(values["moe_load"]) if "moe_load" in values else ():
+      print(f"llmjax: warning: step {step}: {line}", file=sys.stderr, flush=True)
+    whole_s, whole_tokens = self._whole
+    rate = whole_tokens / whole_s if whole_s else tokens / took_s
+    self._line.update(
+      step,
+      f"loss {values['loss']:.3f}  {rate:,.0f} tokens/s  "
+      f"{self._utilization(rate):.0%} of matmul peak",
+    )
+
+  def _utilization(self, tokens_per_s: float) -> float:
     """Share of the machine's measured matrix-multiply peak that a rate amounts to."""
     return tokens_per_s * self._flops_per_token / self._peak_flops
 
-  @property
-  def tokens_per_s(self) -> float:
-    """Predicted tokens a second so far, the first step of this session left out."""
-    return self._timed_tokens / self._timed_s if self._timed_s else 0.0
-
   def write(self, step: int, values: dict):
     """Writes values that are no step's own, such as an evaluation, after all that is pending."""
-    self._show(self._pending.flush())
+    self.flush()
     self._writer.write(step, values)
     self._seen_s = time.perf_counter()
 
@@ -224,6 +226,6 @@ class Reporter:
 
   def close(self):
     """Deals with all that is pending and closes the files."""
-    self._show(self._pending.flush())
+    self.flush()
     self._line.close()
     self._writer.close()

@@ -6,8 +6,9 @@ import re
 import optax
 
 from llmjax.core import tree
+from llmjax.core.choices import check_choice
 from llmjax.core.dims import letters_of
-from llmjax.core.errors import UserError, nearest
+from llmjax.core.errors import UserError
 
 KINDS = ("adamw", "muon")
 _VECTORS = re.compile(r"(^|[/_])(scale|bias|sinks)_\w+$")  # added or multiplied, channel by channel
@@ -30,6 +31,7 @@ class OptimConfig:
     no_decay: path patterns of weights that are not decayed, beside scales, biases and sinks, which
       never are; a pattern that matches nothing is an error.
     clip_norm: largest global gradient norm; 0 clips nothing.
+    bias_rate: what a router's bias moves by at every step, where it has one (`model.moe.bias`).
   """
 
   kind: str = "adamw"
@@ -43,14 +45,14 @@ class OptimConfig:
   weight_decay: float = 0.1
   no_decay: tuple = ()
   clip_norm: float = 1.0
+  bias_rate: float = 0.001
 
   def __post_init__(self):
-    if self.kind not in KINDS:
-      raise UserError(f"optim.kind {self.kind!r} is unknown; {nearest(self.kind, KINDS)}")
+    check_choice("optim.kind", self.kind, KINDS)
     for key in ("learning_rate", "matrix_learning_rate", "eps"):
       if getattr(self, key) <= 0:
         raise UserError(f"optim.{key} {getattr(self, key)} is not positive")
-    for key in ("warmup", "final", "weight_decay", "clip_norm"):
+    for key in ("warmup", "final", "weight_decay", "clip_norm", "bias_rate"):
       if getattr(self, key) < 0:
         raise UserError(f"optim.{key} {getattr(self, key)} is negative")
     for key in ("beta1", "beta2"):
@@ -124,15 +126,17 @@ def _labels(params):
 def _sides(path: str, leaf) -> optax.contrib.MuonDimensionNumbers | None:
   """Says which axes of a weight are a matrix's input and output; None where it is no matrix.
 
-  The residual width `d` is one side, all but the layers `l` the other. Vocabulary tables are rows
-  of vectors, not maps between spaces, and keep AdamW; so do tables of positions and types, and what
-  reads pixels.
+  The residual width `d` (or else a low rank `r`) is one side, all but layers `l` and experts `e`
+  the other. Vocabulary tables are rows of vectors, not maps between spaces, and keep AdamW; so do
+  tables of positions and types, and what reads pixels.
   """
   letters = letters_of(path, leaf.ndim)
-  places = {letter: place for place, letter in enumerate(letters) if letter != "l"}
-  if len(places) < 2 or places.keys() & set("vti") or "d" not in places or _VECTORS.search(path):
+  stacked = "le" if "f" in letters else "l"  # an expert's matrix is one of many
+  places = {letter: place for place, letter in enumerate(letters) if letter not in stacked}
+  side = "d" if "d" in places else "r"
+  if len(places) < 2 or places.keys() & set("vti") or side not in places or _VECTORS.search(path):
     return None
-  residual = (places.pop("d"),)
+  residual = (places.pop(side),)
   other = tuple(places.values())
   sides = (residual, other) if residual < other else (other, residual)
   return optax.contrib.MuonDimensionNumbers(*sides)

@@ -19,11 +19,12 @@ from llmjax.core.choices import check_choice
 from llmjax.core.dims import letters_of
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
-from llmjax.models.stack import count, run_some
+from llmjax.models.config import ModelConfig
+from llmjax.models.depth import count, run_some
 from llmjax.parallel.pipeline import run_pipeline
 from llmjax.parallel.rules import REPLICATED, WEIGHTS, spec
 from llmjax.parallel.schedules import KINDS, make_schedule
-from llmjax.train.losses import LossConfig, head_loss
+from llmjax.train.losses import LossConfig, head_loss, routing_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,8 @@ class PipelineConfig:
 
 
 def pipelined_grad(
-  model, parts: Batch, loss: LossConfig, key=None, config: PipelineConfig | None = None, zero=3
+  model, parts: Batch, loss: LossConfig, key=None, config: PipelineConfig | None = None, zero=3,
+  each=1.0,
 ):
   """Computes the sum of the objective's gradient over microbatches, and the cross-entropy sum.
 
@@ -54,8 +56,9 @@ def pipelined_grad(
     key: PRNG key of dropout; microbatch i draws from `fold_in(key, i)`.
     config: schedule and chunks.
     zero: whether weights are cut along `fsdp` in the stages as well.
+    each: factor on routers' terms.
   Returns:
-    (gradient shaped as the model, cross-entropy sum).
+    (gradient shaped as the model, cross-entropy sum, what routers did or None).
   Raises:
     UserError: a kind of model that has no pipeline, or numbers that its schedule cannot take.
   """
@@ -65,46 +68,23 @@ def pipelined_grad(
   mesh = jax.sharding.get_abstract_mesh()
   stages, microbatches = mesh.shape["stage"], len(jax.tree.leaves(parts)[0])
   schedule = make_schedule(config.schedule, stages, microbatches, config.chunks)
-  blocks, outer = _split(model)
-  layers = count(blocks)
+  blocks, outer = model.stack.blocks, _with_blocks(model, ())
+  layers, before = count(blocks), model.stack.dense
   deal = _Deal(layers, stages, config.chunks, WEIGHTS if zero == 3 else REPLICATED)
   lone = key is not None and microbatches == 1
-
-  def chunk(given, weights, outer, x_btd, virtual, microbatch):
-    parts, key = given
-    part = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, microbatch, 0, False), parts)
-    drop = None if key is None else key if lone else jax.random.fold_in(key, microbatch)
-    x_btd = jax.lax.cond(
-      virtual == 0, lambda outer, x: outer.enter(part, drop), lambda outer, x: x, outer, x_btd
-    )
-    x_btd = run_some(
-      weights,
-      x_btd,
-      virtual * deal.each,
-      layers,
-      outer.shared(part, drop),
-      model.config,
-      deal.numbers,
-      remat=config.schedule != "zb_h1",
-    )
-
-    def end(outer, x_btd):
-      made = outer.leave(x_btd)
-      return head_loss(loss, outer.head, made, part.targets_bt, part.loss_mask_bt)
-
-    nothing = lambda outer, x: (jnp.float32(0), jnp.float32(0))  # noqa: E731
-    objective, nll = jax.lax.cond(virtual == deal.virtual - 1, end, nothing, outer, x_btd)
-    return x_btd, objective, nll
+  chunk = _Chunk(model.config, loss, deal, before, lone, remat=config.schedule != "zb_h1")
 
   def stage(weights, outer, given):
-    parts, _ = given
+    parts, *_ = given
     b, t = parts.tokens_bt.shape[1:]
     x = jax.ShapeDtypeStruct((b, t, model.config.width), jnp.dtype(model.config.dtype))
     mine = jax.tree.map(lambda leaf: leaf[0], weights)
-    sums = jax.ShapeDtypeStruct((), jnp.float32)
+    one = jax.tree.map(lambda leaf: leaf[0], mine)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    sums = jax.eval_shape(functools.partial(chunk, given), one, outer, x, number, number)[2]
     made = run_pipeline(schedule, functools.partial(chunk, given), mine, outer, x, sums)
-    outer_grads, nll = jax.lax.psum((made.outer, made.sums), "stage")
-    return jax.tree.map(lambda leaf: leaf[None], made.weights), outer_grads, nll
+    outer_grads, sums = jax.lax.psum((made.outer, made.sums), "stage")
+    return jax.tree.map(lambda leaf: leaf[None], made.weights), outer_grads, sums
 
   cut, whole = PartitionSpec("stage"), PartitionSpec()
   run = jax.shard_map(
@@ -115,8 +95,48 @@ def pipelined_grad(
     check_vma=False,
   )
   dealt, undeal = jax.vjp(deal.out, blocks)
-  block_grads, outer_grads, nll = run(dealt, outer, (parts, key))
-  return _join(outer_grads, undeal(block_grads)[0]), nll
+  block_grads, outer_grads, (nll, routing) = run(dealt, outer, (parts, key, each))
+  routing = jax.tree.map(lambda leaf: leaf[:layers], routing)
+  return _with_blocks(outer_grads, undeal(block_grads)[0]), nll, routing
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+  """What a virtual stage does to a microbatch: its layers, and at the ends embedding or loss."""
+
+  config: ModelConfig
+  loss: LossConfig
+  deal: "_Deal"
+  before: int  # dense layers, which run with the embedding
+  lone: bool  # one microbatch draws as a step without microbatches does
+  remat: bool
+
+  def __call__(self, given, weights, outer, x_btd, virtual, microbatch):
+    """Returns (x_btd, objective, (cross-entropy sum, what routers did))."""
+    parts, key, each = given
+    part = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, microbatch, 0, False), parts)
+    drop = None if key is None else key if self.lone else jax.random.fold_in(key, microbatch)
+    shared, deal = outer.shared(part, drop), self.deal
+
+    def start(outer, x_btd):
+      return outer.stack.run_first(outer.enter(part, drop), shared)[0]
+
+    x_btd = jax.lax.cond(virtual == 0, start, lambda outer, x: x, outer, x_btd)
+    x_btd, routing = run_some(
+      weights, x_btd, virtual * deal.each, deal.layers, shared, self.config, deal.numbers,
+      self.remat, self.before,
+    )
+
+    def end(outer, x_btd):
+      made = outer.leave(x_btd)
+      return head_loss(self.loss, outer.head, made, part.targets_bt, part.loss_mask_bt)
+
+    nothing = lambda outer, x: (jnp.float32(0), jnp.float32(0))  # noqa: E731
+    objective, nll = jax.lax.cond(virtual == deal.virtual - 1, end, nothing, outer, x_btd)
+    if routing is not None:
+      objective += each * routing_loss(self.loss, routing)
+      routing = jax.tree.map(functools.partial(deal.place, virtual), routing)
+    return x_btd, objective, (nll, routing)
 
 
 class _Deal:
@@ -127,6 +147,11 @@ class _Deal:
     self.virtual = stages * chunks
     self.each = math.ceil(layers / self.virtual)
     self.numbers = [[v * self.each + i for v in range(self.virtual)] for i in range(self.each)]
+
+  def place(self, virtual, made):
+    """Puts what a virtual stage's layers made [layer, …] among those of all, which are zeros."""
+    room = jnp.zeros((self.virtual * self.each, *made.shape[1:]), made.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(room, made, virtual * self.each, 0)
 
   def out(self, blocks):
     """Deals stacked layers [l, …] out as [stage, chunk, layer, …]; missing ones are copies."""
@@ -143,20 +168,9 @@ class _Deal:
     return tree.map_with_path(one, blocks)
 
 
-def _split(model: nnx.Module):
-  """Takes a model apart: (stacked blocks, all else as a model without them)."""
-  name = model.config.kind
-  rest, stack = copy.copy(model), copy.copy(getattr(model, name))
-  blocks = stack.blocks
-  stack.blocks = nnx.data(())
-  setattr(rest, name, stack)
-  return blocks, rest
-
-
-def _join(rest: nnx.Module, blocks) -> nnx.Module:
-  """Undoes `_split`."""
-  model = copy.copy(rest)
-  stack = copy.copy(getattr(rest, rest.config.kind))
+def _with_blocks(model: nnx.Module, blocks) -> nnx.Module:
+  """The model with other stacked blocks in its stack."""
+  model, stack = copy.copy(model), copy.copy(model.stack)
   stack.blocks = nnx.data(blocks)
-  setattr(model, rest.config.kind, stack)
+  setattr(model, model.config.kind, stack)
   return model

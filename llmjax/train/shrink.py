@@ -12,7 +12,9 @@ import numpy as np
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.data.tasks import Task
-from llmjax.train.config import SUITABLE, Config
+from llmjax.nn.attention import LatentConfig
+from llmjax.nn.router import MoeConfig
+from llmjax.train.config import Config
 
 _HEAD = 8  # width of a head: even, with channels for every scaling of rope
 
@@ -37,9 +39,11 @@ def shrink(config: Config, devices: int) -> Config:
     window=min(model.attention.window, devices + 3),
     sparse_block=min(model.attention.sparse_block, 4),
     block=16,
+    latent=_narrow(model.attention.latent, devices),
   )
   small = dataclasses.replace(
     model,
+    moe=_few(model.moe, devices),
     layers=min(model.layers, max(4, len(model.attention.pattern))),
     encoder_layers=min(model.encoder_layers, 2),
     width=8 * math.gcd(model.width, devices) if not model.vision.image_size else model.width,
@@ -62,20 +66,36 @@ def shrink(config: Config, devices: int) -> Config:
   )
 
 
+def _narrow(latent: LatentConfig, devices: int) -> LatentConfig:
+  """Ranks that meshes divide alike, and heads of `_HEAD` channels, half of them turned."""
+  if not latent.kv_rank:
+    return latent
+  ranks = [rank and 8 * math.gcd(rank, devices) for rank in (latent.kv_rank, latent.query_rank)]
+  return LatentConfig(*ranks, _HEAD // 2, _HEAD // 2, _HEAD - 2)
+
+
+def _few(moe: MoeConfig, devices: int) -> MoeConfig:
+  """Fewer and narrower experts, if routing then has as many to choose from as it wants."""
+  if not moe.experts:
+    return moe
+  experts = math.gcd(moe.experts, 2 * devices)
+  if experts % moe.groups or moe.top_k > experts // moe.groups * moe.top_groups:
+    experts = moe.experts
+  width = 8 * math.gcd(moe.width, devices) if moe.width else 0
+  dense_first = min(moe.dense_first, 1)
+  return dataclasses.replace(moe, experts=experts, width=width, dense_first=dense_first)
+
+
 def made_up_batch(config: Config) -> Batch:
   """Makes a batch of random tokens, packed unevenly, for the config's task.
 
   Raises:
     UserError: models of this kind do not learn from text.
   """
-  suits = SUITABLE[config.model.kind]
-  if not suits:
+  if not config.task_name:
     raise UserError(f"check makes up text, which model.kind={config.model.kind} does not read")
-  name = config.task.name
-  if name == "auto":
-    name = "prefix_lm" if config.model.attention.mask == "prefix" else suits[0]
-  task = dataclasses.replace(config.task, name=name)
-  task = Task(task, config.model.vocab_size - Task(task).extra_tokens)
+  task = Task(dataclasses.replace(config.task, name=config.task_name))
+  task = dataclasses.replace(task, tokens=config.model.vocab_size - task.extra_tokens)
   rng = np.random.default_rng(config.seed)
   rows, length = config.data.batch_size, config.model.context + 1
   tokens_bu = rng.integers(0, task.tokens, (rows, length), np.int32)

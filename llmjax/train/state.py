@@ -43,21 +43,6 @@ def init_state(config: Config) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), model, optimizer_of(config).init(model))
 
 
-def train_shardings(mesh: Mesh, state: TrainState, zero: int = 3) -> TrainState:
-  """Gives every leaf of a state, or of its description, its sharding.
-
-  Args:
-    mesh: the run's mesh.
-    state: arrays or their descriptions.
-    zero: with 3 `fsdp` cuts weights and optimizer state, with 1 and 2 the state alone.
-  """
-  return TrainState(
-    step=NamedSharding(mesh, PartitionSpec()),
-    model=weight_shardings(mesh, state.model, WEIGHTS if zero == 3 else REPLICATED),
-    optimizer=optimizer_shardings(mesh, state.optimizer, state.model),
-  )
-
-
 def init_sharded(config: Config, mesh: Mesh) -> TrainState:
   """Makes the state of step 0 where it will live: the same bits on every mesh of a platform.
 
@@ -70,10 +55,18 @@ def init_sharded(config: Config, mesh: Mesh) -> TrainState:
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-  """Describes the state (shapes, dtypes, shardings) without making it."""
+  """Describes the state (shapes, dtypes, shardings) without making it.
+
+  With `train.zero` 3 `fsdp` cuts weights and optimizer state, with 1 and 2 the state alone.
+  """
   shapes = jax.eval_shape(lambda: init_state(config))
+  shardings = TrainState(
+    step=NamedSharding(mesh, PartitionSpec()),
+    model=weight_shardings(mesh, shapes.model, WEIGHTS if config.train.zero == 3 else REPLICATED),
+    optimizer=optimizer_shardings(mesh, shapes.optimizer, shapes.model),
+  )
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes,
-    train_shardings(mesh, shapes, config.train.zero),
+    shardings,
   )

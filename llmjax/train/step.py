@@ -23,7 +23,8 @@ from llmjax.parallel.rules import (
   weight_shardings,
 )
 from llmjax.train.config import Config
-from llmjax.train.losses import LossConfig, head_loss
+from llmjax.train.experts import move_biases, routing_metrics
+from llmjax.train.losses import LossConfig, head_loss, routing_loss
 from llmjax.train.pipelined import PipelineConfig, pipelined_grad
 from llmjax.train.state import TrainState, abstract_state, optimizer_of
 
@@ -52,42 +53,58 @@ def loss_and_grad(
     pipeline: how micro-batches go through the stages of a mesh that has several.
   Returns:
     (cross-entropy in nats a prediction, gradient of the objective shaped as the model, number of
-    predictions).
+    predictions, what routers did or None).
   """
   loss = loss or LossConfig()
+  predictions = jnp.sum(batch.loss_mask_bt)
+  # Routers' terms are means over tokens, the loss is one over predictions.
+  each = predictions / jnp.maximum(real_tokens(batch), 1)
   table = REPLICATED if zero == 1 else WEIGHTS
   if ways("l", WEIGHTS) > 1:
     parts = micro_batches(batch, accumulation)
-    grads, nll = pipelined_grad(model, parts, loss, key, pipeline, zero)
-    count = jnp.sum(batch.loss_mask_bt)
-    scale = 1 / jnp.maximum(count, 1)
-    grads = jax.tree.map(lambda grad: grad * scale, grads)
-    return nll * scale, lay_out(grads, table), count
+    grads, nll, routing = pipelined_grad(model, parts, loss, key, pipeline, zero, each)
+    grads = lay_out(grads, table)
+  else:
+    grads, (nll, routing) = _summed_grad(model, batch, accumulation, loss, key, table, each)
+  scale = 1 / jnp.maximum(predictions, 1)
+  return nll * scale, jax.tree.map(lambda grad: grad * scale, grads), predictions, routing
+
+
+def _summed_grad(model, batch: Batch, accumulation: int, loss: LossConfig, key, table, each):
+  """Adds up over micro-batches: (gradient, (cross-entropy, what routers did))."""
 
   def objective_sum(model, part: Batch, key):
-    x_btd, _ = model.hidden(part, key=key)
+    x_btd, _, routing = model.hidden(part, key=key)
     total, nll = head_loss(loss, model.head, x_btd, part.targets_bt, part.loss_mask_bt)
-    return total, (nll, jnp.sum(part.loss_mask_bt))
+    if routing is not None:
+      total += each * routing_loss(loss, routing)
+    return total, (nll, routing)
 
-  def grad(model, part, key):
+  def grad(part, key):
     grads, sums = jax.grad(objective_sum, has_aux=True)(model, part, key)
     return lay_out(grads, table), sums
 
   if accumulation == 1:
-    grads, (nll, count) = grad(model, batch, key)
-  else:
+    return grad(batch, key)
 
-    def add(carry, numbered):
-      number, part = numbered
-      part_key = None if key is None else jax.random.fold_in(key, number)
-      return jax.tree.map(jnp.add, carry, grad(model, part, part_key)), None
+  def add(carry, numbered):
+    number, part = numbered
+    part_key = None if key is None else jax.random.fold_in(key, number)
+    return jax.tree.map(jnp.add, carry, grad(part, part_key)), None
 
-    nothing = lay_out(jax.tree.map(jnp.zeros_like, model), table)
-    start = (nothing, (jnp.float32(0), jnp.float32(0)))
-    parts = (jnp.arange(accumulation), micro_batches(batch, accumulation))
-    (grads, (nll, count)), _ = jax.lax.scan(add, start, parts)
-  scale = 1 / jnp.maximum(count, 1)
-  return nll * scale, jax.tree.map(lambda grad: grad * scale, grads), count
+  parts = micro_batches(batch, accumulation)
+  first = jax.tree.map(lambda leaf: leaf[0], parts)
+  sums = jax.eval_shape(objective_sum, model, first, key)[1]
+  nothing = lay_out(jax.tree.map(jnp.zeros_like, model), table)
+  start = (nothing, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums))
+  return jax.lax.scan(add, start, (jnp.arange(accumulation), parts))[0]
+
+
+def real_tokens(batch: Batch):
+  """Counts a batch's tokens, padding left out."""
+  if batch.segments_bt is None:
+    return jnp.float32(batch.targets_bt.size)  # images have no tokens
+  return jnp.sum(batch.segments_bt > 0).astype(jnp.float32)
 
 
 def micro_batches(batch: Batch, parts: int) -> Batch:
@@ -110,10 +127,10 @@ def advance(state: TrainState, batch: Batch, config: Config, optimizer=None):
     before clipping, `tokens` predicted.
   """
   key = None
-  if config.model.dropout:
+  if config.model.dropout or config.model.moe.noisy:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
   how = config.train
-  nll, grads, count = loss_and_grad(
+  nll, grads, count, routing = loss_and_grad(
     state.model, batch, how.accumulation, config.loss, key, how.zero, config.pipeline
   )
   # Each device of `fsdp` updates its part, whatever it holds of the weights.
@@ -121,6 +138,9 @@ def advance(state: TrainState, batch: Batch, config: Config, optimizer=None):
   updates, opt_state = (optimizer or optimizer_of(config)).update(grads, state.optimizer, model)
   model = optax.apply_updates(model, updates)
   metrics = {"loss": nll, "grad_norm": optax.tree.norm(grads), "tokens": count}
+  if routing is not None:
+    model = move_biases(model, routing.load_e, config.optim.bias_rate)
+    metrics |= routing_metrics(routing, model)
   return TrainState(state.step + 1, model, opt_state), metrics, grads
 
 

@@ -17,6 +17,7 @@ SMALL = {
 }
 GROUPED = SMALL | {"num_key_value_heads": 2}
 WIDE_HEADS = GROUPED | {"head_dim": 6}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 TEXT = {"bos_token_id": 3, "eos_token_id": 2, "vocab_size": 37}
 T5 = TEXT | {
   "d_model": 16,
@@ -44,6 +45,24 @@ def _rope(**values):
   return {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"} | values}
 
 
+DEEPSEEK = SMALL | {
+  "num_key_value_heads": 4,
+  "first_k_dense_replace": 1,
+  "q_lora_rank": None,
+  "kv_lora_rank": 8,
+  "qk_rope_head_dim": 4,
+  "qk_nope_head_dim": 6,
+  "v_head_dim": 5,
+  "n_routed_experts": 4,
+  "num_experts_per_tok": 2,
+  "moe_intermediate_size": 8,
+  "n_shared_experts": 2,
+  "routed_scaling_factor": 1.5,
+}
+YARN = _rope(
+  rope_type="yarn", factor=4.0, original_max_position_embeddings=8, mscale=0.707,
+  mscale_all_dim=0.707, beta_fast=4.0, beta_slow=0.5,
+)
 # name → (transformers' class, config); the class's name without its suffix is that of the config.
 CASES = {
   "gpt2": (
@@ -114,6 +133,37 @@ CASES = {
   ),
   "phi3": ("Phi3ForCausalLM", GROUPED | {"sliding_window": 5}),
   "phi3_partial": ("Phi3ForCausalLM", GROUPED | {"partial_rotary_factor": 0.5}),
+  "mixtral": (
+    "MixtralForCausalLM",
+    WIDE_HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
+  ),
+  "qwen3_moe": (
+    "Qwen3MoeForCausalLM",
+    WIDE_HEADS | EXPERTS | {"num_hidden_layers": 3, "mlp_only_layers": [0], "norm_topk_prob": True},
+  ),
+  "olmoe": (
+    "OlmoeForCausalLM",
+    GROUPED | {"num_experts": 4, "num_experts_per_tok": 3, "intermediate_size": 12},
+  ),
+  "deepseek_v3": (
+    "DeepseekV3ForCausalLM",
+    DEEPSEEK | {"q_lora_rank": 12, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+  ),
+  "deepseek_v3_half": (
+    "DeepseekV3ForCausalLM",
+    DEEPSEEK
+    | YARN
+    | {"rope_interleave": False, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+  ),
+  "deepseek_v2": (
+    "DeepseekV2ForCausalLM", DEEPSEEK | {"first_k_dense_replace": 0, "num_hidden_layers": 1},
+  ),
+  "deepseek_v2_groups": (
+    "DeepseekV2ForCausalLM",
+    DEEPSEEK
+    | YARN
+    | {"q_lora_rank": 12, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"},
+  ),
   "bert": ("BertForMaskedLM", BERT),
   "roberta": ("RobertaForMaskedLM", BERT | {"pad_token_id": 1, "type_vocab_size": 1}),
   "t5": ("T5ForConditionalGeneration", T5),

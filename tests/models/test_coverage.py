@@ -12,7 +12,7 @@ import pytest
 
 from llmjax.models import build, config
 from llmjax.models.config import ModelConfig
-from llmjax.nn import attention, context, kernels, mlp, norm, position
+from llmjax.nn import attention, context, kernels, mlp, norm, position, router
 from tests.models.variants import VARIANTS, reference_config
 
 CHOICES = {
@@ -32,6 +32,8 @@ CHOICES = {
   "position.scaling": position.SCALINGS,
   "norm.kind": norm.KINDS,
   "norm.place": norm.PLACES,
+  "moe.router": router.ROUTERS,
+  "moe.drop": router.DROPS,
   "vision.activation": ("gelu", "quick_gelu"),  # of the same functions as `activation`
 }
 # Kernels of other machines, of which tests/nn compares what can run here; what several devices do
@@ -59,7 +61,9 @@ def fields(schema=ModelConfig, prefix=""):
 # Sizes and numbers that are not switched off by any value: it is enough that another one is used.
 PLAIN = {
   "layers", "width", "heads", "mlp_width", "context", "vocab_size", "kv_heads", "head_dim",
-  "attention.sparse_block", "attention.block", "position.theta", "position.low_freq_factor",
+  "attention.sparse_block", "attention.block", "attention.latent.kv_rank",
+  "attention.latent.rope_dim", "attention.latent.nope_dim", "attention.latent.value_dim",
+  "position.theta", "position.low_freq_factor",
   "position.high_freq_factor", "position.beta_fast", "position.beta_slow", "position.buckets",
   "position.max_distance", "norm.eps", "vision.image_size", "vision.patch", "vision.channels",
   "vision.image_token", "vision.layers", "vision.width", "vision.heads", "vision.mlp_width",
@@ -76,6 +80,7 @@ READ_IF = {
   "attention.window": lambda v: "window" in v["attention.pattern"],
   "attention.sparse": lambda v: "sparse" in v["attention.pattern"],
   "attention.block": lambda v: v["attention.kernel"] == "blockwise",
+  "attention.latent": lambda v: v["attention.latent.kv_rank"] > 0,
   "position.theta": lambda v: v["position.kind"] in ("rope", "sinusoidal"),
   "position.local_theta": lambda v: rope(v) and "window" in v["attention.pattern"],
   "position.fraction": lambda v: rope(v),
@@ -99,6 +104,9 @@ READ_IF = {
   "vision.eps": has_tower,
   "vision.input_norm": has_tower,
   "vision.": lambda v: v["vision.image_size"] > 0,
+  "moe.drop": lambda v: v["moe.capacity"] > 0 and v["moe.router"] in ("softmax", "sigmoid"),
+  "moe.renormalize": lambda v: v["moe.experts"] > 0 and v["moe.router"] in ("softmax", "sigmoid"),
+  "moe.": lambda v: v["moe.experts"] > 0,
   "encoder_layers": lambda v: v["kind"] == "encoder_decoder",
   "embed.": lambda v: v["kind"] != "vision" or v["embed.norm"],
   "tie_embeddings": lambda v: v["kind"] != "vision",

@@ -24,6 +24,11 @@ CROSSED = make_config(**{
   "kind": "encoder_decoder", "layers": 3, "encoder_layers": 1, "dropout": 0.3,
   "attention.pattern": ("window", "full"), "attention.window": 4, "position.kind": "relative",
 })
+# Experts from the second layer on, of which dropping and noise are drawn as well.
+ROUTED = make_config(**{
+  "layers": 4, "attention.pattern": ("window", "full"), "attention.window": 4, "dropout": 0.3,
+  "moe.experts": 4, "moe.width": 16, "moe.dense_first": 1, "moe.capacity": 1.0, "moe.noisy": True,
+})
 KEY = jax.random.key(7, impl="rbg")  # the default compiles slowly
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -57,6 +62,31 @@ def test_loss_and_gradients_are_those_of_scan_without_remat(plain, scan, remat):
 def test_two_stacks_are_run_alike(scan, remat):
   plain = loss_and_grad(*of(CROSSED), KEY)
   assert_same(loss_and_grad(*of(CROSSED, scan=scan, remat=remat), KEY), plain)
+
+
+@pytest.mark.parametrize(
+  ("scan", "remat"), [(False, "none"), (True, "full"), (False, "save_projections")]
+)
+def test_experts_are_run_alike(scan, remat):
+  found, plain = (
+    _routed_loss_and_grad(*of(ROUTED, **how), KEY) for how in ({}, {"scan": scan, "remat": remat})
+  )
+  (loss, routing), (expected, routing_before) = found[0], plain[0]
+  assert_same((loss, found[1]), (expected, plain[1]))
+  assert routing.load_e.shape == (3, 4)
+  assert len(np.unique(np.asarray(routing.load_e), axis=0)) == 3  # layers differ, so order shows
+  for one, other in zip(jax.tree.leaves(routing), jax.tree.leaves(routing_before), strict=True):
+    assert_allclose(one, other, rtol=1e-5)
+
+
+@jax.jit
+def _routed_loss_and_grad(model, batch, key):
+  def loss(model):
+    x_btd, _, routing = model.hidden(batch, key=key)
+    routers = jnp.sum(jnp.arange(1.0, 4) * (routing.balance + routing.sequence + routing.z))
+    return jnp.sum(jnp.sin(model.logits(x_btd))) + routers, routing
+
+  return jax.value_and_grad(loss, has_aux=True)(model)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 5])

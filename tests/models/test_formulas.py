@@ -9,15 +9,11 @@ import pytest
 from llmjax.data.batch import Batch
 from llmjax.models.build import abstract, build, count_parameters
 from llmjax.models.config import ModelConfig
-from llmjax.models.formulas import (
-  _keys_seen,
-  cache_bytes_per_token,
-  forward_flops_per_token,
-  parameters,
-)
+from llmjax.models.formulas import _keys_seen, cache_bytes_per_token, forward_flops_per_token
 from llmjax.nn.attention import AttentionConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
+from tests.models.counts import parameters
 from tests.models.variants import VARIANTS, make_config, reference_config
 from tests.reference.model_layers import may_look
 
@@ -75,6 +71,11 @@ FLOPS = {
   "plain": {"activation": "relu", "block": "parallel_shared", "position.kind": "learned"},
   "gpt2": {"activation": "gelu", "mlp_bias": True, "attention.bias": "all", "kv_heads": 0},
   "encoder": {"kind": "encoder"},
+  "latent": {
+    "kv_heads": 0, "attention.latent.kv_rank": 64, "attention.latent.query_rank": 48,
+    "attention.latent.rope_dim": 16, "attention.latent.nope_dim": 48,
+    "attention.latent.value_dim": 64,
+  },
   "two_stacks": {"kind": "encoder_decoder", "encoder_layers": 2},
 }
 
@@ -152,7 +153,7 @@ def test_flops_add_up_the_pattern():
   assert mixed == pytest.approx((full + 2 * forward_flops_per_token(window, 20)) / 3, rel=1e-12)
 
 
-@pytest.mark.parametrize(("name", "size"), [("llama", 4), ("bf16", 2), ("olmo2", 4)])
+@pytest.mark.parametrize(("name", "size"), [("llama", 4), ("bf16", 2), ("olmo2", 4), ("mla", 4)])
 def test_cache_bytes_are_those_of_the_cache(name, size):
   config = VARIANTS[name]
   cache = jax.eval_shape(lambda: abstract_cache(config, 3, 10))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
+from llmjax.nn.router import MoeConfig
 from llmjax.train.config import Config
 from llmjax.train.losses import LossConfig
 from llmjax.train.optim import OptimConfig, make_optimizer
@@ -48,6 +49,7 @@ def often(value, *others):
 @st.composite
 def keys(draw):
   """Dotted keys of a config: every choice, every switch, sizes that fit and some that do not."""
+  routed = draw(experts())
   made = {key: draw(st.sampled_from(values)) for key, values in CHOICES.items()}
   # On other machines, and drawn on their own below.
   made["attention.kernel"] = draw(st.sampled_from(("auto", "direct", "blockwise")))
@@ -79,7 +81,26 @@ def keys(draw):
     made |= IMAGE | {key: draw(st.booleans()) for key in (
       "vision.class_token", "vision.patch_bias", "vision.input_norm"
     )}
+  made |= routed
   return _mostly_legal(draw, made)
+
+
+@st.composite
+def experts(draw):
+  """Keys of experts, in one of two draws."""
+  count = draw(st.sampled_from((0, 4, 0, 6)))
+  if not count:  # every other key is then refused
+    return {f"moe.{key}": value for key, value in dataclasses.asdict(MoeConfig()).items()}
+  return {
+    "moe.experts": count, "moe.router": draw(st.sampled_from(CHOICES["moe.router"])),
+    "moe.drop": draw(st.sampled_from(CHOICES["moe.drop"])), "moe.top_k": draw(often(2, 1, 3)),
+    "moe.width": draw(st.integers(0, 9)), "moe.shared": draw(often(0, 1, 2)),
+    "moe.dense_first": draw(often(0, 1)),
+    "moe.renormalize": draw(st.booleans()), "moe.scale": draw(often(1.0, 2.5)),
+    "moe.groups": draw(often(1, 2)), "moe.top_groups": draw(often(1, 2)),
+    "moe.noisy": draw(st.booleans()), "moe.bias": draw(st.booleans()),
+    "moe.capacity": draw(often(0.0, 0.6, 1.0)),
+  }
 
 
 def _mostly_legal(draw, made):
@@ -101,7 +122,26 @@ def _mostly_legal(draw, made):
     }.items()}
   if made["position.scaling"] in ("yarn", "llama3"):
     made["position.original_context"] = 16
-  return made
+  return made | _legal_experts(made)
+
+
+def _legal_experts(made):
+  """What of experts to take back."""
+  none = dataclasses.asdict(MoeConfig())
+  if made["kind"] in ("encoder_decoder", "vision") or not made["moe.experts"]:
+    return {f"moe.{key}": value for key, value in none.items()}
+  back = {"mlp_bias": False, "moe.dense_first": min(made["moe.dense_first"], made["layers"] - 1)}
+  keys = ["drop"] * (not made["moe.capacity"])
+  if made["moe.router"] in ("expert_choice", "hash"):
+    keys = ["drop", "bias", "noisy", "groups", "top_groups", "renormalize"]
+  back |= {f"moe.{key}": none[key] for key in keys}
+  groups = (made | back)["moe.groups"]
+  top_groups = back["moe.top_groups"] = min(made["moe.top_groups"], groups)
+  usable = made["moe.experts"] // groups * top_groups
+  back["moe.top_k"] = min(made["moe.top_k"], usable)
+  if back["moe.top_k"] == 1 and made["moe.router"] in ("softmax", "sigmoid"):
+    back["moe.renormalize"] = False
+  return back
 
 
 def make(values):
@@ -128,7 +168,9 @@ def trains(config, muon: bool):
   optimizer = optax.chain(keeping_gradients(), rule)
   targets, weights = scored_places(config, values)
   batch = batch_of(values, targets_bt=jnp.asarray(targets), loss_mask_bt=jnp.asarray(weights))
-  loss = LossConfig(z_loss=0.01, label_smoothing=0.1, chunk=5)
+  loss = LossConfig(
+    z_loss=0.01, label_smoothing=0.1, chunk=5, sequence_balance=0.02, router_z=0.01
+  )
   experiment = Config(model=config, loss=loss)
 
   @jax.jit
@@ -235,6 +277,9 @@ def test_what_is_no_model_is_refused_in_words_and_all_else_can_be_built(values, 
     ({"heads": 5, "kv_heads": 2, "head_dim": 4}, "heads 5 is not a multiple of model.kv_heads 2"),
     ({"head_dim": -2}, "model.head_dim -2 is less than 0"),
     ({"dropout": 1.0}, r"model.dropout 1.0 is not in \[0, 1\)"),
+    ({"kind": "encoder_decoder", "moe.experts": 4}, "encoder_decoder has no experts"),
+    ({"moe.experts": 4, "moe.dense_first": 2}, "moe.dense_first 2 leaves none of 2 layers"),
+    ({"moe.experts": 4, "mlp_bias": True}, "experts have no biases: leave model.mlp_bias"),
   ],
 )
 def test_a_config_that_would_be_half_ignored_is_a_user_error(values, says):
@@ -251,7 +296,10 @@ def test_a_kernel_of_another_machine_is_a_user_error(kernel):
 
 
 def test_the_draws_reach_every_kind():
-  assert {dataclasses.asdict(c)["kind"] for c in map(make, _first()) if c} == set(CHOICES["kind"])
+  configs = [config for config in map(make, _first()) if config]
+  assert {config.kind for config in configs} == set(CHOICES["kind"])
+  routed = [config.moe for config in configs if config.moe.experts]
+  assert len(routed) > 3 and len({moe.router for moe in routed}) > 1
 
 
 def _first():

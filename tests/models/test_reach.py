@@ -27,6 +27,25 @@ ROUNDING = {"float32": 5e-6, "bfloat16": 0.04}
 PLAIN = [name for name in TEXT if not VARIANTS[name].vision.image_size]
 CACHED = [name for name in PLAIN if VARIANTS[name].kind != "encoder"]
 CACHED.remove("both_ways")  # what comes later cannot be in a cache
+
+
+def mixing(config) -> str:
+  """Of which tokens of a row, whatever their document, a token's experts depend: none, those
+  before it, or all.
+
+  Where an expert has room for so many of a row, a token's place hangs on who else wants it: on
+  those before it where the last ones are dropped; a second choice waits for all first ones.
+  """
+  moe = config.moe
+  if not moe.experts or not moe.slots(config.context):
+    return "none"
+  first_come = moe.router != "expert_choice" and moe.drop == "last" and moe.top_k == 1
+  return "before" if first_come else "all"
+
+
+MIXING = [name for name in PLAIN if mixing(VARIANTS[name]) != "none"]
+# A cache holds no other token's wish for an expert (`roomy` below has room for all).
+CACHED = [name for name in CACHED if name not in MIXING]
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
@@ -40,7 +59,9 @@ def row(given, number):
 
 
 def reached(config, given):
-  """[t, t] by the reference: whether token j (second axis) can change the logits at i."""
+  """[t, t]: whether token j (second axis) can change the logits at i, by the reference's masks and
+  what `mixing` says of experts.
+  """
   cfg = reference_config(config)
   causal = config.kind != "encoder" and config.attention.mask != "bidirectional"
   t = given["tokens"].shape[1]
@@ -49,10 +70,14 @@ def reached(config, given):
     kind = config.attention.pattern[layer % len(config.attention.pattern)]
     see = masks(kind, cfg, causal, given["positions"], given["segments"], given.get("prefix"))[0]
     through = (see.astype(int) @ through.astype(int) > 0) | through
+    if mixing(config) != "none" and layer >= config.moe.dense_first:
+      real = given["segments"][0] > 0
+      rivals = real[:, None] & real & (mixing(config) == "all" or np.tri(t, dtype=bool))
+      through = (rivals.astype(int) @ through.astype(int) > 0) | through
   return through
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [name for name in PLAIN if name not in MIXING])
 def test_a_token_changes_what_it_reaches_and_nothing_else_bit_for_bit(name):
   config = VARIANTS[name]
   model, given = weights_of(config), row(inputs(config), 0)
@@ -69,6 +94,27 @@ def test_a_token_changes_what_it_reaches_and_nothing_else_bit_for_bit(name):
       assert (np.abs(after - before).max(-1)[~same] > 0).all(), f"token {place}"
 
 
+@pytest.mark.parametrize("name", MIXING)
+def test_where_experts_have_room_for_some_a_token_changes_what_the_reference_says(name):
+  config = VARIANTS[name]
+  model, given = weights_of(config), row(inputs(config), 0)
+  weights, cfg, through = values_of(model), reference_config(config), reached(config, given)
+  before = np.asarray(run(model, batch_of(given)))[0]
+  slow = reference.logits(weights, cfg, given)[0]
+  across = 0
+  for place in range(given["tokens"].shape[1]):
+    changed = given["tokens"].copy()
+    changed[0, place] = (changed[0, place] + 1) % 30
+    after = np.asarray(run(model, batch_of({**given, "tokens": changed})))[0]
+    moved = np.abs(reference.logits(weights, cfg, {**given, "tokens": changed})[0] - slow).max(-1)
+    same = moved < 1e-12  # float64 leaves what is not reached as it was, up to 2^-52
+    assert same[~through[:, place]].all(), f"token {place} reaches further than `reached` says"
+    assert_array_equal(after[same], before[same], err_msg=f"token {place}")
+    assert (np.abs(after - before).max(-1)[moved > 1e-4] > 0).all(), f"token {place}"
+    across += (~same & (given["segments"][0] != given["segments"][0, place])).sum()
+  assert across  # the case is one: a token moved another document's
+
+
 @pytest.mark.parametrize("name", [name for name in PLAIN if "source" in inputs(VARIANTS[name])])
 def test_a_source_token_changes_the_target_of_its_number_alone_bit_for_bit(name):
   config = VARIANTS[name]
@@ -83,13 +129,14 @@ def test_a_source_token_changes_the_target_of_its_number_alone_bit_for_bit(name)
     assert (np.abs(after - before).max(-1)[~same] > 0).all()
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [name for name in PLAIN if mixing(VARIANTS[name]) != "all"])
 def test_a_packed_document_equals_itself_alone(name):
   config = VARIANTS[name]
+  number = 2 if mixing(config) == "none" else 1  # what comes first has nothing before it
   model, given = weights_of(config), row(inputs(config), 0)
   packed = np.asarray(run(model, batch_of(given)))[0]
-  here = given["segments"][0] == 2
-  there = given.get("source_segments", given["segments"])[0] == 2
+  here = given["segments"][0] == number
+  there = given.get("source_segments", given["segments"])[0] == number
   alone = {}
   for key, array in given.items():  # the document first, padding after it: the same shapes
     part = array[:, there if key.startswith("source") else here]
@@ -100,7 +147,8 @@ def test_a_packed_document_equals_itself_alone(name):
   assert_allclose(logits, packed[here], rtol=0, atol=ROUNDING[config.dtype] * size)
 
 
-PREFIXES = {
+OTHERS = {
+  "roomy": {"moe.experts": 4, "moe.top_k": 2, "moe.capacity": 2.0},
   "prefix_full": {"attention.mask": "prefix"},
   "prefix_window": {
     "attention.mask": "prefix", "attention.pattern": ("window",), "attention.window": 2,
@@ -109,15 +157,15 @@ PREFIXES = {
 }
 
 
-@pytest.mark.parametrize("name", [*CACHED, *PREFIXES])
+@pytest.mark.parametrize("name", [*CACHED, *OTHERS])
 def test_decoding_with_the_cache_equals_the_row_in_the_reference(name):
-  config = make_config(**PREFIXES[name]) if name in PREFIXES else VARIANTS[name]
+  config = make_config(**OTHERS[name]) if name in OTHERS else VARIANTS[name]
   model, given = weights_of(config), whole_rows(config)
   expected = reference.logits(values_of(model), reference_config(config), given)
 
   @jax.jit
   def step(model, batch, cache):
-    x_btd, cache = model.hidden(batch, cache)
+    x_btd, cache, _ = model.hidden(batch, cache)
     return model.logits(x_btd), cache
 
   own = [key for key in given if not key.startswith("source")]

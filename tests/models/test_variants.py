@@ -85,6 +85,8 @@ def unused(path, config) -> bool:
   """Weights that the loss of this kind never reads, or that shift every score alike."""
   if path.startswith("pooler"):
     return True  # read by one of the poolings alone
+  if path.endswith(("moe/bias_e", "moe/noise_de")):
+    return True  # moves choices alone; is added in training alone
   return path.endswith("attention/key_bias_kh")  # q · bias is the same for all keys of a query
 
 

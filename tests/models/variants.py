@@ -94,6 +94,19 @@ ROWS = {
     "attention.kernel": "blockwise", "attention.block": 16, "context": 40, "attention.window": 9,
     "attention.pattern": ("window",), "layers": 1, "norm.final": False,
   },
+  "mla": {
+    "kv_heads": 0, "attention.latent.kv_rank": 12, "attention.latent.query_rank": 10,
+    "attention.latent.rope_dim": 6, "attention.latent.nope_dim": 5,
+    "attention.latent.value_dim": 7, "position.layout": "interleaved", "position.scaling": "yarn",
+    "position.factor": 4.0, "position.original_context": 8, "position.attention_factor": 1.2,
+    "attention.scale": 0.4, "layers": 3,
+  },
+  "mla_strips": {
+    "kv_heads": 0, "attention.latent.kv_rank": 8, "attention.latent.rope_dim": 4,
+    "attention.latent.nope_dim": 4, "attention.latent.value_dim": 5, "attention.window": 9,
+    "attention.kernel": "blockwise", "attention.block": 16, "context": 40,
+    "attention.pattern": ("window",), "layers": 1,
+  },
   "both_ways": {"attention.mask": "bidirectional", "embed.types": 2, "block": "parallel",
                 "norm.place": "sandwich"},
   "bf16": {"dtype": "bfloat16", "attention.sinks": True},
@@ -137,6 +150,26 @@ ROWS = {
     "vision.activation": "gelu", "vision.eps": 1e-2, "position.kind": "learned",
     "vision.image_token": 38,
   },
+  "mixtral": {"moe.experts": 4, "attention.window": 5, "attention.pattern": ("window",)},
+  "deepseek": {
+    "moe.experts": 8, "moe.top_k": 3, "moe.width": 16, "moe.shared": 1, "moe.dense_first": 1,
+    "moe.router": "sigmoid", "moe.bias": True, "moe.groups": 4, "moe.top_groups": 2,
+    "moe.scale": 2.5, "layers": 4, "attention.pattern": ("full", "window"), "attention.window": 4,
+    "remat": "full",
+  },
+  "switch": {
+    "moe.experts": 4, "moe.top_k": 1, "moe.renormalize": False, "moe.capacity": 0.8,
+    "activation": "relu", "norm.place": "sandwich", "scan": False, "moe.dense_first": 1,
+  },
+  "vmoe": {
+    "moe.experts": 4, "moe.capacity": 0.7, "moe.drop": "lightest", "moe.noisy": True,
+    "kind": "encoder", "activation": "gelu", "norm.place": "post",
+  },
+  "expert_choice": {
+    "moe.experts": 4, "moe.router": "expert_choice", "moe.shared": 2, "moe.width": 12,
+    "block": "parallel", "remat": "save_projections",
+  },
+  "hash": {"moe.experts": 5, "moe.router": "hash", "block": "parallel_shared", "remat": "dots"},
   # What a forward pass in float64 cannot have: the reference is compared without dropping.
   "dropout": {"dropout": 0.3},
 }

@@ -37,11 +37,11 @@ SMALL = 20_000  # scalars, scales of norms, positions and segments
 
 
 @functools.cache
-def traffic(zero=3, accumulation=1, **sizes) -> dict:
+def traffic(zero=3, accumulation=1, config=CONFIG, **sizes) -> dict:
   """Bytes a step sends, by (kind, axes)."""
   mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
-  train = dataclasses.replace(CONFIG.train, zero=zero, accumulation=accumulation)
-  config = dataclasses.replace(CONFIG, train=train)
+  train = dataclasses.replace(config.train, zero=zero, accumulation=accumulation)
+  config = dataclasses.replace(config, train=train)
   state, step = abstract_state(config, mesh), compile_step(config, mesh)
   batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), made_up_batch(CONFIG))
   with jax.set_mesh(mesh):
@@ -109,3 +109,19 @@ def test_a_pipeline_sends_two_streams_a_tick():
   assert permutes == near(2 * ticks * STREAM // (4 * 2))  # of a microbatch's rows on one device
   # Embedding and head are added over stages.
   assert found.pop(("all-reduce", ("stage",))) == near(ALL - BLOCKS)
+
+
+def test_experts_exchange_rows_four_times_a_layer_and_their_weights_never():
+  config = override(CONFIG, ["--config.model.moe.experts=8", "--config.model.moe.width=64"])
+  model = abstract(config.model)
+  experts = size_of([getattr(model.decoder.blocks.moe, f"{name}_e{io}") for name, io in (
+    ("gate", "df"), ("up", "df"), ("down", "fd"),
+  )])
+  found = dict(traffic(config=config, expert=8))
+  # There is room for all rows of one device on each other; two ways there, two back.
+  rows = 8 * (ROWS // 8) * T
+  assert took(found, "all-to-all") == near(LAYERS * 4 * rows * D * 4)
+  assert took(found, "all-reduce") == near(size_of(model) - experts)
+  # XLA's CPU backend gathers what it takes the largest of: every row's scores.
+  assert took(found, "all-gather") == near(LAYERS * 4 * ROWS * T * 8)
+  nothing_else(found)

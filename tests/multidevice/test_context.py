@@ -29,6 +29,7 @@ class Case:
   sinks: bool = False
   bias: str = ""
   t: int = T
+  value: int = H
 
 
 CASES = {
@@ -43,13 +44,15 @@ CASES = {
   "alibi": Case(bias="alibi"),
   "table": Case(Rule(causal=False), bias="table", sinks=True),
   "odd shards": Case(t=20),
+  "narrow values": Case(value=5),
 }
 
 
 def _inputs(case):
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-  q, k, v, cot = (draw(B, case.t, n, H) for n in (N, K, K, N))
+  q, k = (draw(B, case.t, n, H) for n in (N, K))
+  v, cot = (draw(B, case.t, n, case.value) for n in (K, N))
   extra = {}
   if case.sinks:
     extra["sinks_n"] = draw(N)
@@ -102,7 +105,7 @@ def test_ring_equals_whole_rows(case, quick_compile):
   _compare(case, "ring", {"context": 4, "tensor": 2})
 
 
-@pytest.mark.parametrize("name", ["packed", "window", "prefix", "table"])
+@pytest.mark.parametrize("name", ["packed", "window", "prefix", "table", "narrow values"])
 @pytest.mark.parametrize("context", ["gather", "all_to_all"])
 def test_the_other_ways_equal_whole_rows(context, name, quick_compile):
   _compare(CASES[name], context, {"context": 2, "tensor": 2})

@@ -39,7 +39,8 @@ BASE = (
 
 def experiment(*changes, devices=8) -> Config:
   """A small experiment with most of what can go wrong on a mesh; `changes` are `key=value`."""
-  config = override(Config(), [f"--config.{change}" for change in (*BASE, *changes)])
+  values = dict(change.split("=", 1) for change in (*BASE, *changes))  # given twice, tuples add up
+  config = override(Config(), [f"--config.{key}={value}" for key, value in values.items()])
   small = shrink(config, devices)
   rows = (8 if devices == 8 else devices) * small.train.accumulation
   return dataclasses.replace(small, data=dataclasses.replace(small.data, batch_size=rows))

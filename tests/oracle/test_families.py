@@ -36,7 +36,8 @@ def _theirs(name):
   config._attn_implementation = "eager"
   model = model_class(config).eval()
   with torch.no_grad():
-    for path, weight in model.named_parameters():
+    biases = [pair for pair in model.named_buffers() if "correction_bias" in pair[0]]
+    for path, weight in [*model.named_parameters(), *biases]:
       rng = np.random.default_rng(zlib.crc32(path.encode()))
       drawn = rng.standard_normal(tuple(weight.shape)) * 0.3
       plain_scale = "norm" in path.lower() and path.endswith("weight") and "gemma" not in name

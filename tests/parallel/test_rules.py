@@ -43,6 +43,8 @@ def abstract_mesh(data, fsdp, tensor, stage=1):
     ("dkh", WEIGHTS, P("fsdp", "tensor", None)),
     ("vd", WEIGHTS, P("tensor", "fsdp")),
     ("d", WEIGHTS, P("fsdp")),
+    ("dr", WEIGHTS, P("fsdp", None)),
+    ("rnh", WEIGHTS, P("fsdp", "tensor", None)),
     ("", WEIGHTS, P()),
     ("btd", ACTIVATIONS, P(("data", "fsdp", "expert"), "context", None)),
     ("btnh", ACTIVATIONS, P(("data", "fsdp", "expert"), "context", "tensor", None)),

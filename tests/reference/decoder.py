@@ -5,6 +5,7 @@ Covers the config space of the library: decoder (with images), encoder, encoder-
 
 import numpy as np
 
+from tests.reference.experts import moe
 from tests.reference.model_layers import (
   ACTIVATION,
   attend,
@@ -32,9 +33,31 @@ def projected(x, w, name, letter, cfg, normed):
   return norm(y, below(w, f"{name}_norm"), cfg) if normed else y
 
 
+def latent_attention(x, w, cfg, view):
+  """DeepSeek-V2, eq. 9 to 19, a head at a time."""
+  positions_bt, see_bts, _, layer = view[:4]
+  nope, heads = cfg["attention.latent.nope_dim"], w["key_up_rnh"].shape[1]
+  turn = lambda x_bth: rotary(x_bth[:, :, None], positions_bt, cfg, layer == "window")[:, :, 0]  # noqa: E731
+  c_query = norm(x @ w["query_down_dr"], below(w, "query_norm"), cfg) if "query_down_dr" in w else x
+  query = w.get("query_up_rnh", w.get("query_dnh"))
+  c = norm(x @ w["latent_dr"], below(w, "latent_norm"), cfg)
+  k_rope = turn(x @ w["key_rope_dh"])
+  y = 0.0
+  for i in range(heads):
+    q = c_query @ query[:, i]
+    q = np.concatenate([q[..., :nope], turn(q[..., nope:])], axis=-1)
+    k = np.concatenate([c @ w["key_up_rnh"][:, i], k_rope], axis=-1)
+    v = c @ w["value_up_rnh"][:, i]
+    o = attend(q[:, :, None], k[:, :, None], v[:, :, None], see_bts, cfg)[:, :, 0]
+    y = y + o @ w["out_nhd"][i]
+  return y
+
+
 def self_attention(x, w, cfg, view):
   """A row that looks at itself."""
-  positions_bt, see_bts, bias_bnts, layer = view
+  if "latent_dr" in w:
+    return latent_attention(x, w, cfg, view)
+  positions_bt, see_bts, bias_bnts, layer = view[:4]
   normed = cfg["attention.qk_norm"] != "none"
   q = projected(x, w, "query", "n", cfg, normed)
   k = projected(x, w, "key", "k", cfg, normed)
@@ -55,7 +78,11 @@ def cross_attention(x, w, cfg, memory, see_bts):
 
 
 def block(x, w, cfg, view, source):
-  """One block; `source` is (memory, who sees what of it) where there is cross attention."""
+  """One block.
+
+  `view` is (positions, who sees whom, biases, kind of layer, tokens, which are real); `source` is
+  (memory, who sees what of it) where there is cross attention.
+  """
 
   def sublayer(name, function):
     place = cfg["norm.place"]
@@ -72,7 +99,9 @@ def block(x, w, cfg, view, source):
     return self_attention(y, below(w, "attention"), cfg, view)
 
   def feed(y):
-    return mlp(y, below(w, "mlp"), cfg)
+    if "mlp/up_df" in w:
+      return mlp(y, below(w, "mlp"), cfg)
+    return moe(y, below(w, "moe"), cfg, *view[4:])[0]
 
   if cfg["block"] != "sequential":
     return parallel_block(x, w, cfg, look, feed)
@@ -93,17 +122,24 @@ def parallel_block(x, w, cfg, look, feed):
   return x + looked + fed
 
 
-def stack(x, w, cfg, causal, positions, segments, prefix=None, source=None):
-  """Blocks one after another, each of its kind in the pattern, and the last norm."""
+def stack(x, w, cfg, causal, positions, segments, prefix=None, source=None, tokens=None):
+  """Blocks one after another, each of its kind in the pattern, and the last norm.
+
+  The first may be dense where the others have experts; they are then a group of their own.
+  """
   bias = biases(cfg, causal, positions, w.get("relative_in"))
   see = {
     layer: masks(layer, cfg, causal, positions, segments, prefix)
     for layer in set(cfg["attention.pattern"])
   }
-  for number in range(len(w["blocks/mlp/up_df"])):
-    own = {path: array[number] for path, array in below(w, "blocks").items()}
+  layers = []
+  for group in (below(w, "first"), below(w, "blocks")):
+    count = len(group["attention/out_nhd"]) if group else 0
+    layers += [{path: array[i] for path, array in group.items()} for i in range(count)]
+  for number, own in enumerate(layers):
     layer = cfg["attention.pattern"][number % len(cfg["attention.pattern"])]
-    x = block(x, own, cfg, (positions, see[layer], bias, layer), source)
+    view = (positions, see[layer], bias, layer, tokens, segments > 0)
+    x = block(x, own, cfg, view, source)
   if cfg["norm.final"] and cfg["norm.place"] != "post":
     x = norm(x, below(w, "norm"), cfg)
   return x
@@ -168,7 +204,8 @@ def decoded(weights, cfg, batch):
   x = embedded(weights, cfg, tokens, positions, batch.get("types"), images)
   prefix = batch.get("prefix") if cfg["attention.mask"] == "prefix" else None
   causal = cfg["attention.mask"] != "bidirectional"
-  return stack(x, below(weights, "decoder"), cfg, causal, positions, segments, prefix, source)
+  w = below(weights, "decoder")
+  return stack(x, w, cfg, causal, positions, segments, prefix, source, tokens)
 
 
 def read_source(weights, cfg, batch, segments):
@@ -189,7 +226,8 @@ def features(weights, cfg, batch):
   x = embedded(weights, cfg, tokens, positions, batch.get("types"))
   causal = cfg["attention.mask"] in ("causal", "prefix")
   prefix = batch.get("prefix") if cfg["attention.mask"] == "prefix" else None
-  return stack(x, below(weights, "encoder"), cfg, causal, positions, segments, prefix)
+  w = below(weights, "encoder")
+  return stack(x, w, cfg, causal, positions, segments, prefix, tokens=tokens)
 
 
 def masked_token_head(weights, cfg, x):

@@ -210,7 +210,7 @@ def attend(q_btnh, k_bskh, v_bskh, see_bts, cfg, bias_bnts=None, sinks_n=None):
   """
   b, _, n, h = q_btnh.shape
   group = n // k_bskh.shape[2]
-  o = np.zeros_like(q_btnh)
+  o = np.zeros((*q_btnh.shape[:3], v_bskh.shape[-1]))
   for row, head in np.ndindex(b, n):
     scores = q_btnh[row, :, head] @ k_bskh[row, :, head // group].T
     scores = scores * (cfg["attention.scale"] or 1 / math.sqrt(h))

@@ -112,7 +112,7 @@ def test_a_step_reports_cross_entropy_and_differentiates_the_objective(accumulat
   model, batch = weights_of(config), batch_of(given, targets_bt=targets, loss_mask_bt=weights)
   terms = dataclasses.replace(TERMS, chunk=5)
   run = jax.jit(loss_and_grad, static_argnums=(2, 3))
-  loss, grads, count = run(model, batch, accumulation, terms)
+  loss, grads, count, _ = run(model, batch, accumulation, terms)
   values, cfg = values_of(model), reference_config(config)
 
   def mean(values):

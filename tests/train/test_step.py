@@ -18,6 +18,7 @@ from llmjax.train.config import Config, TrainConfig
 from llmjax.train.optim import OptimConfig
 from llmjax.train.state import abstract_state, init_sharded
 from llmjax.train.step import compile_step, loss_and_grad, micro_batches
+from tests.models.variants import VARIANTS, batch_of, inputs, scored_places, weights_of
 
 ROWS = 4
 # Sums over 40 predictions in another grouping, through two layers: some 2^5 roundings of 2^-24 of
@@ -70,7 +71,7 @@ def test_the_rows_do_differ_in_predictions(batch):
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_loss_and_gradient_are_those_of_the_plain_mean(tiny_decoder, batch, plain, accumulation):
-  loss, grads, count = micro(tiny_decoder, batch, accumulation)
+  loss, grads, count, _ = micro(tiny_decoder, batch, accumulation)
   assert float(count) == float(batch.loss_mask_bt.sum())
   assert_allclose(loss, plain[0], rtol=1e-6)
   assert_close(grads, plain[1])
@@ -78,7 +79,7 @@ def test_loss_and_gradient_are_those_of_the_plain_mean(tiny_decoder, batch, plai
 
 def test_a_batch_without_predictions_has_no_loss_and_no_gradient(tiny_decoder, batch):
   empty = dataclasses.replace(batch, loss_mask_bt=jnp.zeros_like(batch.loss_mask_bt))
-  loss, grads, count = micro(tiny_decoder, empty, 2)
+  loss, grads, count, _ = micro(tiny_decoder, empty, 2)
   assert float(loss) == float(count) == 0
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
@@ -141,3 +142,13 @@ def test_a_batch_that_does_not_divide_is_a_user_error(tiny_config, accumulation)
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   with pytest.raises(UserError, match=rf"batch_size 4 .* train.accumulation {accumulation}"):
     compile_step(experiment(tiny_config, accumulation), mesh)
+
+
+def test_images_without_tokens_train_too(quick_compile):
+  config = VARIANTS["vit_mean"]
+  given = inputs(config)
+  targets, weights = scored_places(config, given)
+  batch = batch_of(given, targets_bt=jnp.asarray(targets), loss_mask_bt=jnp.asarray(weights))
+  loss, grads, count, routing = micro(weights_of(config), batch, 2)
+  assert routing is None and np.isfinite(loss) and float(count) == float(weights.sum())
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(grads))

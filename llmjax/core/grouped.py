@@ -1,0 +1,191 @@
+"""`grouped_dot`: rows in runs, each run times the weight of its own group.
+
+What `core.dot` is for one weight, this is for a stack of experts. A TPU has a kernel for it. On a
+CPU it goes through each run in blocks of rows: XLA has `ragged_dot` there as a product with every
+expert's weight.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.core.platform import platform
+
+KERNELS = ("auto", "blocks", "ragged", "megablox")
+BLOCKS = (256, 64)  # rows of one product on a CPU; a run wastes half a small one on average
+TILE = (512, 1024, 1024)  # rows, summed over, made: of one step of the TPU's kernel
+
+
+def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
+  """Multiplies each run of rows with its group's weight.
+
+  Args:
+    x_td: rows, those of group 0 first.
+    w_edf: a weight for each group, any float dtype; cast to the dtype of `x_td`.
+    sizes_e: int32 rows of each group; their sum may be less than t.
+    kernel: blocks; ragged (`jax.lax.ragged_dot`); megablox (Pallas, TPU; interpreted elsewhere);
+      auto is blocks on CPU, megablox on TPU, ragged on GPU.
+  Returns:
+    y_tf in the dtype of `x_td`, summed in fp32; zeros in rows that are of no group.
+  """
+  if kernel == "auto":
+    kernel = {"cpu": "blocks", "tpu": "megablox"}.get(platform(), "ragged")
+  return _grouped(kernel, x_td, w_edf, sizes_e)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(kernel, x_td, w_edf, sizes_e):
+  return _forward(kernel, x_td, w_edf, sizes_e)[0]
+
+
+def _forward(kernel, x_td, w_edf, sizes_e):
+  low_edf = w_edf.astype(x_td.dtype)
+  residuals = (x_td, low_edf, sizes_e, jnp.zeros((), w_edf.dtype))
+  return _in_runs(_MULTIPLY[kernel](x_td, low_edf, sizes_e), kernel, sizes_e), residuals
+
+
+def _backward(kernel, residuals, grad_tf):
+  """Written out because jax would round a weight's gradient to the dtype of its rows."""
+  x_td, low_edf, sizes_e, like = residuals
+  grad_tf = _in_runs(grad_tf.astype(x_td.dtype), kernel, sizes_e)
+  grad_x = _MULTIPLY[kernel](grad_tf, low_edf, sizes_e, transposed=True)
+  grad_w = _OUTER[kernel](x_td, grad_tf, sizes_e)
+  return _in_runs(grad_x, kernel, sizes_e), grad_w.astype(like.dtype), None
+
+
+def _in_runs(y_tf, kernel, sizes_e):
+  """Zeros where a row is of no group, which `blocks` sees to by itself."""
+  if kernel == "blocks":
+    return y_tf
+  return jnp.where(jnp.arange(len(y_tf))[:, None] < sizes_e.sum(), y_tf, 0)
+
+
+_grouped.defvjp(_forward, _backward)
+
+
+def _ragged(x_td, w_edf, sizes_e, transposed: bool = False):
+  if transposed:
+    w_edf = w_edf.swapaxes(1, 2)
+  y_tf = jax.lax.ragged_dot(x_td, w_edf, sizes_e, preferred_element_type=jnp.float32)
+  return y_tf.astype(x_td.dtype)
+
+
+def _ragged_outer(x_td, grad_tf, sizes_e):
+  """As `_outer`: the rows are what is summed over."""
+  rows = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+  return jax.lax.ragged_dot_general(
+    x_td, grad_tf, sizes_e, rows, preferred_element_type=jnp.float32
+  )
+
+
+def _megablox(x_td, w_edf, sizes_e, transposed: bool = False):
+  # Here, because Pallas takes longer to import than the rest of the library.
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+  width = w_edf.shape[1 if transposed else 2]
+  padded_td, tiling, interpret = _tiles(x_td, width)
+  y_tf = gmm(
+    padded_td, w_edf, sizes_e, x_td.dtype, tiling, transpose_rhs=transposed, interpret=interpret
+  )
+  return y_tf[: len(x_td)]
+
+
+def _megablox_outer(x_td, grad_tf, sizes_e):
+  """As `_outer`."""
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+  padded_td, tiling, interpret = _tiles(x_td, grad_tf.shape[1])
+  grad_tf = jnp.pad(grad_tf, ((0, len(padded_td) - len(grad_tf)), (0, 0)))
+  return tgmm(padded_td.T, grad_tf, sizes_e, jnp.float32, tiling, interpret=interpret)
+
+
+def _tiles(x_td, width: int):
+  """(x with rows added to fill the last tile, the tile's sizes, whether to interpret)."""
+  t, d = x_td.shape
+  rows = min(TILE[0], _ceil(t, 128) * 128)
+  padded_td = jnp.pad(x_td, ((0, -t % rows), (0, 0)))
+  return padded_td, (rows, min(TILE[1], d), min(TILE[2], width)), platform() != "tpu"
+
+
+def _multiply(x_td, w_edf, sizes_e, transposed: bool = False):
+  """Writes each block of rows in its place."""
+  eq = "td,fd->tf" if transposed else "td,df->tf"
+
+  def group(y_tf, given):
+    w_df, start, size = given
+
+    def step(y_tf, at, block, mine_t):
+      made = jnp.einsum(eq, _rows(x_td, at, block), w_df, preferred_element_type=jnp.float32)
+      made = made.astype(y_tf.dtype)
+      if mine_t is not None:
+        made = jnp.where(mine_t[:, None], made, _rows(y_tf, at, block))
+      return jax.lax.dynamic_update_slice_in_dim(y_tf, made, at, 0)
+
+    return _over_blocks(step, y_tf, start, size, len(x_td)), None
+
+  y_tf = jnp.zeros((len(x_td), w_edf.shape[1 if transposed else 2]), x_td.dtype)
+  return jax.lax.scan(group, y_tf, (w_edf, _starts(sizes_e), sizes_e))[0]
+
+
+def _outer(x_td, grad_tf, sizes_e):
+  """Sums x ⊗ grad over each run: the weights' gradient [e, d, f], fp32."""
+  x_dt = jax.lax.optimization_barrier(x_td.T)  # else each block's product turns its own, slowly
+
+  def group(_, given):
+    start, size = given
+
+    def step(total_df, at, block, mine_t):
+      pair = jax.lax.dynamic_slice_in_dim(x_dt, at, block, axis=1), _rows(grad_tf, at, block)
+      if mine_t is not None:
+        pair = jnp.where(mine_t, pair[0], 0), jnp.where(mine_t[:, None], pair[1], 0)
+      return total_df + jnp.einsum("dt,tf->df", *pair, preferred_element_type=jnp.float32)
+
+    zeros_df = jnp.zeros((len(x_dt), grad_tf.shape[1]), jnp.float32)
+    return None, _over_blocks(step, zeros_df, start, size, len(x_td))
+
+  return jax.lax.scan(group, None, (_starts(sizes_e), sizes_e))[1]
+
+
+def _over_blocks(step, carry, start, size, t: int):
+  """Goes through a run in large blocks, then small ones, of which the last is not filled.
+
+  Args:
+    step: (carry, first row, rows, bool for those of this step; None: all are) → carry.
+    carry: what steps pass on.
+    start: the run's first row.
+    size: its rows.
+    t: rows of all runs; a block at their end begins sooner.
+  """
+  blocks = [block for block in BLOCKS if block <= t] or [t]
+  for block in blocks:
+    whole = block > blocks[-1]
+
+    def body(number, carry, block=block, whole=whole, start=start, end=start + size):
+      at = start + number * block
+      if whole:
+        return step(carry, at, block, None)
+      first = jnp.minimum(at, t - block)
+      row_t = first + jnp.arange(block)
+      return step(carry, first, block, (row_t >= at) & (row_t < end))
+
+    count = size // block if whole else _ceil(size, block)
+    carry = jax.lax.fori_loop(0, count, body, carry)
+    start, size = start + count * block, size - count * block
+  return carry
+
+
+def _rows(x_td, at, block: int):
+  return jax.lax.dynamic_slice_in_dim(x_td, at, block)
+
+
+def _starts(sizes_e):
+  return jnp.cumsum(sizes_e) - sizes_e
+
+
+def _ceil(size, block: int):
+  return (size + block - 1) // block
+
+
+_MULTIPLY = {"blocks": _multiply, "ragged": _ragged, "megablox": _megablox}
+_OUTER = {"blocks": _outer, "ragged": _ragged_outer, "megablox": _megablox_outer}

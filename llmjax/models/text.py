@@ -1,0 +1,102 @@
+"""What models of text share: a token table that the head reads too, and a stack of blocks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmjax.data.batch import Batch
+from llmjax.models.config import ModelConfig
+from llmjax.models.stack import Stack, positions_of
+from llmjax.nn.cache import Cache
+from llmjax.nn.dropout import dropout
+from llmjax.nn.embed import Embed
+
+
+class TextModel(nnx.Module):
+  """Tokens in, a score of every token out; a kind adds its stack, and what it alone does.
+
+  Args:
+    key: PRNG key of the embedding.
+    config: the architecture, `vocab_size` filled in.
+  """
+
+  def __init__(self, key, config: ModelConfig):
+    self.config = config
+    self.embed = Embed(
+      key, config.dims, config.embed, config.position, config.norm, config.tie_embeddings
+    )
+
+  def __call__(self, tokens_bt, segments_bt=None, positions_bt=None, cache: Cache | None = None):
+    """Scores every token at every position: (logits_btv in fp32, cache); see `hidden`."""
+    batch = Batch(tokens_bt, segments_bt=segments_bt, positions_bt=positions_bt)
+    x_btd, cache, _ = self.hidden(batch, cache)
+    return self.logits(x_btd), cache
+
+  @property
+  def stack(self) -> Stack:
+    """The stack of a decoder or an encoder, called like its kind."""
+    return getattr(self, self.config.kind)
+
+  @property
+  def head(self) -> Embed:
+    """The module whose `logits(x_btd)` scores every token."""
+    return self.embed
+
+  def logits(self, x_btd):
+    """Scores every token: logits_btv, fp32."""
+    return self.head.logits(x_btd)
+
+  def hidden(self, batch: Batch, cache: Cache | None = None, key=None):
+    """Runs everything before the head.
+
+    Args:
+      batch: tokens, and whatever else the config knows: segments, positions, types, prefix,
+        patches.
+      cache: keys and values so far; new ones go to slot `positions_bt`.
+      key: PRNG key of dropout; None drops nothing.
+    Returns:
+      (x_btd, the cache with these positions in it or None, what routers did or None).
+    """
+    x_btd, cache, routing = self._run(batch, cache, key)
+    return self._transform(x_btd), cache, routing
+
+  def _run(self, batch: Batch, cache: Cache | None, key):
+    """Embedding and blocks: the same three as `hidden`."""
+    x_btd = self.enter(batch, key)
+    if cache is not None and cache.prefix_bs is not None and batch.prefix_bt is not None:
+      rows = jnp.arange(len(x_btd))[:, None]
+      prefix_bs = cache.prefix_bs.at[rows, positions_of(batch)].set(batch.prefix_bt)
+      cache = dataclasses.replace(cache, prefix_bs=prefix_bs)
+    return self.stack(x_btd, self.shared(batch, key, cache), cache)
+
+  def enter(self, batch: Batch, key=None):
+    """Runs everything before the blocks: x_btd. Arguments as of `hidden`."""
+    keys = split_or_none(key, 3)
+    return self._embedded(batch, keys[0], self._images(batch, keys[2]))
+
+  def shared(self, batch: Batch, key=None, cache: Cache | None = None):
+    """Makes what all blocks are given alike. Arguments as of `hidden`."""
+    return self.stack.shared(batch, split_or_none(key, 3)[1], cache)
+
+  def leave(self, x_btd):
+    """Runs everything between the blocks and the head: x_btd."""
+    return self._transform(self.stack.leave(x_btd))
+
+  def _embedded(self, batch: Batch, key, images=None):
+    dtype = jnp.dtype(self.config.dtype)
+    x_btd = self.embed(batch.tokens_bt, positions_of(batch), dtype, batch.types_bt, images)
+    return dropout(x_btd, self.config.dropout, key)
+
+  def _images(self, batch: Batch, key):
+    """What stands in for image tokens, of a kind that reads images."""
+
+  def _transform(self, x_btd):
+    """What a kind does between its stack and the head."""
+    return x_btd
+
+
+def split_or_none(key, number: int):
+  """Splits a key of dropout; None, which drops nothing, into as many."""
+  return [None] * number if key is None else jax.random.split(key, number)

@@ -1,0 +1,280 @@
+"""Routers: which experts a token goes to and with what weights, and sums that say how evenly.
+
+Pure functions in fp32. What cannot be chosen (padding, a token over capacity) goes to expert number
+e, which does not exist. Every term is a sum over tokens beside their count, so that micro-batches
+add up and are divided once.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.core.choices import check_choice, check_least
+from llmjax.core.errors import UserError
+
+ROUTERS = ("softmax", "sigmoid", "expert_choice", "hash")
+DROPS = ("last", "lightest")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+  """Feed-forward layers of experts.
+
+  Attributes:
+    experts: how many (e); 0 means dense layers.
+    top_k: experts a token goes to; of expert_choice, on average.
+    width: feed-forward width of an expert; 0 means `mlp_width`.
+    shared: experts that all tokens go to, as one layer so many times `width`.
+    dense_first: first layers that are dense, `mlp_width` wide.
+    router: softmax, sigmoid, expert_choice (experts choose tokens; looks ahead), hash (of the id).
+    renormalize: weights of the chosen experts sum to 1, rather than to their share of all.
+    scale: factor on the weights.
+    groups: groups of experts next to each other, of which a token may use `top_groups`.
+    top_groups: see `groups`.
+    noisy: learned noise on the scores in training.
+    bias: scores get a bias where experts are picked, moved towards even load (`optim.bias_rate`).
+    capacity: most tokens of a row that an expert takes, as a multiple of its even share; 0: all.
+      A token's experts then depend on its whole row; with top_k 1 and drop=last, on what is before.
+    drop: over capacity go the last tokens of a row (second choices first), or the lightest.
+  """
+
+  experts: int = 0
+  top_k: int = 2
+  width: int = 0
+  shared: int = 0
+  dense_first: int = 0
+  router: str = "softmax"
+  renormalize: bool = True
+  scale: float = 1.0
+  groups: int = 1
+  top_groups: int = 1
+  noisy: bool = False
+  bias: bool = False
+  capacity: float = 0.0
+  drop: str = "last"
+
+  def __post_init__(self):
+    check_choice("model.moe.router", self.router, ROUTERS)
+    check_choice("model.moe.drop", self.drop, DROPS)
+    check_least(
+      "model.moe", self, experts=0, top_k=1, width=0, shared=0, dense_first=0, groups=1,
+      top_groups=1, capacity=0,
+    )
+    fields = dataclasses.fields(self)
+    changed = [field.name for field in fields if getattr(self, field.name) != field.default]
+    if not self.experts:
+      if changed:
+        raise UserError(f"model.moe.{changed[0]} changes nothing without model.moe.experts")
+      return
+    if self.experts % self.groups:
+      raise UserError(f"model.moe.experts {self.experts} is not a multiple of groups {self.groups}")
+    if self.top_groups > self.groups:
+      raise UserError(f"model.moe.top_groups {self.top_groups} of {self.groups} groups")
+    if self.top_k > self.experts // self.groups * self.top_groups:
+      raise UserError(
+        f"model.moe.top_k {self.top_k} is more than the "
+        f"{self.experts // self.groups * self.top_groups} experts a token may use"
+      )
+    if self.scale <= 0:
+      raise UserError(f"model.moe.scale {self.scale} is not positive")
+    if self.router in ("expert_choice", "hash"):
+      for key in ("bias", "noisy", "groups", "renormalize", "drop"):
+        if key in changed:
+          raise UserError(f"model.moe.{key} changes nothing with router={self.router}")
+    if "drop" in changed and not self.capacity:
+      raise UserError("model.moe.drop changes nothing without model.moe.capacity")
+
+  def slots(self, length: int) -> int:
+    """Tokens of a row of `length` that an expert takes; 0 means any number."""
+    factor = self.capacity or (1.0 if self.router == "expert_choice" else 0.0)
+    return min(length, math.ceil(factor * length * self.top_k / self.experts))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routes:
+  """Where tokens go.
+
+  Attributes:
+    experts_btj: int32; e where a token's j-th place is empty.
+    weights_btj: fp32 factors on what the experts return.
+  """
+
+  experts_btj: jax.Array
+  weights_btj: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+  """What a layer's router did, as fp32 sums over tokens; stacked over layers with a leading `l`.
+
+  Attributes:
+    tokens: how many.
+    load_e: places that tokens wanted at each expert.
+    dropped: places refused for capacity.
+    entropy: of the router's distribution, in nats.
+    balance: Switch loss of the batch, times tokens.
+    sequence: the same of each row, times its tokens.
+    z: squared log of the softmax's sum.
+  """
+
+  tokens: jax.Array
+  load_e: jax.Array
+  dropped: jax.Array
+  entropy: jax.Array
+  balance: jax.Array
+  sequence: jax.Array
+  z: jax.Array
+
+
+def route(config: MoeConfig, logits_bte, real_bt, bias_e=None) -> tuple[Routes, Routing]:
+  """Sends tokens to experts by their scores.
+
+  Args:
+    config: the router.
+    logits_bte: fp32 scores, noise added.
+    real_bt: bool, False for padding.
+    bias_e: added where experts are picked, not where they are weighted.
+  Returns:
+    (`Routes`, `Routing`).
+  """
+  sigmoid = config.router == "sigmoid"
+  scores_bte = jax.nn.sigmoid(logits_bte) if sigmoid else jax.nn.softmax(logits_bte)
+  # What is divided by a sum is a softmax of logarithms: scores may be as small as they like.
+  log_bte = jax.nn.log_sigmoid(logits_bte) if sigmoid else logits_bte
+  if config.router == "expert_choice":
+    routes = _experts_choose(config, scores_bte, real_bt)
+  else:
+    routes = _tokens_choose(config, scores_bte, log_bte, bias_e)
+  wanted = _mask(routes, real_bt, config.experts)
+  kept = wanted if config.router == "expert_choice" else _within_capacity(config, wanted)
+  share_bte = jax.nn.softmax(log_bte) if sigmoid else scores_bte
+  return kept, _routing(config, wanted, kept, share_bte, logits_bte, real_bt)
+
+
+def hashed(config: MoeConfig, tokens_bt, real_bt) -> tuple[Routes, Routing]:
+  """Sends each id to experts of its own, whatever it means.
+
+  Source: Roller et al. 2021, arXiv:2106.04426, sec. 3 (random hash).
+  """
+  mixed_bt = (tokens_bt.astype(jnp.uint32) + 1) * jnp.uint32(2654435761)  # Knuth's multiplier
+  first_bt = (mixed_bt >> 16) % config.experts
+  experts_btj = (first_bt[..., None] + jnp.arange(config.top_k)) % config.experts
+  weights_btj = jnp.full(experts_btj.shape, config.scale / config.top_k, jnp.float32)
+  wanted = _mask(Routes(experts_btj.astype(jnp.int32), weights_btj), real_bt, config.experts)
+  kept = _within_capacity(config, wanted)
+  even_bte = jnp.full((*tokens_bt.shape, config.experts), 1 / config.experts)
+  return kept, _routing(config, wanted, kept, even_bte, jnp.zeros_like(even_bte), real_bt)
+
+
+def _tokens_choose(config, scores_bte, log_bte, bias_e) -> Routes:
+  """Source: top k: Shazeer et al. 2017, arXiv:1701.06538, sec. 2.1; sigmoid, bias and groups:
+  DeepSeek-V3, arXiv:2412.19437, sec. 2.1.2."""
+  wanted_bte = jax.lax.stop_gradient(scores_bte)
+  if bias_e is not None:
+    wanted_bte = wanted_bte + jax.lax.stop_gradient(bias_e)
+  if config.groups > 1:
+    wanted_bte = _in_best_groups(config, wanted_bte)
+  experts_btj = jax.lax.top_k(wanted_bte, config.top_k)[1]
+  if config.renormalize:
+    weights_btj = jax.nn.softmax(jnp.take_along_axis(log_bte, experts_btj, axis=-1))
+  else:
+    weights_btj = jnp.take_along_axis(scores_bte, experts_btj, axis=-1)
+  return Routes(experts_btj, config.scale * weights_btj)
+
+
+def _in_best_groups(config, wanted_bte):
+  """Leaves the best groups' scores; a group is as good as its best expert (softmax, DeepSeek-V2) or
+  its best two together (sigmoid, DeepSeek-V3)."""
+  b, t, e = wanted_bte.shape
+  grouped = wanted_bte.reshape(b, t, config.groups, e // config.groups)
+  best = min(2 if config.router == "sigmoid" else 1, e // config.groups)
+  worth = jax.lax.top_k(grouped, best)[0].sum(-1)
+  chosen = jax.lax.top_k(worth, config.top_groups)[1]
+  here = (chosen[..., None] == jnp.arange(config.groups)).any(-2)
+  return jnp.where(here[..., None], grouped, -jnp.inf).reshape(b, t, e)
+
+
+def _experts_choose(config, scores_bte, real_bt) -> Routes:
+  """Each expert takes the tokens of a row that score highest with it.
+
+  Source: Zhou et al. 2022, arXiv:2202.09368, sec. 3.2. A token's experts depend on later tokens.
+  """
+  e = config.experts
+  slots = config.slots(scores_bte.shape[1])
+  scored_bet = jnp.where(real_bt[:, None], _coarse(scores_bte.swapaxes(1, 2)), -1.0)
+  worst_be1 = jax.lax.top_k(scored_bet, slots)[0][..., -1:]
+  # Of equal scores at the border the first tokens are taken, as top_k does.
+  above, equal = scored_bet > worst_be1, scored_bet == worst_be1
+  room = slots - above.sum(-1, keepdims=True)
+  taken_bte = (above | (equal & (jnp.cumsum(equal, -1) <= room))).swapaxes(1, 2)
+  numbers_e = jnp.arange(e, dtype=jnp.int32)
+  return Routes(jnp.where(taken_bte, numbers_e, e), config.scale * scores_bte)
+
+
+def _mask(routes: Routes, real_bt, e: int) -> Routes:
+  """Sends padding nowhere."""
+  experts_btj = jnp.where(real_bt[..., None], routes.experts_btj, e)
+  return Routes(experts_btj, jnp.where(experts_btj < e, routes.weights_btj, 0))
+
+
+def _within_capacity(config, routes: Routes) -> Routes:
+  """Takes places away from tokens that an expert of their row has no room for.
+
+  Source: capacity: Lepikhin et al. 2020, arXiv:2006.16668, alg. 1, with a row as the group;
+  by weight: Riquelme et al. 2021, arXiv:2106.05974, sec. 4.1.
+  """
+  b, t, j = routes.experts_btj.shape
+  slots = config.slots(t)
+  if not slots:
+    return routes
+  order_bi = jnp.arange(j * t)[None].repeat(b, 0)
+  experts_bi = routes.experts_btj.swapaxes(1, 2).reshape(b, j * t)  # first choices first
+  if config.drop == "lightest":
+    weights_bi = routes.weights_btj.swapaxes(1, 2).reshape(b, j * t)
+    order_bi = jnp.argsort(-_coarse(weights_bi), axis=1, stable=True)
+  sorted_bi = jnp.take_along_axis(experts_bi, order_bi, axis=1)
+  here_bie = sorted_bi[..., None] == jnp.arange(config.experts)
+  fits_bi = ((jnp.cumsum(here_bie, axis=1) <= slots) & here_bie).any(-1)
+  fits_bi = jnp.take_along_axis(fits_bi, jnp.argsort(order_bi, axis=1), axis=1)
+  fits_btj = fits_bi.reshape(b, j, t).swapaxes(1, 2)
+  return Routes(
+    jnp.where(fits_btj, routes.experts_btj, config.experts),
+    jnp.where(fits_btj, routes.weights_btj, 0),
+  )
+
+
+def _coarse(values):
+  """Rounds what tokens are compared by to 11 bits.
+
+  Alike tokens (first ones of documents, say) then stay equal, and in their order, however a mesh
+  rounds.
+  """
+  return jax.lax.reduce_precision(jax.lax.stop_gradient(values), exponent_bits=8, mantissa_bits=10)
+
+
+def _routing(config, wanted: Routes, kept: Routes, share_bte, logits_bte, real_bt) -> Routing:
+  """Source: balance: Fedus et al. 2021, arXiv:2101.03961, eq. 4, over a token's top k as in
+  DeepSeek-V3, eq. 17 to 20 (1 where load is even); z: Zoph et al. 2022, arXiv:2202.08906, eq. 5."""
+  e = config.experts
+  places_be = (wanted.experts_btj[..., None] == jnp.arange(e)).sum((1, 2)).astype(jnp.float32)
+  real_bt1 = real_bt[..., None].astype(jnp.float32)
+  shares_be = (share_bte * real_bt1).sum(1)
+
+  def even(places, shares):  # e · Σ (share of places) · (mean probability) · tokens
+    return e * jnp.sum(places / jnp.maximum(places.sum(-1, keepdims=True), 1) * shares, -1)
+
+  log_bte = jnp.log(jnp.maximum(share_bte, 1e-30))
+  log_sum_bt1 = jax.nn.logsumexp(logits_bte, axis=-1, keepdims=True)
+  return Routing(
+    tokens=real_bt1.sum(),
+    load_e=places_be.sum(0),
+    dropped=((wanted.experts_btj < e) & (kept.experts_btj == e)).sum().astype(jnp.float32),
+    entropy=jax.lax.stop_gradient(-jnp.sum(share_bte * log_bte * real_bt1)),
+    balance=even(places_be.sum(0), shares_be.sum(0)),
+    sequence=even(places_be, shares_be).sum(),
+    z=jnp.sum(jnp.square(log_sum_bt1) * real_bt1),
+  )
