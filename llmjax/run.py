@@ -1,6 +1,7 @@
 """The public functions, one a verb; each composes the floors below and returns plain values."""
 
 import dataclasses
+import functools
 import json
 import math
 import operator
@@ -91,13 +92,7 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
   def evaluate(model):
     return evaluate_loss(model, held_store, mesh, task, config.eval.batch_size, config.eval.stride)
 
-  def begin(fresh):
-    where = config.init.checkpoint
-    if not where:
-      return fresh
-    _say(f"weights of {where}")
-    return begin_from(load(where), config.model, fresh, config.init.drop, config.seed)
-
+  begin = functools.partial(_begin, config)
   fitted = fit(config, workdir, tokenizer, store, mesh, evaluate, begin)
   _say("evaluating on held-out text")
   scores = evaluate(fitted.model)
@@ -108,6 +103,15 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
     return _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s)
 
   return multihost.from_writer(finish)
+
+
+def _begin(config: Config, fresh):
+  """The run's first weights: those of `init.checkpoint`, fitted to the model, or fresh ones."""
+  where = config.init.checkpoint
+  if not where:
+    return fresh
+  _say(f"weights of {where}")
+  return begin_from(load(where), config.model, fresh, config.init.drop, config.seed)
 
 
 def _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s) -> dict:

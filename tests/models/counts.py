@@ -1,6 +1,7 @@
 """How many weights a config has, in closed form."""
 
 from llmjax.models.config import ModelConfig
+from llmjax.models.formulas import _projections
 from llmjax.models.vision import tower_config
 from llmjax.nn.mlp import GATED
 
@@ -59,17 +60,6 @@ def _block_parameters(config: ModelConfig, cross: bool, dense: bool = True) -> i
   norms = 2 - (config.block == "parallel_shared") + cross
   norms += (2 + cross) * (config.norm.place == "sandwich")
   return attention + looking + _mlp_parameters(config, dense) + norms * _norm(config)
-
-
-def _projections(config: ModelConfig) -> int:
-  """Weights of attention's products with the stream and with latents."""
-  d, n, k, h = (config.dims[letter] for letter in "dnkh")
-  latent = config.attention.latent
-  if not latent.kv_rank:
-    return 2 * d * h * (n + k)
-  r, low, value = latent.kv_rank, latent.query_rank, latent.value_dim
-  queries = low * (d + n * h) if low else d * n * h
-  return queries + d * (r + latent.rope_dim) + r * n * (latent.nope_dim + value) + n * value * d
 
 
 def _mlp_parameters(config: ModelConfig, dense: bool) -> int:
