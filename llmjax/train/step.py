@@ -178,4 +178,19 @@ def compile_step(config: Config, mesh: Mesh, with_grads: bool = False):
     return advance(state, batch, config)[:kept]
 
   into = (shardings, batch_sharding(mesh))
-  return jax.jit(step, in_shardings=into, out_shardings=out[:kept], donate_argnums=0)
+  return jax.jit(
+    step, in_shardings=into, out_shardings=out[:kept], donate_argnums=0,
+    compiler_options=compiler_options(mesh),
+  )
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+  """Gives what XLA is told beside the program.
+
+  On TPUs a fusion may use 32 MiB of the fast memory in place of 16: large products then run at 98 %
+  of the peak in place of 86 (`llmjax plan`, 14,336 × 4,096 on v5p). A v4 has less of it.
+  """
+  device = mesh.devices.flat[0]
+  if device.platform != "tpu" or device.device_kind == "TPU v4":
+    return {}
+  return {"xla_tpu_scoped_vmem_limit_kib": "32768"}
