@@ -28,10 +28,14 @@ from llmjax.train.optim import OptimConfig, make_optimizer
 
 _KEPT = {
   "full": ("stream",),
-  "dots": ("stream", "query", "key", "value", "projected", "gate", "up"),
+  "dots": (
+    *("stream", "query", "key", "value", "projected", "gate", "up"),
+    *("expanded", "latents"),
+  ),
   "save_projections": ("stream", *NAMES),
 }
-_HEADS = ("query", "key", "value", "attention")
+_HEADS = ("query", "key", "value", "expanded", "attention")
+_MORE = ("turned", "projected", "dispatched", "latents")
 _HIDDEN = tuple(f"{kind}{name}" for kind in ("", "expert_") for name in ("gate", "up", "hidden"))
 _LANES = 128  # a TPU's arrays are padded to so many numbers in their last dimension
 
@@ -200,8 +204,9 @@ class _Arrays:
     made = {"stream": self.stream, "normed": min(norms, 2) * self.whole}
     if model.block == "sequential":
       made["projected"] = self.whole  # each device's part of a sum over `tensor`
-    made["norms"] = norms * 3 * self.stream * 4 / self.number
+    made["norms"] = norms * 3 * self.stream * 4 / self.number  # in fp32
     made |= self._attention()
+    made["norms"] += 3 * made.get("latents", 0) * 4 / self.number
     if moe:
       there, sent = self._rows()
       made["dispatched"] = sent + there * 4 / self.number  # rows in; what became of them, in fp32
@@ -218,10 +223,13 @@ class _Arrays:
     pad = lambda width: math.ceil(width / self.lanes) * self.lanes  # noqa: E731
     query, key = (self.of(heads * pad(h), tensor) for heads in (n, k))
     made = {"query": query, "key": key, "value": key, "attention": query}
+    if latent.kv_rank:  # `key` is what a cache would hold; every head's are made of it
+      made["key"], made["value"] = self.of(latent.kv_rank + latent.rope_dim), 0.0
+      made["attention"] = self.of(n * latent.value_dim, tensor)
+      made["expanded"] = self.of(n * latent.nope_dim, tensor) + made["attention"]
+      made["latents"], made["joined"] = self.of(latent.query_rank), key
     if self.lanes > 1:
       made["turned"] = query  # attention's result once by heads for its kernel, once by positions
-    if latent.kv_rank:
-      made["latents"] = self.of(latent.kv_rank + latent.query_rank + latent.rope_dim)
     if self.short:
       made["scores"] = self.of(n * self.length, tensor, 4 + self.number)
     return made
@@ -248,7 +256,7 @@ class _Arrays:
     total = lambda names: sum(made.get(name, 0) for name in names)  # noqa: E731
     if self.config.model.remat == "none":
       return max(total(_HEADS), total(_HIDDEN)) + 3 * self.stream
-    return total((*_HEADS, *_HIDDEN, "turned", "projected", "dispatched", "latents")) + self.stream
+    return total((*_HEADS, *_HIDDEN, *_MORE)) + self.stream
 
   def head(self) -> float:
     """What is alive while logits are: the gathered head, a chunk of them twice, the stream."""
