@@ -63,6 +63,7 @@ class Run(NamedTuple):
     fused: whether it is a part of a fusion.
     beside: number of the visit to its computation, or to that of the fusion: what has the same
       number runs side by side.
+    path: the branches of conditionals that it stands in, outermost first: (visit, name, branch).
   """
 
   op: Op
@@ -71,6 +72,7 @@ class Run(NamedTuple):
   origin: str
   fused: bool
   beside: int
+  path: tuple
 
 
 def walk(hlo_text: str) -> Iterator[Run]:
@@ -97,21 +99,23 @@ def walk(hlo_text: str) -> Iterator[Run]:
   yield from _visit(computations, entry, 1, "", itertools.count())
 
 
-def _visit(computations, name, count, source, visits, fusion=None) -> Iterator[Run]:
+def _visit(computations, name, count, source, visits, path=(), fusion=None) -> Iterator[Run]:
   """`fusion` is the number of the visit to the computation that it stands in, if it is one."""
   body, beside = computations[name], next(visits) if fusion is None else fusion
   for op in body.values():
     origin = op.find(r'op_name="([^"]*)"') or source
-    yield Run(op, body, count, origin, fusion is not None, beside)
+    yield Run(op, body, count, origin, fusion is not None, beside, path)
     if op.code == "while":
       inner = [op.find(rf"{part}=%([\w.-]+)") for part in ("condition", "body")]
       trips = _trips(op, body, *(computations[part] for part in inner))
       for part in inner:
-        yield from _visit(computations, part, count * trips, origin, visits)
+        yield from _visit(computations, part, count * trips, origin, visits, path)
     elif op.code in _CALLERS:
-      for part in re.findall(r"%([\w.-]+)", " ".join(_CALLED.findall(op.attributes))):
-        within = beside if op.code == "fusion" else None
-        yield from _visit(computations, part, count, origin, visits, within)
+      within = beside if op.code == "fusion" else None
+      called = re.findall(r"%([\w.-]+)", " ".join(_CALLED.findall(op.attributes)))
+      for number, part in enumerate(called):
+        way = (*path, (beside, op.name, number)) if op.code == "conditional" else path
+        yield from _visit(computations, part, count, origin, visits, way, within)
 
 
 def _trips(loop: Op, outside, condition, body) -> int:

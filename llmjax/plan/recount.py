@@ -62,7 +62,8 @@ def recount(
   Splash attention computes whole blocks, those that its mask touches: what share they are is asked
   of `seen`. Products of grouped rows skip rows that are of no group: `filled` says how many are.
   Softmax, memory and the pipeline inside a kernel cost nothing here, so kernels are estimated too
-  fast; a kernel that is neither counts runs alone. Every branch of a conditional is added.
+  fast; of a kernel that is neither only runs are counted. Of a conditional's branches the one
+  with most work is taken, since devices that take another wait for it.
 
   Args:
     hlo_text: optimized HLO of a TPU's compiler.
@@ -73,26 +74,51 @@ def recount(
     filled: share of grouped rows that are of some group, as `models.formulas.filled_share` gives.
   """
   rate = chip.peak("bfloat16") / chip.devices
-  total, kernels, work_s = collections.Counter(), collections.Counter(), []
-  for run in walk(hlo_text):
-    cycles = int(run.op.find(r'"estimated_cycles":"(\d+)"') or _NONE)
-    seconds = run.count * cycles / chip.clock_hz if cycles < _NONE and not run.fused else 0.0
-    total["fusions_s"] += seconds
-    total["flops"] += product_flops(run.op, run.body) * run.count
-    if run.op.find(r'custom_call_target="(tpu_custom_call)"'):
-      kernels[_name(run)] += run.count
-      flops = kernel_flops(run, seen, filled) * run.count
-      total["flops"] += flops
-      total["kernels_s"] += flops / rate
-      seconds += flops / rate
-    work_s.append(seconds)
-  links = collections.Counter()
-  for one in found:
-    links[one.dcn] += link_s(one, chip)
+  total, kernels, runs = collections.Counter(), collections.Counter(), list(walk(hlo_text))
+  fused_s = [_fusion_s(run, chip) for run in runs]
+  kernel = [_is_kernel(run) and kernel_flops(run, seen, filled) * run.count for run in runs]
+  work_s = [fusion + flops / rate for fusion, flops in zip(fused_s, kernel, strict=True)]
+  taken = _taken(runs, work_s)
+  for place in sorted(taken):
+    run = runs[place]
+    total["fusions_s"] += fused_s[place]
+    total["kernels_s"] += kernel[place] / rate
+    total["flops"] += kernel[place] + product_flops(run.op, run.body) * run.count
+    kernels.update({_name(run): run.count} if _is_kernel(run) else {})
+  found = [one for one in found if one.start in taken]
+  links = {dcn: sum(link_s(one, chip) for one in found if one.dcn == dcn) for dcn in (False, True)}
+  work_s = [seconds * (place in taken) for place, seconds in enumerate(work_s)]
   return Recount(
     total["fusions_s"], total["kernels_s"], dict(kernels), total["flops"], links[False],
     links[True], _waited(work_s, found, chip),
   )
+
+
+def _fusion_s(run: Run, chip: Chip) -> float:
+  cycles = int(run.op.find(r'"estimated_cycles":"(\d+)"') or _NONE)
+  return run.count * cycles / chip.clock_hz if cycles < _NONE and not run.fused else 0.0
+
+
+def _is_kernel(run: Run) -> bool:
+  return run.op.code == "custom-call" and "tpu_custom_call" in run.op.attributes
+
+
+def _taken(runs: list[Run], work_s: list[float]) -> set[int]:
+  """Places of what runs if every conditional takes its longest branch."""
+  branches = collections.Counter()
+  for run, seconds in zip(runs, work_s, strict=True):
+    for depth in range(len(run.path)):
+      branches[run.path[: depth + 1]] += seconds
+  longest = {}
+  for path, seconds in branches.items():
+    one = (path[:-1], path[-1][:2])
+    if one not in longest or seconds > branches[longest[one]]:
+      longest[one] = path
+  ways = set(longest.values())
+  return {
+    place for place, run in enumerate(runs)
+    if all(run.path[: depth + 1] in ways for depth in range(len(run.path)))
+  }
 
 
 def _name(run: Run) -> str:

@@ -149,7 +149,37 @@ def test_a_loop_counts_by_its_trips():
   assert (found.fusions_s, found.exposed_s, found.step_s) == (38, 0, 38)
 
 
-BLOCKS = "%b = s8[1,4,8]{2,1,0} constant({...})"
+BRANCHES = """
+%short (a: f32[4,8]) -> f32[4,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %g = f32[4,8] all-reduce(%a), replica_groups={{0,1,2,3},{4,5,6,7}}
+  ROOT %c = f32[4,8] copy(%g), backend_config={"estimated_cycles":"5"}
+}
+
+%inner (a.1: f32[4,8]) -> f32[4,8] {
+  %a.1 = f32[4,8]{1,0} parameter(0)
+  %d = f32[4,4]{1,0} dot(%a.1, %a.1), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %c = f32[4,8] copy(%a.1), backend_config={"estimated_cycles":"2"}
+}
+
+%long (a.2: f32[4,8]) -> f32[4,8] {
+  %a.2 = f32[4,8]{1,0} parameter(0)
+  %c = f32[4,8] copy(%a.2), backend_config={"estimated_cycles":"4"}
+  ROOT %i = f32[4,8] conditional(%p, %c, %c), branch_computations={%inner, %inner}
+}
+"""
+
+
+def test_the_longest_branch_is_the_one_that_is_waited_for():
+  """5 cycles and a sum over links, against 4 and twice 2 of which one is run; twice in a row."""
+  lines = [
+    f"%{name} = f32[4,8] conditional(%p, %x, %x), branch_computations={{%short, %long}}"
+    for name in "ab"
+  ]
+  found = _count(_program("%p = pred[] constant(true)", *lines, others=BRANCHES))
+  assert (found.fusions_s, found.ici_s, found.exposed_s, found.flops) == (12, 0, 0, 2 * 256)
+
+
 NOTES = 'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
 NOTES += '"xprof_metadata":"{\\"block_q\\": 512}"\n}}, metadata={op_name="jit(step)/pallas_call"}'
 
