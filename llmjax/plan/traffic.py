@@ -48,7 +48,7 @@ def traffic(config: Config, sizes: dict[str, int]) -> list[Sent]:
 
 
 def _weights(config, sizes):
-  """Weights gathered in the compute dtype, gradients summed in fp32, both for each micro-batch.
+  """Weights gathered in the compute dtype, gradients summed, both for each micro-batch.
 
   Layers' weights are gathered on the way forward and on the way back (of a pipeline's stage, which
   goes forward twice, three times), the head's once. Of the token table rows are exchanged, there
@@ -63,7 +63,8 @@ def _weights(config, sizes):
     times = 2 if sizes["stage"] == 1 else 3
     yield "all-gather", "fsdp", parts * low * (times * layers + table) * part
     yield "all-to-all", "fsdp", 2 * parts * _stream(config, sizes) / sizes["tensor"] * part
-    yield "reduce-scatter", "fsdp", parts * (layers + table) * part
+    sums = DTYPE_BYTES[train.sum_dtype] / 4
+    yield "reduce-scatter", "fsdp", parts * sums * (layers + table) * part
   else:
     yield "all-gather", "fsdp", (layers + rest) * part
     sums, times = ("reduce-scatter", 1) if train.zero == 2 else ("all-reduce", 2)

@@ -90,6 +90,13 @@ def test_a_step_of_llama_7b_is_six_flops_a_weight_and_token_and_half_of_attentio
     ("reduce-scatter", "fsdp"): pytest.approx(4 * (6_738_415_616 - table) * others),
     ("all-to-all", "fsdp"): pytest.approx(2 * 4 * 2048 * 4096 * 2 * others),  # looked-up channels
   }
+  low = {one.kind: one.bytes for one in traffic(override(config, [
+    "--config.train.sum_dtype=bfloat16", "--config.train.accumulation=4",
+  ]), sizes)}
+  # Half as much, but for each micro-batch; of the stream as many rows in all.
+  assert low["reduce-scatter"] == pytest.approx(4 / 2 * sent["reduce-scatter", "fsdp"])
+  assert low["all-gather"] == pytest.approx(4 * sent["all-gather", "fsdp"])
+  assert low["all-to-all"] == pytest.approx(sent["all-to-all", "fsdp"])
 
 
 @pytest.mark.parametrize(
