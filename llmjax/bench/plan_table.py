@@ -79,7 +79,7 @@ def compiled_row(where: str, changes: str) -> dict:
     UserError: it does not fit, or there is no compiler.
   """
   said = plan(config_of(changes), where)
-  if not said.get("fits"):
+  if "recount" not in said:
     raise UserError(f"{where} {changes}: {said.get('compiler', 'does not fit')}")
   return {
     "topology": where, "config": changes, "program_tflops": said["recount"]["flops"] / 1e12,
