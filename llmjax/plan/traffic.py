@@ -71,11 +71,12 @@ def _weights(config, sizes):
     yield sums, "fsdp", parts * times * (layers + rest) * part
   experts = expert_bytes(model) / (sizes["stage"] * sizes["tensor"] * sizes["expert"])
   cut = sizes["fsdp"] if train.zero > 1 else 1
-  for axis, whole in (
-    ("data", layers + rest), ("context", layers + rest), ("expert", layers + rest - experts),
+  for axis, whole, times in (
+    ("data", layers + rest, parts), ("context", layers + rest, parts),
+    ("expert", layers + rest - experts, parts), ("stage", rest, 1),
   ):
     ways = sizes[axis]
-    yield "all-reduce", axis, 2 * parts * max(0, whole / cut) * (ways - 1) / ways
+    yield "all-reduce", axis, 2 * times * max(0, whole / cut) * (ways - 1) / ways
 
 
 def _held(model: ModelConfig, sizes) -> tuple[float, float]:
