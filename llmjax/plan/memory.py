@@ -255,9 +255,12 @@ class _Arrays:
     """What is alive inside one layer's backward pass beside what is kept."""
     made = self.layer_arrays(moe)
     total = lambda names: sum(made.get(name, 0) for name in names)  # noqa: E731
+    ring = 0.0  # its gradients of queries, keys and values in fp32: those summed, those just made
+    if self.sizes["context"] > 1 and self.config.model.attention.context == "ring":
+      ring = 2 * 4 / self.number * total(("query", "key", "value"))
     if self.config.model.remat == "none":
-      return max(total(_HEADS), total(_HIDDEN)) + 3 * self.stream
-    return total((*_HEADS, *_HIDDEN, *_MORE)) + self.stream
+      return ring + max(total(_HEADS), total(_HIDDEN)) + 3 * self.stream
+    return ring + total((*_HEADS, *_HIDDEN, *_MORE)) + self.stream
 
   def head(self) -> float:
     """What is alive while logits are: the gathered head, a chunk of them twice, the stream."""

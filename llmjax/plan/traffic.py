@@ -113,16 +113,18 @@ def _streams(config, sizes):
 def _keys(config, sizes, stream: float, again: bool):
   """What attention sends where positions are cut; `stream` is of all layers."""
   model, ways = config.model, sizes["context"]
-  heads = model.dims["n"] * model.dims["h"] / model.width
-  pair = 2 * stream * heads * model.dims["k"] / model.dims["n"]  # keys and values
-  if model.attention.context == "all_to_all":  # with queries and the result, and both of them back
-    whole = (2 + again) * (2 * stream * heads + pair)
-    yield "all-to-all", "context", whole * (ways - 1) / ways
+  query = stream * model.dims["n"] * model.dims["h"] / model.width
+  pair = 2 * query * model.dims["k"] / model.dims["n"]  # keys and values
+  moved = (2 * query + pair) * (ways - 1) / ways  # with queries and the result
+  if model.attention.context == "all_to_all":
+    yield "all-to-all", "context", (2 + again) * moved
   elif model.attention.context == "gather" or sizes["stage"] > 1:
     yield "all-gather", "context", (1 + again) * pair * (ways - 1)
     yield "reduce-scatter", "context", pair * (ways - 1)
-  else:  # back, gradients go round beside them
-    yield "collective-permute", "context", (3 + again) * pair * (ways - 1)
+  else:  # halves change places before and after; back, gradients go round beside them in fp32
+    lap = ways * pair
+    back = lap * (1 + 4 / DTYPE_BYTES[model.dtype]) + moved
+    yield "collective-permute", "context", (1 + again) * (lap + moved) + back
 
 
 def _rows(config, sizes):

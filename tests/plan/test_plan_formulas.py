@@ -99,6 +99,20 @@ def test_a_step_of_llama_7b_is_six_flops_a_weight_and_token_and_half_of_attentio
   assert low["all-to-all"] == pytest.approx(sent["all-to-all", "fsdp"])
 
 
+def test_a_ring_sends_what_compiled_steps_were_seen_to_send():
+  """As tests/multidevice/test_budget.py counts it in fp32; exchanged rows are 7 of 8 here."""
+  config = override(Config(), [f"--config.{change}" for change in (
+    "model.layers=4", "model.width=256", "model.dtype=float32", "model.context=1024",
+    "data.batch_size=2", "mesh.context=8", "mesh.data=1",
+  )])
+  own = 2 * 128 * 256 * 4
+  (ring,) = (
+    one for one in traffic(config, dict.fromkeys(AXES, 1) | {"context": 8})
+    if one.kind == "collective-permute"
+  )
+  assert ring.bytes == pytest.approx(4 * (8 * (2 + 4) + (4 + 4) * 7 / 8) * own)
+
+
 @pytest.mark.parametrize(
   ("text", "says"),
   [
