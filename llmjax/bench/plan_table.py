@@ -126,7 +126,10 @@ def measure(options) -> dict:
   }
   notes = [
     f"of {len(rows)}: {near['flops']} within 3 % of the program's FLOPs, {near['bytes']} within "
-    f"15 % of the compiler's peak; {PICTURE}"
+    f"15 % of the compiler's peak; {PICTURE}",
+    "exceptions in FLOPs: of a pipeline (stage) the program's are those of the longest branch in "
+    "every tick; blockwise attention (context) takes other tiles than the kernel; a rotation of "
+    "positions, some 1 %, and what Muon multiplies are in no formula",
   ]
   title = "formulas and the TPU's compiler, a device's"
   cpu = {"title": "formulas and this CPU", "rows": cpu_rows(options.rounds)}
