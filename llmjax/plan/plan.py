@@ -1,10 +1,12 @@
 """`plan`: what a config needs of a topology; formulas first, then the compiler's own word."""
 
 import dataclasses
+import functools
 import importlib.util
 from pathlib import Path
 
 from llmjax.models.build import count_parameters
+from llmjax.models.formulas import filled_share, seen_share
 from llmjax.parallel.collectives import collectives
 from llmjax.parallel.mesh import AXES, axis_sizes
 from llmjax.plan.ahead import Compiled, compile_ahead
@@ -82,10 +84,11 @@ def _by_compiler(config, chips: Topology, sizes, compiled: Compiled, flops: floa
       "change": "more chips, model.remat=full, a smaller data.batch_size or train.accumulation",
     }
   mesh = _mesh(sizes)
-  found = collectives(compiled.text, mesh)
-  across = config.mesh.across if chips.slices > 1 else ""
-  count = recount(compiled.text, found, chips.chip, across)
-  step_s = count.fusions_s + count.exposed_s
+  found = collectives(compiled.text, mesh, chips.slices, config.mesh.across)
+  seen = functools.partial(seen_share, config.model)
+  filled = filled_share(config.model, sizes["expert"]) if config.model.moe.experts else 1.0
+  count = recount(compiled.text, found, chips.chip, seen=seen, filled=filled)
+  step_s = count.step_s
   peak = compiled.memory["peak"]
   return said | {
     "fits": peak <= hbm,
