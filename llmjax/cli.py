@@ -15,6 +15,7 @@ from llmjax import Sampling, convert, generate, load, plan, run
 from llmjax.bench import suite
 from llmjax.core import config as configs
 from llmjax.core.errors import RunFailed, UserError, nearest
+from llmjax.core.platform import spare_libtpu
 from llmjax.parallel import join, multihost
 from llmjax.plan import report
 from llmjax.train import check as checks
@@ -248,6 +249,7 @@ VERBS = {
 def main(argv: list[str] | None = None) -> int:
   """Runs one command line; returns its exit status."""
   argv = sys.argv[1:] if argv is None else argv
+  spare_libtpu()
   try:
     args, rest = _parse(argv)
     result = VERBS[args.verb](args, rest)

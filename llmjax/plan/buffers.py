@@ -5,6 +5,8 @@ from typing import NamedTuple
 from llmjax.parallel.hlo import size_bytes, walk
 from llmjax.parallel.whole import Frames
 
+MOST = 12  # arrays listed
+
 # These make nothing: what they hand on was made elsewhere.
 _PASSED_ON = (
   *("get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "constant"),
@@ -28,7 +30,7 @@ class Buffer(NamedTuple):
   source: str
 
 
-def largest_buffers(hlo_text: str, most: int = 12) -> list[Buffer]:
+def largest_buffers(hlo_text: str, most: int = MOST) -> list[Buffer]:
   """Lists a program's largest arrays in main memory, each shape and line once.
 
   Which of them live at the same time the text does not say.

@@ -1,4 +1,4 @@
-"""Serving for a mesh that is not there: prefill and one decoding step, lowered with no weights."""
+"""Serving for a mesh that is not there: prefill and one decoding step, with no weights."""
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,19 @@ from llmjax.data.batch import Batch
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.models.depth import apart
-from llmjax.parallel.rules import ACTIVATIONS, batch_sharding, spec, weight_shardings
+from llmjax.parallel.rules import (
+  ACTIVATIONS,
+  batch_sharding,
+  check_divides,
+  spec,
+  weight_shardings,
+)
 from llmjax.serve.generate import decode, prefill
 from llmjax.train.config import Config
 
-PROGRAMS = ("prefill", "decode")
 
-
-def lower_serving(program: str, config: Config, mesh: Mesh):
-  """Lowers what `generate` runs, weights in the compute dtype and laid out as in training.
+def serving_program(program: str, config: Config, mesh: Mesh):
+  """Describes what `generate` runs, weights in the compute dtype and laid out as in training.
 
   Args:
     program: prefill, of `data.batch_size` prompts as long as the context; or decode, one token of
@@ -25,28 +29,28 @@ def lower_serving(program: str, config: Config, mesh: Mesh):
     config: the experiment, `model.vocab_size` filled in.
     mesh: of the devices to compile for.
   Returns:
-    jax's lowered program; decode's cache is donated.
+    (jitted function, its abstract arguments), to be lowered on the mesh; decode's cache is donated.
   Raises:
     UserError: the model writes no text, or the mesh does not divide rows or weights.
   """
   model, rows = config.model, config.data.batch_size
   if model.kind != "decoder":
     raise UserError(f"--decode wants model.kind=decoder, not {model.kind}")
-  weights = _weights(model, mesh)
-  ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))  # noqa: E731
-  start = Batch(ids(rows, model.context)), ids(rows), model.context
+  check_divides(mesh, "batch", "b", (rows,), ACTIVATIONS)
+  place = batch_sharding(mesh)
+  ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)  # noqa: E731
+  start = _weights(model, mesh), Batch(ids(rows, model.context)), ids(rows)
 
   def read(weights, batch, lengths):
     return prefill(weights, batch, lengths, model.context)
 
   with jax.set_mesh(mesh):
-    logits_bv, cache = jax.eval_shape(read, weights, *start[:2])
-    cache = jax.tree.map(lambda leaf: _placed(leaf, mesh), cache)
-    if program == "prefill":
-      places = (logits_bv.sharding, jax.tree.map(lambda leaf: leaf.sharding, cache))
-      return jax.jit(read, out_shardings=places).lower(weights, *start[:2])
-    one = Batch(ids(rows, 1), positions_bt=ids(rows, 1))
-    return jax.jit(decode, donate_argnums=2).lower(weights, one, cache)
+    cache = jax.tree.map(lambda leaf: _placed(leaf, mesh), jax.eval_shape(read, *start)[1])
+  if program == "prefill":
+    places = place, jax.tree.map(lambda leaf: leaf.sharding, cache)
+    return jax.jit(read, out_shardings=places), start
+  one = Batch(ids(rows, 1), positions_bt=ids(rows, 1))
+  return jax.jit(decode, donate_argnums=2), (start[0], one, cache)
 
 
 def _weights(model: ModelConfig, mesh: Mesh):

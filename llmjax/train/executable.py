@@ -10,7 +10,6 @@ import json
 import pickle
 from pathlib import Path
 
-import jax
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
@@ -71,12 +70,12 @@ def make_step(config: Config, mesh: Mesh):
 def _made_of(config: Config, mesh: Mesh) -> dict:
   """All that a compiled step depends on, by name."""
   devices = list(mesh.devices.flat)
+  libraries = ("jax", "jaxlib", *(["libtpu"] if devices[0].platform == "tpu" else []))
   values = {
     key: value for key, value in flat(config).items() if key.startswith(_SECTIONS) or key in _TRAIN
   }
   return values | {
     "devices": f"{len(devices)} × {devices[0].device_kind}",
     "device numbers": [device.id for device in devices],
-    "jax": jax.__version__,
-    "jaxlib": importlib.metadata.version("jaxlib"),
+    **{name: importlib.metadata.version(name) for name in libraries},
   }
