@@ -50,16 +50,19 @@ def plan(
     raise UserError("a run loads a train step: --keep-executable does not go with --decode")
   if price < 0:
     raise UserError(f"price {price} is negative")
+  for path in (keep_hlo, keep_executable):
+    if not Path(path).absolute().parent.is_dir():
+      raise UserError(f"{path!r}: there is no such folder to keep it in")
   chips = topology(where, slices)
   if price:
     chips = dataclasses.replace(chips, chip=dataclasses.replace(chips.chip, usd_per_hour=price))
   config = with_vocab(config)
   sizes = _sizes(config, chips)
   result = _about(config, chips, sizes) | (_served if decode else _trained)(config, chips, sizes)
-  if not chips.chip.sizes:
-    return result | {"compiler": "there is none for GPUs here: formulas alone"}
-  if not has_compiler():
-    return result | {"compiler": "pip install 'llmjax[plan]' brings the TPU's: formulas alone"}
+  if lacking := _lacking(chips):
+    if keep_hlo or keep_executable:
+      raise UserError(f"nothing is compiled, so nothing can be kept: {lacking}")
+    return result | {"compiler": f"{lacking}: formulas alone"}
   if decode:
     prompts = _said("prefill", config, chips, sizes, _flops(config, config.model.context))
     said = _said("decode", config, chips, sizes, _flops(config, 1), keep_hlo)
@@ -68,6 +71,13 @@ def plan(
     flops = result["model_flops_per_step"]
     said = _said("train", config, chips, sizes, flops, keep_hlo, keep_executable)
   return result | said | _costs(chips, said.get("est_step_s"), result["tokens_per_step"])
+
+
+def _lacking(chips: Topology) -> str:
+  """Says why there is no compiler to ask; "" if there is one."""
+  if not chips.chip.sizes:
+    return "there is none for GPUs here"
+  return "" if has_compiler() else "pip install 'llmjax[plan]' brings the TPU's"
 
 
 def with_vocab(config: Config) -> Config:
