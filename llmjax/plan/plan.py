@@ -14,7 +14,8 @@ from llmjax.parallel.mesh import AXES, axis_sizes
 from llmjax.plan.advice import changes
 from llmjax.plan.ahead import Compiled, compile_ahead, has_compiler
 from llmjax.plan.chips import Topology, topology
-from llmjax.plan.formulas import DAY_S, HOUR_S, rent_usd, roofline, serving
+from llmjax.plan.formulas import bill, roofline, serving
+from llmjax.plan.memory import memory
 from llmjax.plan.recount import recount
 from llmjax.train.config import Config
 
@@ -39,9 +40,9 @@ def plan(
     keep_hlo: file for the optimized program; "" keeps none.
     keep_executable: file for the compiled step, for `train.executable`; "" keeps none.
   Returns:
-    `ideal_step_s`, `bound`, `tokens_per_step` and costs by formula; for a TPU whose compiler is
-    installed also `fits`, `peak_bytes`, `hbm_bytes`, `est_step_s`, `mfu`, `compile_s`,
-    `collectives` and `largest_buffers`, all of them the compiler's estimates, and costs by these.
+    `fits`, `peak_bytes`, `hbm_bytes`, `ideal_step_s`, `bound`, `tokens_per_step` and costs by
+    formula. For a TPU whose compiler is installed the first two and costs are by the compiler's
+    estimates, and so are `est_step_s`, `mfu`, `compile_s`, `collectives` and `largest_buffers`.
     With `decode` a step is a token of every row, and `prefill` holds the same of the prompts.
   Raises:
     UserError: an unknown topology, a mesh that does not divide it, a program that is refused.
@@ -100,15 +101,17 @@ def _about(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
   return {
     "topology": chips.name, "slices": chips.slices, "chips": chips.chips, "mesh": sizes,
     "parameters": count_parameters(config.model),
-    "hbm_bytes": chips.chip.hbm_bytes / chips.chip.devices,
+    "hbm_bytes": _hbm_bytes(chips),
     "usd_per_chip_hour": chips.chip.usd_per_hour,
   }
 
 
 def _trained(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
-  line = roofline(config, chips, sizes)
+  line, held = roofline(config, chips, sizes), memory(config, sizes, chips.chip)
   tokens = config.data.batch_size * config.model.context
   return {
+    **_fits(chips, held.peak),
+    "memory_by_formula": dataclasses.asdict(held),
     "tokens_per_step": tokens,
     "model_flops_per_step": line.model_s * _peak(config, chips),
     "roofline": dataclasses.asdict(line),
@@ -123,12 +126,21 @@ def _served(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
   rows, length = config.data.batch_size, config.model.context
   line = serving(config.model, chips, rows, length, length)
   return {
+    **_fits(chips, line.device_bytes),
     "tokens_per_step": rows,
     "ideal_step_s": line.token_s,
     "cache_bytes": line.cache_bytes,
     "prefill": {"tokens_per_step": rows * length, "ideal_step_s": line.prefill_s},
     **_costs(chips, line.token_s, rows),
   }
+
+
+def _fits(chips: Topology, peak_bytes: float) -> dict:
+  return {"fits": peak_bytes <= _hbm_bytes(chips), "peak_bytes": peak_bytes}
+
+
+def _hbm_bytes(chips: Topology) -> float:
+  return chips.chip.hbm_bytes / chips.chip.devices
 
 
 def _flops(config: Config, tokens: int) -> float:
@@ -145,14 +157,13 @@ def _costs(chips: Topology, step_s: float | None, tokens: int) -> dict:
   """What a number of tokens a step comes to; nothing where the step's time is not known."""
   if not step_s:
     return {}
-  hours_per_btokens = 1e9 / tokens * step_s / HOUR_S
-  usd = rent_usd(chips.chip, chips.chips, hours_per_btokens)
+  said = bill(chips, 1e9, tokens / step_s)
   return {
     "tokens_per_s": tokens / step_s,
-    "tokens_per_day": tokens / step_s * DAY_S,
-    "cost_usd_per_btokens": usd,
-    "cost_usd_per_mtokens": usd / 1000,
-    "kwh_per_btokens": chips.chip.watts * chips.chips * hours_per_btokens / 1000,
+    "tokens_per_day": said.tokens_per_day,
+    "cost_usd_per_btokens": said.usd,
+    "cost_usd_per_mtokens": said.usd / 1000,
+    "kwh_per_btokens": said.kwh,
   }
 
 

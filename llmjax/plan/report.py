@@ -29,9 +29,7 @@ def show(plan: dict) -> str:
 
 def _program(said: dict, hbm_bytes: float) -> list[str]:
   """What is known of one program."""
-  lines = []
-  if "fits" in said:
-    lines += _memory(said, hbm_bytes)
+  lines = _memory(said, hbm_bytes) if "fits" in said else []
   if "collectives" in said:
     lines.append(f"sends: {_sent(said['collectives'])}")
   if "est_step_s" in said:
@@ -53,6 +51,9 @@ def _program(said: dict, hbm_bytes: float) -> list[str]:
 
 
 def _memory(said: dict, hbm_bytes: float) -> list[str]:
+  if "compile_s" not in said:
+    word = "fits" if said["fits"] else "does not fit"
+    return [f"{word} by formula: {_gib(said['peak_bytes'])} of {_gib(hbm_bytes)} of a device"]
   if not said["fits"]:
     lines = [
       f"does not fit: it wants {_gib(said['peak_bytes'])} of a device that has "
