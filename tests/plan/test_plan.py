@@ -53,7 +53,8 @@ def plan(tmp_path, monkeypatch, capsys):
 
 def test_gpus_are_planned_by_formula_alone(plan):
   status, said, _ = plan("--topology=h100:8", "--price=2")
-  assert status == 0 and "GPU" in said["compiler"] and "fits" not in said
+  assert status == 0 and "GPU" in said["compiler"] and "est_step_s" not in said
+  assert said["fits"] and 3 * 4 * said["parameters"] < said["peak_bytes"] < said["hbm_bytes"]
   assert said["tokens_per_step"] == 8 * 512
   usd = 8 * 2 / 3600 * said["ideal_step_s"] / (8 * 512) * 1e9
   assert said["cost_usd_per_btokens"] == pytest.approx(usd)
