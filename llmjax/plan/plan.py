@@ -183,7 +183,7 @@ def _said(
   }
   if not compiled.text:
     wanted, limit = compiled.wanted_bytes, compiled.limit_bytes
-    change = changes(config, sizes, chips.slices, wanted / limit, program)
+    change = changes(config, chips, wanted / limit, program)
     return said | {"peak_bytes": wanted, "usable_bytes": limit, "change": change}
   return said | _read(config, chips, sizes, compiled, flops)
 

@@ -4,7 +4,7 @@ import os
 from collections import Counter
 
 _GIB = 2**30
-_MOST = 5  # buffers and collectives shown
+_MOST = 4  # arrays and collectives shown, of a kind
 _BOUNDS = ("compute", "hbm", "ici", "dcn")
 _KINDS = ("arguments", "temporaries", "outputs", "aliased", "code")
 
@@ -59,11 +59,16 @@ def _memory(said: dict, hbm_bytes: float) -> list[str]:
       f"does not fit: it wants {_gib(said['peak_bytes'])} of a device that has "
       f"{_gib(said['usable_bytes'])}"
     ]
+    if held := Counter(said.get("memory_by_formula")).most_common(_MOST):
+      lines.append("  by formula " + ", ".join(f"{kind} {_gib(size)}" for kind, size in held))
     lines += [f"  change {change}" for change in said["change"]]
   else:
     kinds = ", ".join(f"{kind} {_gib(said['memory'][kind])}" for kind in _KINDS)
     lines = [f"fits: {_gib(said['peak_bytes'])} of {_gib(hbm_bytes)} of a device ({kinds})"]
-  for one in said["largest_buffers"][:_MOST]:
+  arrays = said["largest_buffers"]
+  made = [one for one in arrays if one["source"]][:_MOST]
+  given = [one for one in arrays if not one["source"]][:_MOST]
+  for one in sorted(made + given, key=lambda one: -one["bytes"]):
     what = one["operation"].rpartition(")/")[2]
     lines.append(f"  {_gib(one['bytes'])} {one['shape']} {what} {_near(one['source'])}".rstrip())
   return lines
