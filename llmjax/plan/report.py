@@ -34,10 +34,11 @@ def _program(said: dict, hbm_bytes: float) -> list[str]:
     lines.append(f"sends: {_sent(said['collectives'])}")
   if "est_step_s" in said:
     count = said["recount"]
-    lines.append(
-      f"takes {said['est_step_s']:.4g} s by the compiler's estimate: {count['fusions_s']:.4g} s of "
-      f"work, {count['exposed_s']:.4g} s waiting for links; {said['mfu']:.1%} MFU implied"
-    )
+    lines += [
+      f"takes {said['est_step_s']:.4g} s by the compiler's estimate, {said['mfu']:.1%} MFU implied",
+      f"  fusions {count['fusions_s']:.4g} s, kernels {count['kernels_s']:.4g} s at the chip's peak, "
+      f"waiting for links {count['exposed_s']:.4g} s; {count['flops']:.3g} FLOPs a device",
+    ]
   ideal = f"at best {said['ideal_step_s']:.4g} s by formula"
   if "roofline" in said:
     bounds = (f"{name} {said['roofline'][f'{name}_s']:.4g}" for name in _BOUNDS)
