@@ -43,15 +43,16 @@ def largest_buffers(hlo_text: str, most: int = MOST) -> list[Buffer]:
     Both, the largest first.
   """
   frames, found = Frames(hlo_text), {}
-  for op, _, _, origin, fused, _ in walk(hlo_text):
+  for run in walk(hlo_text):
+    op = run.op
     argument = op.find(r'op_name="([^"]*)"') if op.code == "parameter" else ""
     unnamed = op.code in ("parameter", *_PASSED_ON) or op.code.endswith("-done")
-    if fused or op.shape.startswith("(") or "S(" in op.shape or (unnamed and not argument):
+    if run.fused or op.shape.startswith("(") or "S(" in op.shape or (unnamed and not argument):
       continue
     frame = op.find(r"stack_frame_id=(\d+)")
     source = frames.source(int(frame)) if frame else ""
     shape = op.shape.partition("{")[0]
-    one = Buffer(size_bytes(shape), shape, argument or origin or op.code, source)
+    one = Buffer(size_bytes(shape), shape, argument or run.origin or op.code, source)
     found.setdefault((shape, source, argument), one)
   known = {shape for shape, source, _ in found if source}
   given, made = [], []
