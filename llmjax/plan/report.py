@@ -36,7 +36,7 @@ def _program(said: dict, hbm_bytes: float) -> list[str]:
     count = said["recount"]
     lines += [
       f"takes {said['est_step_s']:.4g} s by the compiler's estimate, {said['mfu']:.1%} MFU implied",
-      f"  fusions {count['fusions_s']:.4g} s, kernels {count['kernels_s']:.4g} s (at peak), waiting "
+      f"  fusions {count['fusions_s']:.4g} s, kernels {count['kernels_s']:.4g} s (at peak), waits "
       f"for links {count['exposed_s']:.4g} s; {count['flops']:.3g} FLOPs a device",
     ]
   ideal = f"at best {said['ideal_step_s']:.4g} s by formula"
