@@ -149,7 +149,7 @@ def test_largest_buffers_are_named_by_path_or_line():
 def test_every_change_that_is_advised_is_one_the_config_takes():
   config = small(
     "data.batch_size=64", "mesh.data=2", "mesh.fsdp=4", "train.zero=1", "loss.chunk=0",
-    "model.remat=none", "model.context=1024",
+    "model.remat=none", "model.context=1024", "model.vocab_size=65536",
   )
   for program, least in (("train", 5), ("decode", 3)):
     *said, chips_ = advice.changes(config, chips.topology("h100:8"), 2.5, program)
