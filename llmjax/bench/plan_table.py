@@ -8,18 +8,14 @@ import json
 import sys
 from pathlib import Path
 
-from jax.sharding import AbstractMesh
-
 from llmjax.bench.plan_cpu import cpu_rows
 from llmjax.core.config import override
 from llmjax.core.errors import UserError
-from llmjax.parallel.collectives import collectives
-from llmjax.parallel.mesh import AXES, axis_sizes
-from llmjax.plan.ahead import compile_ahead
+from llmjax.parallel.mesh import axis_sizes
 from llmjax.plan.chips import topology
 from llmjax.plan.formulas import step_flops
 from llmjax.plan.memory import memory
-from llmjax.plan.recount import recount
+from llmjax.plan.plan import plan
 from llmjax.train.config import Config
 
 ROWS, PICTURE = Path("docs/plan-sanity.jsonl"), Path("docs/plan-sanity.png")
@@ -77,15 +73,17 @@ def config_of(changes: str) -> Config:
 
 
 def compiled_row(where: str, changes: str) -> dict:
-  """Compiles a case: its formulas beside what the compiler's program says."""
-  config, chips = config_of(changes), topology(where)
-  sizes = axis_sizes(config.mesh, chips.devices)
-  compiled = compile_ahead(config, chips)
-  mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
-  count = recount(compiled.text, collectives(compiled.text, mesh), chips.chip)
+  """Compiles a case and keeps what the compiler says of it.
+
+  Raises:
+    UserError: it does not fit, or there is no compiler.
+  """
+  said = plan(config_of(changes), where)
+  if not said.get("fits"):
+    raise UserError(f"{where} {changes}: {said.get('compiler', 'does not fit')}")
   return {
-    "topology": where, "config": changes, "program_tflops": count.flops / 1e12,
-    "program_bytes": compiled.memory["peak"], "compile_s": compiled.compile_s,
+    "topology": where, "config": changes, "program_tflops": said["recount"]["flops"] / 1e12,
+    "program_bytes": said["peak_bytes"], "compile_s": said["compile_s"],
   }
 
 

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from llmjax.core.dot import gather, own_and_place, scatter
 from llmjax.core.platform import platform
 
 KERNELS = ("auto", "blocks", "ragged", "megablox")
@@ -22,7 +23,7 @@ def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
 
   Args:
     x_td: rows, those of group 0 first.
-    w_edf: a weight for each group, any float dtype; cast to the dtype of `x_td`.
+    w_edf: a weight for each group or its `Part`, any float dtype; cast to the dtype of `x_td`.
     sizes_e: int32 rows of each group; their sum may be less than t.
     kernel: blocks; ragged (`jax.lax.ragged_dot`); megablox (Pallas, TPU; interpreted elsewhere);
       auto is blocks on CPU, megablox on TPU, ragged on GPU.
@@ -31,27 +32,29 @@ def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
   """
   if kernel == "auto":
     kernel = {"cpu": "blocks", "tpu": "megablox"}.get(platform(), "ragged")
-  return _grouped(kernel, x_td, w_edf, sizes_e)
+  w_edf, place = own_and_place(w_edf)
+  return _grouped(kernel, place, x_td, w_edf, sizes_e)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(kernel, x_td, w_edf, sizes_e):
-  return _forward(kernel, x_td, w_edf, sizes_e)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped(kernel, place, x_td, w_edf, sizes_e):
+  return _forward(kernel, place, x_td, w_edf, sizes_e)[0]
 
 
-def _forward(kernel, x_td, w_edf, sizes_e):
+def _forward(kernel, place, x_td, w_edf, sizes_e):
   low_edf = w_edf.astype(x_td.dtype)
   residuals = (x_td, low_edf, sizes_e, jnp.zeros((), w_edf.dtype))
-  return _in_runs(_MULTIPLY[kernel](x_td, low_edf, sizes_e), kernel, sizes_e), residuals
+  y_tf = _MULTIPLY[kernel](x_td, gather(low_edf, place), sizes_e)
+  return _in_runs(y_tf, kernel, sizes_e), residuals
 
 
-def _backward(kernel, residuals, grad_tf):
+def _backward(kernel, place, residuals, grad_tf):
   """Written out because jax would round a weight's gradient to the dtype of its rows."""
   x_td, low_edf, sizes_e, like = residuals
   grad_tf = _in_runs(grad_tf.astype(x_td.dtype), kernel, sizes_e)
-  grad_x = _MULTIPLY[kernel](grad_tf, low_edf, sizes_e, transposed=True)
+  grad_x = _MULTIPLY[kernel](grad_tf, gather(low_edf, place), sizes_e, transposed=True)
   grad_w = _OUTER[kernel](x_td, grad_tf, sizes_e)
-  return _in_runs(grad_x, kernel, sizes_e), grad_w.astype(like.dtype), None
+  return _in_runs(grad_x, kernel, sizes_e), scatter(grad_w.astype(like.dtype), place), None
 
 
 def _in_runs(y_tf, kernel, sizes_e):

@@ -33,11 +33,22 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
   return total
 
 
-def scores_flops_per_token(config: ModelConfig, length: int) -> float:
-  """Counts attention's two products of one token, over the keys that it sees, in all layers."""
-  n, h = config.heads, config.dims["h"]
-  seen = sum(_keys_seen(config, kind, length) for kind in _kinds(config))
-  return 2 * n * (h + (config.attention.latent.value_dim or h)) * seen
+def scores_flops_per_token(config: ModelConfig, length: int, block: int = 1) -> float:
+  """Counts attention's two products of one token in all layers, over the keys that it sees.
+
+  Args:
+    config: the architecture.
+    length: positions of a row, one document.
+    block: positions of a side of a kernel's blocks, which it computes whole; 1 counts pairs.
+  """
+  blocks = -(-length // block)
+  seen = sum(
+    _keys_seen(config, kind, length) if kind == "sparse"
+    else block * _keys_seen(config, kind, blocks, block)
+    for kind in _kinds(config)
+  )
+  h = config.dims["h"]
+  return 2 * config.heads * (h + (config.attention.latent.value_dim or h)) * seen
 
 
 def _projections(config: ModelConfig) -> int:

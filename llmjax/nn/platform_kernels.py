@@ -64,9 +64,7 @@ def _splash_local(
   size = next(width for width in sizes if width % 128 == 0 and t % width == 0)
   kernel = kernels.make_splash_mha(
     masks.MultiHeadMask([one] * n),
-    block_sizes=kernels.BlockSizes(
-      block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, use_fused_bwd_kernel=True
-    ),
+    block_sizes=kernels.BlockSizes(*[size] * 8),  # forward, then those of k and v, then of q
     attn_logits_soft_cap=softcap or None,
     head_shards=1,
     q_seq_shards=1,

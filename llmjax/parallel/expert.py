@@ -10,9 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from llmjax.core.dims import letters_of
 from llmjax.core.platform import platform
-from llmjax.parallel.rules import REPLICATED, inside, spec, stream_spec
+from llmjax.parallel.rules import by_hand, inside, parts, stream_spec
 
 
 def by_expert(run: Callable, x_btd, experts_btj, factors_btj, weights: dict, slots: int = 0):
@@ -42,17 +41,18 @@ def by_expert(run: Callable, x_btd, experts_btj, factors_btj, weights: dict, slo
       x, numbers, factors = (
         jax.lax.all_gather(a, "tensor", axis=1, tiled=True) for a in (x, numbers, factors)
       )
-    y_btd = _on_device(run, x, numbers, factors, weights, experts, ways["expert"], slots)
+    held = parts(weights, places)
+    y_btd = _on_device(run, x, numbers, factors, held, experts, ways["expert"], slots)
     if ways["tensor"] == 1:
       return y_btd
     if "tensor" in stream[1]:
       return jax.lax.psum_scatter(y_btd, "tensor", scatter_dimension=1, tiled=True)
     return jax.lax.psum(y_btd, "tensor")
 
-  whole = {name: spec(letters_of(name, leaf.ndim), REPLICATED) for name, leaf in weights.items()}
+  specs, places = by_hand(weights)
   return jax.shard_map(
     local,
-    in_specs=(stream, stream, stream, whole),
+    in_specs=(stream, stream, stream, specs),
     out_specs=stream,
     axis_names={name for name in mesh.axis_names if not inside(name)},
     check_vma=False,

@@ -21,8 +21,8 @@ from llmjax.train.config import Config
 
 HOUR_S, DAY_S = 3600, 86_400
 # Going back, splash attention's two kernels work out scores and their gradients each for itself:
-# seven products where four would do, in units of the two of the forward pass.
-_ANEW = (7 - 4) / 2
+# seven products, in units of the two of the forward pass. Tiles that a mask touches are done whole.
+_BACK = 7 / 2
 
 
 def training_flops(weights: float, tokens: float) -> float:
@@ -79,18 +79,26 @@ def step_flops(config: Config) -> tuple[float, float]:
   """Counts a step's FLOPs on all chips.
 
   Returns:
-    (those of the model: forward, and twice as many backward; those done again: by remat, by a
-    pipeline's stages, and by attention's kernels).
+    (those of the model: forward, and twice as many backward; those beyond: what remat and a
+    pipeline's stages do again, what attention's kernels do again or need not do).
   """
   model = config.model
   tokens = config.data.batch_size * model.context
   forward = forward_flops_per_token(model, model.context)
-  layers = forward - 2 * model.width * model.vocab_size
   scores = scores_flops_per_token(model, model.context)
-  again = _again(model, layers, scores)
+  tiled = scores_flops_per_token(model, model.context, _tile(model))
+  layers = forward - 2 * model.width * model.vocab_size - scores + tiled
+  again = _again(model, layers, tiled)
   if config.mesh.stage > 1:  # each computes its chunk again for the gradient, then what remat says
     again = layers + (again if config.pipeline.schedule != "zb_h1" else 0)
-  return 3 * forward * tokens, (again + _ANEW * scores) * tokens
+  again += (1 + _BACK) * tiled - 3 * scores
+  return 3 * forward * tokens, again * tokens
+
+
+def _tile(model: ModelConfig) -> int:
+  """Positions of a side of splash attention's tiles, as `nn/platform_kernels.py` takes them."""
+  block, t = model.attention.block, model.context
+  return next((n for n in (4 * block, 2 * block, block) if n % 128 == t % n == 0), min(128, t))
 
 
 def _again(model: ModelConfig, layers: float, scores: float) -> float:

@@ -48,26 +48,27 @@ def traffic(config: Config, sizes: dict[str, int]) -> list[Sent]:
 
 
 def _weights(config, sizes):
-  """Weights gathered in the compute dtype, gradients summed in fp32, both for each micro-batch.
+  """Weights gathered in the compute dtype, gradients summed, both for each micro-batch.
 
   Layers' weights are gathered on the way forward and on the way back (of a pipeline's stage, which
-  goes forward twice, three times), the head's once; nobody gathers the token table.
+  goes forward twice, three times), the head's once. Of the token table rows are exchanged, there
+  and, as gradients, back; nobody gathers it.
   """
   model, train = config.model, config.train
   parts, low = train.accumulation, DTYPE_BYTES[model.dtype] / 4
   layers, table = _held(model, sizes)
-  head = 0 if model.tie_embeddings and train.zero < 3 else table
   rest = table * (1 if model.tie_embeddings else 2)  # token table and head
   part = (sizes["fsdp"] - 1) / sizes["fsdp"]
   if train.zero == 3:
     times = 2 if sizes["stage"] == 1 else 3
-    yield "all-gather", "fsdp", parts * low * (times * layers + head) * part
-    looked_up = 2 * parts * _stream(config, sizes) * part  # rows' channels, there and back
-    yield "all-to-all", "fsdp", looked_up
+    yield "all-gather", "fsdp", parts * low * (times * layers + table) * part
+    yield "all-to-all", "fsdp", 2 * parts * _stream(config, sizes) / sizes["tensor"] * part
+    sums = DTYPE_BYTES[train.sum_dtype] / 4
+    yield "reduce-scatter", "fsdp", parts * sums * (layers + table) * part
   else:
     yield "all-gather", "fsdp", (layers + rest) * part
-  sums = "reduce-scatter" if train.zero > 1 else "all-reduce"
-  yield sums, "fsdp", parts * (1 if train.zero > 1 else 2) * (layers + rest) * part
+    sums, times = ("reduce-scatter", 1) if train.zero == 2 else ("all-reduce", 2)
+    yield sums, "fsdp", parts * times * (layers + rest) * part
   experts = expert_bytes(model) / (sizes["stage"] * sizes["tensor"] * sizes["expert"])
   cut = sizes["fsdp"] if train.zero > 1 else 1
   for axis, whole in (

@@ -18,9 +18,9 @@ from llmjax.core.errors import UserError
 from llmjax.train.config import Config
 from llmjax.train.step import compile_step
 
-# What else a config holds decides nothing of the step.
-_SECTIONS = ("seed", "model.", "loss.", "optim.", "task.", "mesh.", "pipeline.", "data.batch_size")
-_TRAIN = ("train.steps", "train.accumulation", "train.zero")
+# What decides nothing of the step, but for the number of rows; all else does.
+_OTHER = ("init.", "tokenizer.", "data.", "checkpoint.", "eval.", "sample.", "train.log_every")
+_ROWS = "data.batch_size"
 
 
 def save(path: str | Path, compiled, config: Config, mesh: Mesh):
@@ -72,7 +72,8 @@ def _made_of(config: Config, mesh: Mesh) -> dict:
   devices = list(mesh.devices.flat)
   libraries = ("jax", "jaxlib", *(["libtpu"] if devices[0].platform == "tpu" else []))
   values = {
-    key: value for key, value in flat(config).items() if key.startswith(_SECTIONS) or key in _TRAIN
+    key: value for key, value in flat(config).items()
+    if key == _ROWS or not key.startswith((*_OTHER, "train.executable"))
   }
   return values | {
     "devices": f"{len(devices)} × {devices[0].device_kind}",

@@ -73,9 +73,11 @@ def test_a_step_of_llama_7b_is_six_flops_a_weight_and_token_and_half_of_attentio
   products = 6 * (6_738_415_616 - 32_000 * 4096 - 65 * 4096) * tokens  # but the look-up and norms
   attention = 3 * 32 * 2 * 2 * 4096 * (2048 + 1) / 2 * tokens
   assert flops == pytest.approx(products + attention, rel=1e-6)
-  # Again: layers without the product that ends each, and 3 more of scores' products going back.
+  # Again: layers without the product that ends each. Attention: two products forward, twice, and
+  # seven back, over 10 of 16 tiles of 512 × 512; less what the model's own six are.
   layers = 2 * (6_738_415_616 - 2 * 32_000 * 4096 - 65 * 4096 - 32 * 4096 * 11_008) * tokens
-  assert again == pytest.approx(layers + attention / 3 * (1 + 3 / 2), rel=1e-6)
+  kernels = (2 + 2 + 7) * 2 * 4096 * 32 * 2048 * 10 / 16 * tokens
+  assert again == pytest.approx(layers + kernels - attention, rel=1e-6)
   sizes = dict.fromkeys(AXES, 1) | {"fsdp": 64}
   line = roofline(config, topology("v5e:8x8"), sizes)
   assert line.bound == "compute" and line.mfu == pytest.approx(flops / (flops + again))
@@ -85,9 +87,16 @@ def test_a_step_of_llama_7b_is_six_flops_a_weight_and_token_and_half_of_attentio
     ("all-gather", "fsdp"): pytest.approx(  # in bf16: layers both ways, the head once
       2 * (2 * (6_738_415_616 - 2 * table) + table) * others
     ),
-    ("reduce-scatter", "fsdp"): pytest.approx(4 * 6_738_415_616 * others),
+    ("reduce-scatter", "fsdp"): pytest.approx(4 * (6_738_415_616 - table) * others),
     ("all-to-all", "fsdp"): pytest.approx(2 * 4 * 2048 * 4096 * 2 * others),  # looked-up channels
   }
+  low = {one.kind: one.bytes for one in traffic(override(config, [
+    "--config.train.sum_dtype=bfloat16", "--config.train.accumulation=4",
+  ]), sizes)}
+  # Half as much, but for each micro-batch; of the stream as many rows in all.
+  assert low["reduce-scatter"] == pytest.approx(4 / 2 * sent["reduce-scatter", "fsdp"])
+  assert low["all-gather"] == pytest.approx(4 * sent["all-gather", "fsdp"])
+  assert low["all-to-all"] == pytest.approx(sent["all-to-all", "fsdp"])
 
 
 @pytest.mark.parametrize(
