@@ -23,6 +23,7 @@ from llmjax.core.errors import UserError
 from llmjax.plan.buffers import Buffer
 from llmjax.plan.chips import Topology
 from llmjax.train.config import Config
+from llmjax.train.executable import source_hash
 
 _CLEAN = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "TPU_", "JAX_", "MEGASCALE")
 _SET = {
@@ -96,10 +97,8 @@ def has_compiler() -> bool:
 def _key(task: dict) -> str:
   """Hashes all that decides an answer: the task, versions, llmjax's own source."""
   versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
-  digest = hashlib.sha256(json.dumps([task, versions], sort_keys=True).encode())
-  for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
-    digest.update(path.read_bytes())
-  return digest.hexdigest()[:24]
+  decides = json.dumps([task, versions, source_hash()], sort_keys=True)
+  return hashlib.sha256(decides.encode()).hexdigest()[:24]
 
 
 def _compile(task: dict, folder: Path):

@@ -1,10 +1,11 @@
 """A train step compiled beforehand: written by `llmjax plan --keep-executable`, loaded by the run.
 
-A program belongs to the values that it was made from, to devices by number and to a version of jax:
+A program belongs to the values and the source it was made from, to devices by number and to jax:
 one line of JSON at the head of the file says which, and a run that differs is told in what. The
 rest is a pickle, which runs whatever it holds: load your own files only.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import pickle
@@ -79,4 +80,13 @@ def _made_of(config: Config, mesh: Mesh) -> dict:
     "devices": f"{len(devices)} × {devices[0].device_kind}",
     "device numbers": [device.id for device in devices],
     **{name: importlib.metadata.version(name) for name in libraries},
+    "llmjax": source_hash(),
   }
+
+
+def source_hash() -> str:
+  """Hashes every line of llmjax: 16 hex digits, of which a program is a function too."""
+  digest = hashlib.sha256()
+  for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
+    digest.update(path.read_bytes())
+  return digest.hexdigest()[:16]
