@@ -128,7 +128,7 @@ def read_full(message: str, given: list[Buffer]) -> dict:
   found = _FULL.search(message)
   if not found:
     raise UserError(f"the TPU's compiler refused the program: {message.splitlines()[0]}")
-  number, unit, limit, limit_unit = filter(None.__ne__, found.groups())
+  number, unit, limit, limit_unit = (part for part in found.groups() if part is not None)
   largest = []
   for size, size_unit, operator, shape in _BUFFER.findall(message):
     said = dict(re.findall(r'(\w+)="?([^" ]*)"?', operator))
