@@ -27,6 +27,7 @@ class TrainConfig:
     zero: what mesh axis `fsdp` cuts: 1 optimizer state; 2 gradients too; 3 weights too.
     sum_dtype: of gradients while they are summed over `fsdp`, where that cuts weights: float32, or
       bfloat16, which sends half as much.
+    executable: file of a step compiled by `llmjax plan --keep-executable`; "" compiles here.
   """
 
   steps: int = 1000
@@ -34,6 +35,7 @@ class TrainConfig:
   log_every: int = 1
   zero: int = 3
   sum_dtype: str = "float32"
+  executable: str = ""
 
   def __post_init__(self):
     if self.zero not in ZERO:
@@ -175,6 +177,7 @@ _FREE = (
   "mesh.",
   "pipeline.",
   "train.zero",
+  "train.executable",
   "model.attention.context",
   "checkpoint.",
   "eval.",
