@@ -72,7 +72,8 @@ def _streams(config, sizes):
   yield "collective-permute", "context", 3 * layers * keys * (sizes["context"] - 1)
   if sizes["stage"] > 1:
     parts = config.train.accumulation
-    ticks = len(make_schedule(config.pipeline.schedule, sizes["stage"], parts).table)
+    how = config.pipeline
+    ticks = len(make_schedule(how.schedule, sizes["stage"], parts, how.chunks).table)
     yield "collective-permute", "stage", 2 * ticks * stream / parts
 
 
