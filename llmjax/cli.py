@@ -11,11 +11,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from llmjax import Sampling, convert, generate, load, run
+from llmjax import Sampling, convert, generate, load, plan, run
 from llmjax.bench import suite
 from llmjax.core import config as configs
 from llmjax.core.errors import RunFailed, UserError, nearest
+from llmjax.core.platform import spare_libtpu
 from llmjax.parallel import join, multihost
+from llmjax.plan import report
 from llmjax.train import check as checks
 from llmjax.train.config import Config
 
@@ -81,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
   check.add_argument("--config", required=True, metavar="FILE", help="shrunk by rule to fit")
   check.add_argument("--devices", type=int, default=8, help="on a CPU as many are made")
   check.add_argument("--meshes", default="some", help="some (default) or all")
+  _add_plan(verb("plan", "Tell what a run needs and costs, with no chip at hand."))
   convert = verb("convert", "Write a model in another format.")
   convert.add_argument(
     "--from", required=True, metavar="PATH", dest="source", help="as generate's --checkpoint"
@@ -90,6 +93,18 @@ def _parser() -> argparse.ArgumentParser:
   convert.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
   convert.add_argument("--family", default="", help="model_type to write; else the one that fits")
   return parser
+
+
+def _add_plan(sub):
+  sub.add_argument("--config", required=True, metavar="FILE", help="Python file, get_config()")
+  sub.add_argument("--topology", required=True, metavar="CHIPS", help="v5p:4x4x4, v5e:8x8, h100:64")
+  sub.add_argument("--slices", type=int, default=1, help="groups with a slow network between them")
+  sub.add_argument("--price", type=float, default=0.0, help="dollars an hour of a chip")
+  sub.add_argument("--decode", action="store_true", help="plan writing text instead of training")
+  sub.add_argument("--keep-hlo", default="", metavar="FILE", help="write the optimized program")
+  sub.add_argument(
+    "--keep-executable", default="", metavar="FILE", help="keep the step for train.executable"
+  )
 
 
 def _train(args, overrides) -> dict:
@@ -179,6 +194,16 @@ def _check(args, overrides) -> dict:
   return result
 
 
+def _plan(args, overrides) -> dict:
+  config = configs.load(args.config, overrides, Config)
+  result = plan(
+    config, args.topology, args.slices, args.price, args.decode, args.keep_hlo,
+    args.keep_executable,
+  )
+  print(report.show(result))
+  return result
+
+
 def _force_devices(count: int):
   """Has a CPU act as so many devices, unless XLA_FLAGS says how many; leaves accelerators alone.
 
@@ -217,12 +242,14 @@ VERBS = {
   "convert": _convert,
   "bench": _bench,
   "check": _check,
+  "plan": _plan,
 }
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs one command line; returns its exit status."""
   argv = sys.argv[1:] if argv is None else argv
+  spare_libtpu()
   try:
     args, rest = _parse(argv)
     result = VERBS[args.verb](args, rest)

@@ -3,8 +3,9 @@
 `python -m llmjax.plan.compiler FOLDER`, as `plan/ahead.py` calls it.
 """
 
-import importlib.util
+import gzip
 import json
+import math
 import re
 import sys
 import time
@@ -16,59 +17,89 @@ from llmjax.core.config import freeze
 from llmjax.core.errors import UserError
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import batch_sharding
+from llmjax.plan.buffers import MOST, Buffer, largest_buffers
+from llmjax.plan.decode import serving_program
+from llmjax.train import executable
 from llmjax.train.config import Config
 from llmjax.train.shrink import made_up_batch
 from llmjax.train.state import abstract_state
 from llmjax.train.step import compile_step
 
+_SIZE = r"([\d.]+)([KMGT]?)"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_FULL = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# What is wanted, of what there is: told after buffers were placed, or before it was tried.
+_FULL = re.compile(
+  rf"Used {_SIZE} of {_SIZE} hbm|temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)"
+)
 _BUFFER = re.compile(
-  r"Size: ([\d.]+)([KMGT]?).*?\n(?:\s+Operator: (.*?)\n)?.*?Shape: (\S+)", re.DOTALL
+  rf"Size: {_SIZE}\n(?:\s+Operator: (.*)\n)?\s+Shape: (\w+\[[\d,]*\])"
 )
 
 
 def main(folder: Path):
-  """Compiles the task of a folder and writes `answer.json` and `program.txt` beside it."""
+  """Compiles the task of a folder and writes `answer.json` and `program.txt.gz` beside it."""
   task = json.loads((folder / "task.json").read_text())
   try:
     answer, text = _compile(task)
   except UserError as error:
     answer, text = {"error": str(error)}, ""
-  if text:
-    (folder / "program.txt").write_text(text)
+  (folder / "program.txt.gz").write_bytes(gzip.compress(text.encode()))
   (folder / "answer.json").write_text(json.dumps(answer))
 
 
 def _compile(task) -> tuple[dict, str]:
+  config = freeze(task["config"], Config)
+  mesh = make_mesh(config.mesh, _devices(task["topology"], task["slices"]))
+  run, arguments = _program(task["program"], config, mesh)
+  with jax.set_mesh(mesh):
+    lowered = run.lower(*arguments)
+  began_s = time.perf_counter()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    seconds = time.perf_counter() - began_s
+    return read_full(str(error), _given(arguments)) | {"compile_s": seconds}, ""
+  seconds = time.perf_counter() - began_s
+  if task["keep_executable"]:
+    executable.save(task["keep_executable"], compiled, config, mesh)
+  text = compiled.as_text()
+  said = {"memory": _memory(compiled), "compile_s": seconds, "largest": largest_buffers(text)}
+  return said, text
+
+
+def _devices(name: str, slices: int):
   from jax.experimental import topologies
 
-  if importlib.util.find_spec("libtpu") is None:
-    raise UserError(
-      "the TPU's compiler is not installed: pip install 'llmjax[plan]' brings it (libtpu)"
-    )
-  config = freeze(task["config"], Config)
   try:
     described = topologies.get_topology_desc(
-      platform="tpu", topology_name=task["topology"], num_slices=task["slices"]
+      platform="tpu", topology_name=name, num_slices=slices
     )
   except jax.errors.JaxRuntimeError as error:
     line = str(error).splitlines()[0]
-    raise UserError(f"the TPU's compiler knows no topology {task['topology']}: {line}") from error
-  mesh = make_mesh(config.mesh, described.devices)
+    raise UserError(f"the TPU's compiler knows no topology {name}: {line}") from error
+  return described.devices
+
+
+def _program(program: str, config: Config, mesh):
+  """A jitted function and its abstract arguments."""
+  if program != "train":
+    return serving_program(program, config, mesh)
   batch = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=batch_sharding(mesh)),
     made_up_batch(config),
   )
-  with jax.set_mesh(mesh):
-    lowered = compile_step(config, mesh).lower(abstract_state(config, mesh), batch)
-    began_s = time.perf_counter()
-    try:
-      compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-      return _full(str(error), time.perf_counter() - began_s), ""
-  seconds = time.perf_counter() - began_s
-  return {"memory": _memory(compiled), "compile_s": seconds}, compiled.as_text()
+  return compile_step(config, mesh), (abstract_state(config, mesh), batch)
+
+
+def _given(arguments) -> list[Buffer]:
+  """A device's parts of all arguments, the largest first."""
+  found = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    name = f"{leaf.dtype}[{','.join(map(str, shape))}]"
+    path = jax.tree_util.keystr(path[1:], simple=True, separator=".")
+    found.append(Buffer(math.prod(shape) * leaf.dtype.itemsize, name, path, ""))
+  return sorted(found, key=lambda one: -one.bytes)
 
 
 def _memory(compiled) -> dict:
@@ -78,22 +109,37 @@ def _memory(compiled) -> dict:
     "outputs": said.output_size_in_bytes,
     "aliased": said.alias_size_in_bytes,
     "temporaries": said.temp_size_in_bytes,
+    "code": said.generated_code_size_in_bytes,
     "peak": said.peak_memory_in_bytes,
   }
 
 
-def _full(message: str, compile_s: float) -> dict:
-  """Reads the compiler's report of a program that does not fit."""
+def read_full(message: str, given: list[Buffer]) -> dict:
+  """Reads the compiler's report of a program that does not fit.
+
+  Args:
+    message: the report. Where temporaries alone are too many it lists no arrays.
+    given: the program's arguments, which then stand in.
+  Returns:
+    `wanted_bytes` and `limit_bytes` of a device, and the `largest` arrays.
+  Raises:
+    UserError: the report is of something else.
+  """
   found = _FULL.search(message)
-  if "RESOURCE_EXHAUSTED" not in message or not found:
+  if not found:
     raise UserError(f"the TPU's compiler refused the program: {message.splitlines()[0]}")
-  largest = [
-    (_bytes(size, unit), shape, operator or "", "")
-    for size, unit, operator, shape in _BUFFER.findall(message)
-  ]
+  number, unit, limit, limit_unit = filter(None.__ne__, found.groups())
+  largest = []
+  for size, size_unit, operator, shape in _BUFFER.findall(message):
+    said = dict(re.findall(r'(\w+)="?([^" ]*)"?', operator))
+    source = f"{said['source_file']}:{said['source_line']}" if "source_file" in said else ""
+    largest.append(Buffer(_bytes(size, size_unit), shape, said.get("op_name", ""), source))
+  wanted_bytes = _bytes(number, unit)
+  if found[0].startswith("temporaries"):
+    wanted_bytes += sum(one.bytes for one in given)
   return {
-    "memory": {}, "compile_s": compile_s, "wanted_bytes": _bytes(found[1], found[2]),
-    "largest": largest,
+    "memory": {}, "wanted_bytes": wanted_bytes, "limit_bytes": _bytes(limit, limit_unit),
+    "largest": largest or given[:MOST],
   }
 
 

@@ -1,109 +1,195 @@
 """`plan`: what a config needs of a topology; formulas first, then the compiler's own word."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
+from jax.sharding import AbstractMesh
+
+from llmjax.core.errors import UserError
+from llmjax.data.tasks import Task
 from llmjax.models.build import count_parameters
+from llmjax.models.formulas import forward_flops_per_token
 from llmjax.parallel.collectives import collectives
 from llmjax.parallel.mesh import AXES, axis_sizes
-from llmjax.plan.ahead import Compiled, compile_ahead
+from llmjax.plan.advice import changes
+from llmjax.plan.ahead import Compiled, compile_ahead, has_compiler
 from llmjax.plan.chips import Topology, topology
-from llmjax.plan.formulas import DAY_S, HOUR_S, rent_usd, roofline
+from llmjax.plan.formulas import DAY_S, HOUR_S, rent_usd, roofline, serving
 from llmjax.plan.recount import recount
 from llmjax.train.config import Config
 
 
-def plan(config: Config, where: str, slices: int = 1, keep_hlo: str = "") -> dict:
+def plan(
+  config: Config,
+  where: str,
+  slices: int = 1,
+  price: float = 0.0,
+  decode: bool = False,
+  keep_hlo: str = "",
+  keep_executable: str = "",
+) -> dict:
   """Plans a run on a topology that need not be at hand.
 
   Args:
     config: the experiment; without `model.vocab_size` the tokenizer's is taken.
     where: `v5p:4x4x4`, `h100:64`.
     slices: groups of such chips with a slow network between them.
+    price: dollars an hour of a chip; 0 takes the list price.
+    decode: plan writing text instead: `data.batch_size` rows in a cache of `model.context` slots.
     keep_hlo: file for the optimized program; "" keeps none.
+    keep_executable: file for the compiled step, for `train.executable`; "" keeps none.
   Returns:
     `ideal_step_s`, `bound`, `tokens_per_step` and costs by formula; for a TPU whose compiler is
     installed also `fits`, `peak_bytes`, `hbm_bytes`, `est_step_s`, `mfu`, `compile_s`,
-    `collectives` and `largest_buffers`, all of them the compiler's estimates.
+    `collectives` and `largest_buffers`, all of them the compiler's estimates, and costs by these.
+    With `decode` a step is a token of every row, and `prefill` holds the same of the prompts.
   Raises:
     UserError: an unknown topology, a mesh that does not divide it, a program that is refused.
   """
+  if decode and keep_executable:
+    raise UserError("a run loads a train step: --keep-executable does not go with --decode")
+  if price < 0:
+    raise UserError(f"price {price} is negative")
   chips = topology(where, slices)
-  config = _with_vocab(config)
-  sizes = axis_sizes(config.mesh, chips.devices)
-  result = _by_formula(config, chips, sizes)
+  if price:
+    chips = dataclasses.replace(chips, chip=dataclasses.replace(chips.chip, usd_per_hour=price))
+  config = with_vocab(config)
+  sizes = _sizes(config, chips)
+  result = _about(config, chips, sizes) | (_served if decode else _trained)(config, chips, sizes)
   if not chips.chip.sizes:
     return result | {"compiler": "there is none for GPUs here: formulas alone"}
-  if importlib.util.find_spec("libtpu") is None:
+  if not has_compiler():
     return result | {"compiler": "pip install 'llmjax[plan]' brings the TPU's: formulas alone"}
-  compiled = compile_ahead(config, chips)
-  if keep_hlo and compiled.text:
-    Path(keep_hlo).write_text(compiled.text)
-  return result | _by_compiler(config, chips, sizes, compiled, result["model_flops_per_step"])
+  if decode:
+    prompts = _said("prefill", config, chips, sizes, _flops(config, config.model.context))
+    said = _said("decode", config, chips, sizes, _flops(config, 1), keep_hlo)
+    result["prefill"] |= prompts
+  else:
+    flops = result["model_flops_per_step"]
+    said = _said("train", config, chips, sizes, flops, keep_hlo, keep_executable)
+  return result | said | _costs(chips, said.get("est_step_s"), result["tokens_per_step"])
 
 
-def _with_vocab(config: Config) -> Config:
-  size = config.model.vocab_size or config.tokenizer.vocab_size
+def with_vocab(config: Config) -> Config:
+  """Fills `model.vocab_size` in as a run does, from the tokenizer's config and the task."""
+  if config.model.vocab_size:
+    return config
+  task = Task(dataclasses.replace(config.task, name=config.task_name or "language_model"))
+  size = config.tokenizer.vocab_size + task.extra_tokens
   return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def _by_formula(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
-  line = roofline(config, chips, sizes)
-  tokens = config.data.batch_size * config.model.context
-  rate = chips.chip.peak(config.model.dtype) * chips.chips
+def _sizes(config: Config, chips: Topology) -> dict[str, int]:
+  sizes, across = axis_sizes(config.mesh, chips.devices), config.mesh.across
+  if sizes[across] % chips.slices:
+    raise UserError(f"mesh.{across} {sizes[across]} is not a multiple of the {chips.slices} slices")
+  return sizes
+
+
+def _about(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
   return {
     "topology": chips.name, "slices": chips.slices, "chips": chips.chips, "mesh": sizes,
     "parameters": count_parameters(config.model),
+    "hbm_bytes": chips.chip.hbm_bytes / chips.chip.devices,
+    "usd_per_chip_hour": chips.chip.usd_per_hour,
+  }
+
+
+def _trained(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
+  line = roofline(config, chips, sizes)
+  tokens = config.data.batch_size * config.model.context
+  return {
     "tokens_per_step": tokens,
-    "model_flops_per_step": line.model_s * rate,
+    "model_flops_per_step": line.model_s * _peak(config, chips),
     "roofline": dataclasses.asdict(line),
     "bound": line.bound,
     "ideal_step_s": line.step_s,
+    "ideal_mfu": line.mfu,
     **_costs(chips, line.step_s, tokens),
   }
 
 
-def _costs(chips: Topology, step_s: float, tokens: int) -> dict:
-  hours_per_btokens = 1e9 / tokens * step_s / HOUR_S
+def _served(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
+  rows, length = config.data.batch_size, config.model.context
+  line = serving(config.model, chips, rows, length, length)
   return {
+    "tokens_per_step": rows,
+    "ideal_step_s": line.token_s,
+    "cache_bytes": line.cache_bytes,
+    "prefill": {"tokens_per_step": rows * length, "ideal_step_s": line.prefill_s},
+    **_costs(chips, line.token_s, rows),
+  }
+
+
+def _flops(config: Config, tokens: int) -> float:
+  """FLOPs of reading so many tokens of every row, forward."""
+  each = forward_flops_per_token(config.model, config.model.context)
+  return config.data.batch_size * tokens * each
+
+
+def _peak(config: Config, chips: Topology) -> float:
+  return chips.chip.peak(config.model.dtype) * chips.chips
+
+
+def _costs(chips: Topology, step_s: float | None, tokens: int) -> dict:
+  """What a number of tokens a step comes to; nothing where the step's time is not known."""
+  if not step_s:
+    return {}
+  hours_per_btokens = 1e9 / tokens * step_s / HOUR_S
+  usd = rent_usd(chips.chip, chips.chips, hours_per_btokens)
+  return {
+    "tokens_per_s": tokens / step_s,
     "tokens_per_day": tokens / step_s * DAY_S,
-    "cost_usd_per_btokens": rent_usd(chips.chip, chips.chips, hours_per_btokens),
+    "cost_usd_per_btokens": usd,
+    "cost_usd_per_mtokens": usd / 1000,
     "kwh_per_btokens": chips.chip.watts * chips.chips * hours_per_btokens / 1000,
   }
 
 
-def _by_compiler(config, chips: Topology, sizes, compiled: Compiled, flops: float) -> dict:
-  hbm = chips.chip.hbm_bytes / chips.chip.devices
-  said = {"compile_s": compiled.compile_s, "hbm_bytes": hbm}
+def _said(
+  program: str, config: Config, chips: Topology, sizes, flops: float, keep_hlo="",
+  keep_executable="",
+) -> dict:
+  """Compiles a program and reads what the compiler made of it."""
+  compiled = compile_ahead(config, chips, program, keep_executable)
+  if keep_hlo and compiled.text:
+    Path(keep_hlo).write_text(compiled.text)
+  said = {
+    "fits": bool(compiled.text),
+    "compile_s": compiled.compile_s,
+    "cached": compiled.cached,
+    "largest_buffers": [one._asdict() for one in compiled.largest],
+  }
   if not compiled.text:
-    return said | {
-      "fits": False, "peak_bytes": compiled.wanted_bytes, "largest_buffers": compiled.largest,
-      "change": "more chips, model.remat=full, a smaller data.batch_size or train.accumulation",
-    }
-  mesh = _mesh(sizes)
-  found = collectives(compiled.text, mesh)
+    wanted, limit = compiled.wanted_bytes, compiled.limit_bytes
+    change = changes(config, sizes, chips.slices, wanted / limit, program)
+    return said | {"peak_bytes": wanted, "usable_bytes": limit, "change": change}
+  return said | _read(config, chips, sizes, compiled, flops)
+
+
+def _read(config: Config, chips: Topology, sizes, compiled: Compiled, flops: float) -> dict:
   across = config.mesh.across if chips.slices > 1 else ""
+  found = _collectives(compiled.text, sizes, across, chips.slices)
   count = recount(compiled.text, found, chips.chip, across)
   step_s = count.fusions_s + count.exposed_s
-  peak = compiled.memory["peak"]
-  return said | {
-    "fits": peak <= hbm,
-    "peak_bytes": peak,
+  return {
+    "peak_bytes": compiled.memory["peak"],
     "memory": compiled.memory,
     "recount": dataclasses.asdict(count),
     "est_step_s": step_s,
-    "mfu": flops / (chips.chip.peak(config.model.dtype) * chips.chips) / step_s,
+    "mfu": flops / _peak(config, chips) / step_s,
     "collectives": [
-      {"kind": one.kind, "axis": "+".join(one.axes), "count": one.count, "bytes": one.bytes}
+      {
+        "kind": one.kind, "axis": "+".join(one.axes), "count": one.count, "bytes": one.bytes,
+        "overlapped": one.overlapped,
+      }
       for one in found
     ],
-    "largest_buffers": compiled.largest,
-    **_costs(chips, step_s, config.data.batch_size * config.model.context),
   }
 
 
-def _mesh(sizes: dict[str, int]):
-  from jax.sharding import AbstractMesh
-
-  return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+def _collectives(text: str, sizes: dict[str, int], across: str, slices: int):
+  """Those of a program; of several slices' the compiler returns one slice's."""
+  if across:
+    sizes = sizes | {across: sizes[across] // slices}
+  return collectives(text, AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES))

@@ -25,12 +25,14 @@ class TrainConfig:
     accumulation: micro-batches a step.
     log_every: steps between lines of metrics.
     zero: what mesh axis `fsdp` cuts: 1 optimizer state; 2 gradients too; 3 weights too.
+    executable: file of a step compiled by `llmjax plan --keep-executable`; "" compiles here.
   """
 
   steps: int = 1000
   accumulation: int = 1
   log_every: int = 1
   zero: int = 3
+  executable: str = ""
 
   def __post_init__(self):
     if self.zero not in ZERO:
@@ -169,6 +171,7 @@ _FREE = (
   "mesh.",
   "pipeline.",
   "train.zero",
+  "train.executable",
   "model.attention.context",
   "checkpoint.",
   "eval.",

@@ -1,0 +1,163 @@
+"""What `llmjax plan` answers with and without the TPU's compiler, and what it is told to refuse."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llmjax.cli import main
+from llmjax.core.config import override
+from llmjax.core.errors import UserError
+from llmjax.parallel.mesh import AXES
+from llmjax.plan import advice, ahead, chips, compiler
+from llmjax.plan.buffers import largest_buffers
+from llmjax.train.config import Config
+
+CONFIG = """
+from llmjax import Config, defaults
+
+def get_config():
+  config = defaults(Config)
+  model = config.model
+  model.layers, model.width, model.heads, model.mlp_width = 2, 256, 2, 512
+  model.vocab_size, model.context, model.remat, model.dtype = 1024, 512, "full", "bfloat16"
+  config.data.batch_size = 8
+  return config
+"""
+KEYS = {
+  "fits", "peak_bytes", "hbm_bytes", "est_step_s", "ideal_step_s", "mfu", "compile_s",
+  "collectives", "tokens_per_step", "cost_usd_per_btokens", "largest_buffers",
+}
+needs_compiler = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is not installed"
+)
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch, capsys):
+  """Runs `llmjax plan` on a small config: (status, result as JSON, standard error)."""
+  monkeypatch.setenv("LLMJAX_CACHE", str(tmp_path / "cache"))
+  config = tmp_path / "small.py"
+  config.write_text(CONFIG)
+
+  def run(*argv):
+    capsys.readouterr()
+    status = main(["plan", f"--config={config}", "--json", *argv])
+    out, err = capsys.readouterr()
+    return status, json.loads(out.splitlines()[-1]) if out else None, err
+
+  return run
+
+
+def test_gpus_are_planned_by_formula_alone(plan):
+  status, said, _ = plan("--topology=h100:8", "--price=2")
+  assert status == 0 and "GPU" in said["compiler"] and "fits" not in said
+  assert said["tokens_per_step"] == 8 * 512
+  usd = 8 * 2 / 3600 * said["ideal_step_s"] / (8 * 512) * 1e9
+  assert said["cost_usd_per_btokens"] == pytest.approx(usd)
+  assert said["tokens_per_day"] == pytest.approx(8 * 512 / said["ideal_step_s"] * 86_400)
+
+
+def test_without_the_compiler_formulas_answer_and_say_where_it_is(plan, monkeypatch):
+  monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: None)
+  status, said, _ = plan("--topology=v5e:2x2", "--decode")
+  assert status == 0 and "pip install 'llmjax[plan]'" in said["compiler"]
+  # A row's keys and values: two layers of two heads of 128, in bfloat16.
+  assert said["cache_bytes"] == 8 * 512 * 2 * 2 * 2 * 128 * 2
+  assert said["prefill"]["tokens_per_step"] == 8 * 512 and said["tokens_per_step"] == 8
+
+
+@pytest.mark.parametrize(
+  ("argv", "says"),
+  [
+    (["--topology=v5q:2x2"], "did you mean"),
+    (["--topology=mine:2x2"], "known: a100, b200, h100, h200, tpu7x, v4, v5e, v5p, v6e"),
+    (["--topology=v5p:4x4"], "v5p comes as v5p:NxNxN"),
+    (["--topology=v5e:2x2", "--config.mesh.fsdp=8"], "does not divide the 4 devices"),
+    (
+      ["--topology=h100:8", "--slices=3", "--config.mesh.data=4", "--config.mesh.fsdp=6"],
+      "mesh.data 4 is not a multiple of the 3 slices",
+    ),
+    (["--topology=h100:8", "--price=-1"], "price -1.0 is negative"),
+    (["--topology=h100:8", "--config.model.layer=1"], "unknown config key 'model.layer'"),
+    (["--topology=h100:8", "--decode", "--keep-executable=x"], "--keep-executable"),
+    (["--topology=h100:8", "--slices=0"], "slices 0 is less than 1"),
+  ],
+)
+def test_bad_input_is_one_line(plan, argv, says):
+  status, said, err = plan(*argv)
+  assert status == 2 and said is None
+  assert says in err and err.count("\n") == 1
+
+
+def small(*changes) -> Config:
+  return override(Config(), [f"--config.{change}" for change in ("model.vocab_size=64", *changes)])
+
+
+def test_an_answer_is_found_again_until_anything_that_decides_it_changes(tmp_path, monkeypatch):
+  asked = []
+
+  def compile_(task, folder):
+    asked.append(task["program"])
+    folder.mkdir(parents=True)
+    answer = {"memory": {"peak": len(asked)}, "compile_s": 1.0, "largest": [[8, "f32[2]", "a", ""]]}
+    (folder / "answer.json").write_text(json.dumps(answer))
+    (folder / "program.txt.gz").write_bytes(ahead.gzip.compress(b"HloModule"))
+
+  monkeypatch.setenv("LLMJAX_CACHE", str(tmp_path))
+  monkeypatch.setattr(ahead, "_compile", compile_)
+  version = {"libtpu": "1"}
+  monkeypatch.setattr(ahead.importlib.metadata, "version", lambda name: version.get(name, "0"))
+  where = chips.topology("v5e:2x2")
+
+  def answers(*args, **options):
+    said = ahead.compile_ahead(*args, **options)
+    assert said.text == "HloModule" and said.largest[0].shape == "f32[2]"
+    return said.memory["peak"], said.cached
+
+  assert answers(small(), where) == (1, False)
+  assert answers(small(), where) == (1, True)
+  assert answers(small("model.layers=3"), where) == (2, False)
+  assert answers(small(), chips.topology("v5e:2x2", 2)) == (3, False)
+  assert answers(small(), where, program="decode") == (4, False)
+  version["libtpu"] = "2"
+  assert answers(small(), where) == (5, False)
+  assert answers(small(), where) == (5, True)
+
+
+def test_largest_buffers_are_named_by_path_or_line():
+  def double(tree):
+    made = jnp.einsum("ij,kj->ik", tree["left"], tree["left"])
+    return jnp.sort(made).sum()
+
+  shapes = {"left": jax.ShapeDtypeStruct((64, 8), jnp.float32)}
+  text = jax.jit(double).lower(shapes).compile().as_text()
+  found = largest_buffers(text)
+  argument = next(one for one in found if "left" in one.operation and one.shape == "f32[64,8]")
+  assert argument.bytes == 64 * 8 * 4
+  product = next(one for one in found if "dot_general" in one.operation)
+  assert product.bytes == 64 * 64 * 4 and product.shape == "f32[64,64]"
+  line = double.__code__.co_firstlineno + 1
+  assert product.source == f"{__file__}:{line}"
+  assert [one.bytes for one in found] == sorted((one.bytes for one in found), reverse=True)
+
+
+def test_every_change_that_is_advised_is_one_the_config_takes():
+  config = small("data.batch_size=64", "mesh.data=2", "mesh.fsdp=4", "train.zero=1", "loss.chunk=0")
+  sizes = dict.fromkeys(AXES, 1) | {"data": 2, "fsdp": 4}
+  for program in ("train", "decode"):
+    said = advice.changes(config, sizes, 1, 2.5, program)
+    assert said[-1].startswith("about 20 chips instead of 8")
+    assert len(said) > 2
+    for one in said[:-1]:
+      keys = [part for part in one.partition(":")[0].split() if "=" in part]
+      assert override(config, [f"--config.{key}" for key in keys]) != config
+  crossed = advice.changes(config, sizes, 2, 2.5, "train")
+  assert not any("mesh.data" in one for one in crossed), "two slices need two along data"
+
+
+def test_a_refusal_that_is_not_about_memory_is_an_error():
+  with pytest.raises(UserError, match="refused the program: INTERNAL: Mosaic"):
+    compiler.read_full("INTERNAL: Mosaic failed\nand more", [])
