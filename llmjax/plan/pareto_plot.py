@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-GIB = 2**30
+_GIB = 2**30
 
 
 def pareto(rows: Sequence[dict]) -> Iterator[dict]:
@@ -39,15 +39,15 @@ def plot_pareto(result: dict, path: Path):
   places = list(dict.fromkeys(key[:2] for key in groups))
   for (*place, by), rows in groups.items():
     color, told = f"C{places.index(tuple(place))}", by == "compiler"
-    front = [(row["peak_bytes"] / GIB, row["step_s"]) for row in pareto(rows)]
-    points = [(row["peak_bytes"] / GIB, row["step_s"]) for row in rows]
+    front = [(row["peak_bytes"] / _GIB, row["step_s"]) for row in pareto(rows)]
+    points = [(row["peak_bytes"] / _GIB, row["step_s"]) for row in rows]
     name = place[0] + (f" × {place[1]}" if place[1] > 1 else "")
     axes.scatter(
       *zip(*points, strict=True), s=40 if told else 10, alpha=1 if told else 0.5, color=color,
       label=f"{name}, {'the compiler' if told else 'formula'}",
     )
     axes.plot(*zip(*front, strict=True), color=color, lw=1.5 if told else 0.8)
-    axes.axvline(rows[0]["hbm_bytes"] / GIB, color=color, ls="--", lw=0.8)
+    axes.axvline(rows[0]["hbm_bytes"] / _GIB, color=color, ls="--", lw=0.8)
   axes.set(xlabel="peak memory of a device, GiB (dashed: what it has)", ylabel="step, s, estimated")
   axes.set_ylim(bottom=0)
   axes.grid(alpha=0.3)

@@ -4,60 +4,25 @@ Formulas put thousands of candidates in order in seconds; the compiler has the l
 that they like best. Neither is a measurement.
 """
 
-import dataclasses
 import os
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from llmjax.core.config import flat
 from llmjax.core.errors import UserError
-from llmjax.plan.candidates import Candidate, Estimate, blocks, candidates, change, estimate
+from llmjax.plan.candidates import Candidate, Estimate, blocks, candidates, estimate
 from llmjax.plan.chips import Topology
 from llmjax.plan.formulas import DAY_S, rent_usd
+from llmjax.plan.limits import Limits
 from llmjax.plan.memory import memory
-from llmjax.plan.pareto_plot import GIB, pareto
-from llmjax.plan.plan import plan
+from llmjax.plan.pareto_plot import pareto
+from llmjax.plan.plan import plan, with_vocab
+from llmjax.plan.search_report import says, show_row
 from llmjax.train.config import Config
 
 _FAR = 1.5  # times the best candidate's seconds; slower ones are not looked at
 _NEAR = 1.15  # times a device's memory, by formula, is still shown to the compiler
 _SHOWN = 20  # rows by formula alone, of each topology, beside those of the Pareto front
-_UNITS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  """What a run may take; 0 leaves each open.
-
-  Attributes:
-    tokens: of the whole run.
-    budget_usd: for them.
-    max_days: for them.
-    usd_per_hour: of a chip, instead of the list price.
-  """
-
-  tokens: float = 0.0
-  budget_usd: float = 0.0
-  max_days: float = 0.0
-  usd_per_hour: float = 0.0
-
-  def __post_init__(self):
-    if not self.tokens and (self.budget_usd or self.max_days):
-      raise UserError("--budget and --max-days need --tokens, such as --tokens=20B")
-
-
-def amount(text: str, flag: str, example: str) -> float:
-  """Reads `20B`, `1.5T`, `$2,500` or `2e10`; "" is 0.
-
-  Raises:
-    UserError: another form, told with the example.
-  """
-  found = re.fullmatch(r"\$?([\d,]*\.?\d+(?:e\d+)?)([kKMBT]?)", text.strip() or "0")
-  value = float(found[1].replace(",", "")) * _UNITS[found[2]] if found else 0
-  if text.strip() and not value:
-    raise UserError(f"{flag}={text} is not an amount above 0, such as {flag}={example}")
-  return value
 
 
 def search(
@@ -94,9 +59,7 @@ def search(
     UserError: no mesh of any topology divides the model and its rows.
   """
   limits, report = limits or Limits(), report or (lambda line: None)
-  size = config.model.vocab_size or config.tokenizer.vocab_size
-  filled = change(config, {"model.vocab_size": size})
-  rows, considered = [], 0
+  filled, rows, considered = with_vocab(config), [], 0
   for place in places:
     pool, count = _pool(filled, place, flat(config), limits)
     considered += count
@@ -244,60 +207,3 @@ def _told(one: Candidate, row: dict, future, limits: Limits) -> dict:
   step_s = said["est_step_s"]
   return row | {"step_s": step_s, "mfu": said["mfu"], **_costs(one, step_s, limits)}
 
-
-def says(best: dict, limits: Limits, unpriced: set) -> str:
-  """The answer in one line, for the row that stands first."""
-  name = _where(best) + ", " + _knobs(best)
-  have, want = best["hbm_bytes"] / GIB, best["peak_bytes"] / GIB
-  free = "".join(f"; {chip} has no list price, so --price=… is wanted" for chip in sorted(unpriced))
-  if "error" in best:
-    return f"the compiler refused all that were tried, the best of them with: {best['error']}{free}"
-  if not best["fits"]:
-    return (
-      f"nothing fits: the closest, {name}, wants {want:.1f} GiB of {have:.1f}, which lacks "
-      f"{want - have:.1f} GiB a device; more chips or a smaller data.batch_size"
-    )
-  bill = _bill(best) if limits.tokens else ""
-  if not best["within"]:
-    wanted = [f"${limits.budget_usd:,.0f}"] * (limits.budget_usd > 0)
-    wanted += [f"{limits.max_days:g} days"] * (limits.max_days > 0)
-    return f"nothing is within {' and '.join(wanted)}: the nearest, {name}, takes {bill}{free}"
-  return f"{name}: {best['step_s']:.3g} s a step" + (f"; {bill}" if bill else "") + free
-
-
-def _where(row: dict) -> str:
-  return row["topology"] + (f" × {row['slices']} slices" if row["slices"] > 1 else "")
-
-
-def _knobs(row: dict) -> str:
-  """Mesh and what else was changed, in few words."""
-  mesh = " × ".join(f"{axis} {size}" for axis, size in row["mesh"].items()) or "one device"
-  rest = [
-    f"{key.rpartition('.')[2]}={value}"
-    for key, value in row["changes"].items() if not key.startswith("mesh.") or key == "mesh.across"
-  ]
-  return ", ".join([mesh, *rest])
-
-
-def _bill(row: dict) -> str:
-  usd = "no price known" if row["cost_usd"] is None else f"${row['cost_usd']:,.0f}"
-  return f"{row['days']:.3g} days, {usd}"
-
-
-def show_row(row: dict) -> str:
-  """Formats a row, one line."""
-  if "error" in row:
-    return f"{_where(row)} {_knobs(row)}: {row['error']}"
-  flaw = "" if row["fits"] else "  does not fit"
-  flaw += "" if row["within"] else "  not within limits"
-  return (
-    f"{row['step_s']:9.4f} s {row['mfu']:6.1%} {row['peak_bytes'] / GIB:6.2f} GiB  {row['by']:8}  "
-    f"{_where(row)}  {_knobs(row)}{'  ' + _bill(row) if row['days'] else ''}{flaw}"
-  )
-
-
-def show(result: dict, most: int = 20) -> str:
-  """Formats a search: the best rows, then the answer."""
-  head = f"{'step':>11} {'mfu':>6} {'peak':>10}  by        where, mesh and what is changed"
-  rows = [show_row(row) for row in result["rows"][:most]]
-  return "\n".join([head, *rows, result["says"]])

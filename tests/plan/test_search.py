@@ -13,10 +13,12 @@ from llmjax.parallel.mesh import AXES
 from llmjax.plan.candidates import blocks, candidates, change, estimate, meshes
 from llmjax.plan.chips import topology
 from llmjax.plan.formulas import roofline
+from llmjax.plan.limits import Limits, amount
 from llmjax.plan.memory import memory
 from llmjax.plan.pareto_plot import pareto, plot_pareto
 from llmjax.plan.patch import patch
-from llmjax.plan.search import Limits, amount, search, show
+from llmjax.plan.search import search
+from llmjax.plan.search_report import show
 from llmjax.train.config import Config
 
 CHANGES = (
