@@ -116,7 +116,7 @@ def _add_plan(sub):
 
 def _add_search(sub):
   sub.add_argument(
-    "--search", action="store_true", help="find mesh and knobs; over topologies A,B,C: which to rent"
+    "--search", action="store_true", help="find mesh and knobs, and where: --topology=A,B,C"
   )
   sub.add_argument("--tokens", default="", help="of the whole run, such as 20B")
   sub.add_argument("--budget", default="", help="dollars for them, such as '$500'")
