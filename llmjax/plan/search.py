@@ -67,9 +67,8 @@ def search(
   if not rows:
     names = ", ".join(place.name for place in places)
     raise UserError(f"no mesh of {names} divides this model and {config.data.batch_size} rows")
-  first = "days" if limits.budget_usd and not limits.max_days else "usd_per_btokens"
-  first = first if len(places) > 1 else "step_s"
-  rows.sort(key=lambda row: (*_flaws(row), _last_if_none(row[first]), row["step_s"]))
+  hurry = limits.budget_usd and not limits.max_days
+  rows.sort(key=lambda row: (*_flaws(row), *_merits(row, len(places) > 1, hurry)))
   winner = rows[0] if not any(_flaws(rows[0])) else None
   unpriced = {p.chip.name for p in places if not (limits.usd_per_hour or p.chip.usd_per_hour)}
   return {
@@ -83,8 +82,12 @@ def _flaws(row: dict) -> tuple:
   return "error" in row, not row["fits"], not row["within"], row["outdone"]
 
 
-def _last_if_none(value) -> float:
-  return float("inf") if value is None else value
+def _merits(row: dict, several: bool, hurry: bool) -> tuple:
+  """What puts a row behind others of its kind: no price, dollars or, within a budget, days."""
+  if not several:
+    return (row["step_s"],)
+  slow = row["days"] if hurry and row["within"] else row["usd_per_btokens"]
+  return row["usd_per_btokens"] is None, slow or 0, row["step_s"]
 
 
 def _pool(config: Config, place: Topology, base: dict, limits: Limits) -> tuple[list, int]:
@@ -188,7 +191,8 @@ def _compile_all(pairs, jobs: int, compile, report, limits: Limits) -> list[dict
     for done, future in enumerate(as_completed(futures), 1):
       number = futures[future]
       rows[number] = _told(*pairs[number], future, limits)
-      report(f"{done}/{len(pairs)} {show_row(rows[number])}")
+      if rows[number]["by"] == "compiler":
+        report(f"{done}/{len(pairs)} {show_row(rows[number])}")
   return [rows[number] for number in range(len(pairs))]
 
 

@@ -11,7 +11,7 @@ def says(best: dict, limits: Limits, unpriced: set) -> str:
   have, want = best["hbm_bytes"] / _GIB, best["peak_bytes"] / _GIB
   more = [f"{chip} has no list price: --price=DOLLARS" for chip in sorted(unpriced)]
   if "compiler" in best:
-    more.append(f"by formula alone, {best['compiler']}")
+    more.append(f"the compiler: {best['compiler']}")
   free = "".join(f"; {text}" for text in more)
   if "error" in best:
     return f"the compiler refused all that were tried, the best of them with: {best['error']}{free}"
