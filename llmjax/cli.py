@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
   evaluate.add_argument("--checkpoint", required=True, metavar="DIR")
 
   bench = verb("bench", "Measure against peers; --config.section.key=value tunes llmjax.")
-  bench.add_argument("name", metavar="NAME", help="train, moe, decode, data or attention")
+  bench.add_argument("name", metavar="NAME", help="train, moe, decode, data, attention or plan")
   bench.add_argument("--size", default="L", help="L (35.7 M parameters), S (4.5 M) or tiny")
   bench.add_argument("--dtype", default="float32", help="float32 or bfloat16")
   bench.add_argument("--peers", default="", metavar="A,B", help="all by default")

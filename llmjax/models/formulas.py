@@ -15,24 +15,29 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
   decoder reads `length` tokens and the encoder as many, and both are counted for one token.
   """
   d, n, k, h, f, v, l = (config.dims[letter] for letter in "dnkhfvl")
-  moe, latent = config.moe, config.attention.latent
+  moe = config.moe
   inputs = 2 if config.activation in GATED else 1
   layer = 2 * _projections(config)
   dense = moe.dense_first if moe.experts else l
   active = (moe.top_k + moe.shared) * (moe.width or f)
   thinking = dense * 2 * (inputs + 1) * d * f
   thinking += (l - dense) * 2 * d * ((inputs + 1) * active + moe.experts * (moe.router != "hash"))
-  scores = 2 * n * (h + (latent.value_dim or h))
-  pattern = config.attention.pattern
-  seen = sum(_keys_seen(config, pattern[i % len(pattern)], length) for i in range(l))
-  total = l * layer + thinking + scores * seen + 2 * d * v
+  total = l * layer + thinking + scores_flops_per_token(config, length) + 2 * d * v
   if config.kind == "encoder":
     total += 2 * d * d
   if config.kind == "encoder_decoder":
     encoder_layers = config.encoder_layers or l
+    scores = 4 * n * h
     total += encoder_layers * (layer + 2 * (inputs + 1) * d * f + scores * length)
     total += l * (2 * d * h * (2 * n + 2 * k) + scores * length)  # cross attention
   return total
+
+
+def scores_flops_per_token(config: ModelConfig, length: int) -> float:
+  """Counts attention's two products of one token, over the keys that it sees, in all layers."""
+  n, h, pattern = config.heads, config.dims["h"], config.attention.pattern
+  seen = sum(_keys_seen(config, pattern[i % len(pattern)], length) for i in range(config.layers))
+  return 2 * n * (h + (config.attention.latent.value_dim or h)) * seen
 
 
 def _projections(config: ModelConfig) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from jax.sharding import AbstractMesh
 
 from llmjax.core.errors import UserError
-from llmjax.models.build import abstract, count_parameters
+from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.models.formulas import forward_flops_per_token
 from llmjax.parallel.mesh import AXES
@@ -19,8 +19,8 @@ from llmjax.parallel.rules import WEIGHTS, ZERO, check_layout, weight_shardings
 from llmjax.parallel.schedules import make_schedule
 from llmjax.plan.chips import Topology
 from llmjax.plan.formulas import roofline, sent_s
-from llmjax.plan.traffic import Sent, traffic
-from llmjax.train.config import Config, TrainConfig
+from llmjax.plan.traffic import traffic
+from llmjax.train.config import Config
 
 _TENSOR, _PARTS, _POSITIONS = 16, 64, 1024  # most ways, most micro-batches, least of a device
 # gpipe has the bubble of 1f1b and keeps more; offload's link to the host is in no table.
@@ -184,26 +184,24 @@ class Estimate:
 def estimate(one: Candidate) -> Estimate:
   """Estimates a step's seconds, to put candidates in order; never below the roofline.
 
-  Assumed: products of many rows reach 0.8 of peak, less where a device's part of the feed-forward
-  width is narrow; attention does whole tiles, and each costs 0.35 µs more; of each micro-batch the
-  weights pass through memory, and by traffic's formulas over the links; work hides 0.7 of what is
-  sent, of tensor's sums 0.3, of rows to experts nothing. The head is the last stage's alone.
+  Assumed: products reach 0.8 of peak, less where a device's part of the feed-forward width is
+  narrow; attention does whole tiles, and each costs 0.35 µs more; what `roofline` has pass through
+  memory comes on top; stages wait for the fullest, and the last has the head. Of what is sent, work
+  hides 0.7, of tensor's sums 0.3, of rows on their way to experts nothing.
   """
-  config, chips, sizes, model = one.config, one.chips, one.sizes, one.config.model
-  line, parts, stages = roofline(config, chips, sizes), config.train.accumulation, sizes["stage"]
+  config, sizes, model = one.config, one.sizes, one.config.model
+  line, stages, chunks = roofline(config, one.chips, sizes), sizes["stage"], config.pipeline.chunks
   width = (model.moe.width or model.mlp_width) / sizes["tensor"]
   head = 2 * model.width * model.vocab_size / forward_flops_per_token(model, model.context)
-  each = config.pipeline.chunks * stages
-  deal = math.ceil(_stacked(model) / each) * each / _stacked(model)
-  busy_s = line.compute_s / _SHARE * (1 + 128 / width) * (deal + head * (stages - 1))
+  each = math.ceil(_stacked(model) / (stages * chunks)) * stages * chunks / _stacked(model)
+  busy_s = line.compute_s / _SHARE * (1 + 128 / width) * (each + head * (stages - 1))
   busy_s += _tiles_s(one, line.compute_s / line.model_s)
-  held = count_parameters(model) / (stages * sizes["tensor"] * sizes["expert"])
-  reads_s = parts * 18 * held * chips.chip.devices / chips.chip.hbm_rate
-  full = 1 - _bubble(config.pipeline.schedule, stages, parts, config.pipeline.chunks)
-  work_s = max(busy_s, reads_s) / full + line.hbm_s
-  sent = [(_HIDDEN.get(axis, 0.7), seconds) for axis, seconds in _sending(one)]
-  hidden_s = sum(share * seconds for share, seconds in sent)
-  step_s = work_s + sum(seconds for _, seconds in sent) - min(hidden_s, work_s)
+  idle = _bubble(config.pipeline.schedule, stages, config.train.accumulation, chunks)
+  work_s = busy_s / (1 - idle) + line.hbm_s
+  across = config.mesh.across if one.chips.slices > 1 else None
+  sending = [(sent.axis, sent_s(sent, one.chips.chip, across)) for sent in traffic(config, sizes)]
+  hidden_s = sum(_HIDDEN.get(axis, 0.7) * seconds for axis, seconds in sending)
+  step_s = work_s + sum(seconds for _, seconds in sending) - min(hidden_s, work_s)
   return Estimate(step_s, line.model_s / step_s)
 
 
@@ -223,19 +221,3 @@ def _bubble(kind: str, stages: int, parts: int, chunks: int) -> float:
   if stages == 1:
     return 0.0
   return make_schedule(kind, stages, parts, chunks).bubble_fraction(forward=1, backward=2, weight=1)
-
-
-def _sending(one: Candidate) -> Iterator[tuple[str, float]]:
-  """Yields (axis, seconds) of all that a step sends."""
-  across = one.config.mesh.across if one.chips.slices > 1 else ""
-  for sent in traffic(one.config, one.sizes):
-    yield sent.axis, _times(sent, one.config.train) * sent_s(sent, one.chips.chip, across)
-
-
-def _times(sent: Sent, train: TrainConfig) -> int:
-  """Weights and gradients go once a micro-batch; ZeRO 1 sums gradients whole, 2 keeps weights."""
-  if sent.axis == "tensor" or sent.kind in ("collective-permute", "all-to-all"):
-    return 1
-  if sent.kind == "all-gather":
-    return train.accumulation if train.zero == 3 else 1
-  return train.accumulation * (2 if (train.zero, sent.kind) == (1, "reduce-scatter") else 1)

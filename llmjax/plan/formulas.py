@@ -8,13 +8,21 @@ import dataclasses
 
 from llmjax.models.build import count_parameters
 from llmjax.models.config import ModelConfig
-from llmjax.models.formulas import cache_bytes_per_token, forward_flops_per_token
+from llmjax.models.formulas import (
+  cache_bytes_per_token,
+  forward_flops_per_token,
+  scores_flops_per_token,
+)
+from llmjax.nn.mlp import GATED
 from llmjax.plan.chips import Chip, Topology
-from llmjax.plan.traffic import Sent, traffic
+from llmjax.plan.memory import memory
+from llmjax.plan.traffic import DTYPE_BYTES, Sent, traffic
 from llmjax.train.config import Config
 
 HOUR_S, DAY_S = 3600, 86_400
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8": 1}
+# Going back, splash attention's two kernels work out scores and their gradients each for itself:
+# seven products where four would do, in units of the two of the forward pass.
+_ANEW = (7 - 4) / 2
 
 
 def training_flops(weights: float, tokens: float) -> float:
@@ -41,26 +49,72 @@ def rent_usd(chip: Chip, chips: int, hours: float, usd_per_hour: float = 0.0) ->
   return chips * hours * (usd_per_hour or chip.usd_per_hour)
 
 
+@dataclasses.dataclass(frozen=True)
+class Bill:
+  """What a run takes.
+
+  Attributes:
+    days: of all chips.
+    usd: at the list price, or the one given.
+    kwh: of the chips alone; 0 where no power is published.
+    tokens_per_day: read.
+  """
+
+  days: float
+  usd: float
+  kwh: float
+  tokens_per_day: float
+
+
+def bill(topology: Topology, tokens: float, tokens_per_s: float, usd_per_hour: float = 0.0) -> Bill:
+  """Adds up training time, dollars and energy of reading `tokens` at a rate."""
+  hours = tokens / tokens_per_s / HOUR_S
+  return Bill(
+    hours * HOUR_S / DAY_S, rent_usd(topology.chip, topology.chips, hours, usd_per_hour),
+    topology.chip.watts * topology.chips * hours / 1000, tokens_per_s * DAY_S,
+  )
+
+
 def step_flops(config: Config) -> tuple[float, float]:
   """Counts a step's FLOPs on all chips.
 
   Returns:
-    (those of the model: forward, and twice as many backward; those of remat, done once more).
+    (those of the model: forward, and twice as many backward; those done again: by remat, by a
+    pipeline's stages, and by attention's kernels).
   """
   model = config.model
   tokens = config.data.batch_size * model.context
   forward = forward_flops_per_token(model, model.context)
-  head = 2 * model.width * model.vocab_size
-  again = {"none": 0.0, "full": forward - head, "dots": _scores(model), "offload": 0.0}
-  recomputed = again.get(model.remat, 0.0)
-  if config.mesh.stage > 1:  # a stage computes its chunk again, whatever remat says
-    recomputed = forward - head
-  return 3 * forward * tokens, recomputed * tokens
+  layers = forward - 2 * model.width * model.vocab_size
+  scores = scores_flops_per_token(model, model.context)
+  again = _again(model, layers, scores)
+  if config.mesh.stage > 1:  # each computes its chunk again for the gradient, then what remat says
+    again = layers + (again if config.pipeline.schedule != "zb_h1" else 0)
+  return 3 * forward * tokens, (again + _ANEW * scores) * tokens
 
 
-def _scores(model: ModelConfig) -> float:
-  """FLOPs of attention's two products for one token, which are products between activations."""
-  return forward_flops_per_token(model, model.context) - forward_flops_per_token(model, 0)
+def _again(model: ModelConfig, layers: float, scores: float) -> float:
+  """FLOPs of one token that `model.remat` does again, of the `layers`' and their `scores`' forward.
+
+  A product whose result is only added to the stream is not done again, since no gradient reads it;
+  what saves products does not save kernels' results: attention's, and experts'.
+  """
+  moe, dims = model.moe, model.dims
+  sparse = model.layers - moe.dense_first if moe.experts else 0
+  width = moe.width or model.mlp_width
+  inputs = 2 if model.activation in GATED else 1
+  experts = sparse * 2 * (inputs + 1) * model.width * moe.top_k * width
+  out = 2 * model.layers * dims["n"] * (model.attention.latent.value_dim or dims["h"]) * model.width
+  down = 2 * model.width * (
+    (model.layers - sparse) * model.mlp_width + sparse * moe.shared * width
+  )
+  alone = model.norm.place == "pre"  # else a norm reads it
+  beside = alone and model.block != "sequential"
+  return {
+    "none": 0.0,
+    "full": layers - alone * down - beside * out,
+    "dots": scores + experts,
+  }.get(model.remat, scores + experts + (not beside) * out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +123,8 @@ class Roofline:
 
   Attributes:
     compute_s: products, remat's included.
-    hbm_s: weights, gradients and optimizer state in and out of memory once.
+    hbm_s: weights and optimizer state in and out of memory once, gradients and what layers keep
+      once for each micro-batch, and the weights twice for each.
     ici_s: what links inside a slice carry.
     dcn_s: what the network between slices carries.
     model_s: the model's own products alone.
@@ -111,12 +166,14 @@ def roofline(config: Config, topology: Topology, sizes: dict[str, int]) -> Roofl
   chip = topology.chip
   model_flops, recomputed = step_flops(config)
   rate = chip.peak(config.model.dtype) * topology.chips
-  held = count_parameters(config.model) * 4 / (sizes["fsdp"] * sizes["stage"] * sizes["tensor"])
+  held, parts = memory(config, sizes, chip), config.train.accumulation
+  moved = 2 * (held.weights + held.optimizer)
+  moved += 2 * parts * (held.weights + held.gradients + held.activations)
   sent = traffic(config, sizes)
   across = config.mesh.across if topology.slices > 1 else None
   return Roofline(
     compute_s=(model_flops + recomputed) / rate,
-    hbm_s=held * 8 * chip.devices / chip.hbm_rate,  # weight, gradient, two moments: read, written
+    hbm_s=moved * chip.devices / chip.hbm_rate,
     ici_s=sum(sent_s(one, chip) for one in sent if one.axis != across),
     dcn_s=sum(sent_s(one, chip, across) for one in sent if one.axis == across),
     model_s=model_flops / rate,
@@ -143,6 +200,7 @@ class Serving:
     token_s: one token of every row.
     tokens_per_s: of all rows.
     cache_bytes: of all rows, whole.
+    device_bytes: weights and cache of one device.
     usd_per_mtokens: dollars a million tokens written.
   """
 
@@ -150,6 +208,7 @@ class Serving:
   token_s: float
   tokens_per_s: float
   cache_bytes: float
+  device_bytes: float
   usd_per_mtokens: float
 
 
@@ -165,11 +224,13 @@ def serving(model: ModelConfig, topology: Topology, rows: int, prompt: int, leng
   Source: Pope et al. 2022, arXiv:2211.05102, sec. 2.
   """
   chip, size = topology.chip, DTYPE_BYTES[model.dtype]
-  rate, memory = chip.peak(model.dtype) * topology.chips, chip.hbm_rate * topology.chips
+  rate, read_rate = chip.peak(model.dtype) * topology.chips, chip.hbm_rate * topology.chips
   cache = cache_bytes_per_token(model, size) * length * rows
-  read_s = (count_parameters(model) * size + cache) / memory
+  held = count_parameters(model) * size + cache
+  read_s = held / read_rate
   token_s = max(read_s, rows * forward_flops_per_token(model, length) / rate)
   prefill_s = rows * prompt * forward_flops_per_token(model, prompt) / rate
   per_s = rows / token_s
   usd = rent_usd(chip, topology.chips, 1 / HOUR_S) / per_s * 1e6
-  return Serving(max(prefill_s, read_s), token_s, per_s, cache, usd)
+  one = held / topology.devices
+  return Serving(max(prefill_s, read_s), token_s, per_s, cache, one, usd)

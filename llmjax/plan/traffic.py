@@ -11,6 +11,8 @@ from llmjax.models.config import ModelConfig
 from llmjax.parallel.schedules import make_schedule
 from llmjax.train.config import Config
 
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8": 1}
+
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
@@ -46,45 +48,90 @@ def traffic(config: Config, sizes: dict[str, int]) -> list[Sent]:
 
 
 def _weights(config, sizes):
-  """Weights gathered, gradients summed."""
-  model = config.model
-  held = count_parameters(model) * 4 / (sizes["stage"] * sizes["tensor"])
-  experts = expert_bytes(model) / (sizes["stage"] * sizes["tensor"])
-  held += experts / sizes["expert"] - experts
+  """Weights gathered in the compute dtype, gradients summed in fp32, both for each micro-batch.
+
+  Layers' weights are gathered on the way forward and on the way back (of a pipeline's stage, which
+  goes forward twice, three times), the head's once; nobody gathers the token table.
+  """
+  model, train = config.model, config.train
+  parts, low = train.accumulation, DTYPE_BYTES[model.dtype] / 4
+  layers, table = _held(model, sizes)
+  head = 0 if model.tie_embeddings and train.zero < 3 else table
+  rest = table * (1 if model.tie_embeddings else 2)  # token table and head
   part = (sizes["fsdp"] - 1) / sizes["fsdp"]
-  gathers = 2 if config.train.zero == 3 else 1
-  yield "all-gather", "fsdp", gathers * held * part
-  yield "reduce-scatter", "fsdp", held * part
-  rest = held / sizes["fsdp"]
-  for axis, whole in (("data", rest), ("context", rest), ("expert", rest - experts)):
-    yield "all-reduce", axis, 2 * max(0, whole) * (sizes[axis] - 1) / sizes[axis]
+  if train.zero == 3:
+    times = 2 if sizes["stage"] == 1 else 3
+    yield "all-gather", "fsdp", parts * low * (times * layers + head) * part
+    looked_up = 2 * parts * _stream(config, sizes) * part  # rows' channels, there and back
+    yield "all-to-all", "fsdp", looked_up
+  else:
+    yield "all-gather", "fsdp", (layers + rest) * part
+  sums = "reduce-scatter" if train.zero > 1 else "all-reduce"
+  yield sums, "fsdp", parts * (1 if train.zero > 1 else 2) * (layers + rest) * part
+  experts = expert_bytes(model) / (sizes["stage"] * sizes["tensor"] * sizes["expert"])
+  cut = sizes["fsdp"] if train.zero > 1 else 1
+  for axis, whole in (
+    ("data", layers + rest), ("context", layers + rest), ("expert", layers + rest - experts),
+  ):
+    ways = sizes[axis]
+    yield "all-reduce", axis, 2 * parts * max(0, whole / cut) * (ways - 1) / ways
+
+
+def _held(model: ModelConfig, sizes) -> tuple[float, float]:
+  """fp32 bytes on a device, whole over `fsdp`: (of layers, of a table of tokens)."""
+  table = 4 * model.vocab_size * model.width
+  layers = 4 * count_parameters(model) - table * (1 if model.tie_embeddings else 2)
+  experts = expert_bytes(model)
+  layers += experts / sizes["expert"] - experts
+  return layers / (sizes["stage"] * sizes["tensor"]), table / sizes["tensor"]
+
+
+def _stream(config, sizes) -> float:
+  """Bytes of a micro-batch's residual stream on a device, whole over `tensor`."""
+  tokens = _local_tokens(config, sizes) / config.train.accumulation
+  return tokens * config.model.width * DTYPE_BYTES[config.model.dtype]
 
 
 def _streams(config, sizes):
-  """The residual stream between tensor's halves and pipeline's stages, keys around the ring."""
-  model = config.model
-  stream = _local_tokens(config, sizes) * model.width * 2
+  """The residual stream between tensor's halves and pipeline's stages, keys to other positions."""
+  model, parts = config.model, config.train.accumulation
+  stream = parts * _stream(config, sizes)
   part = (sizes["tensor"] - 1) / sizes["tensor"]
   layers = model.layers / sizes["stage"]
-  yield "all-gather", "tensor", (4 * layers + 2) * stream * part
-  yield "reduce-scatter", "tensor", (4 * layers + 2) * stream * part
-  keys = 2 * stream * model.dims["k"] / model.dims["n"] / sizes["tensor"]
-  yield "collective-permute", "context", 3 * layers * keys * (sizes["context"] - 1)
+  again = model.remat != "none" or sizes["stage"] > 1  # gathers both halves' input, sums the first
+  yield "all-gather", "tensor", ((4 + 2 * again) * layers + 2) * stream * part
+  yield "reduce-scatter", "tensor", ((4 + again) * layers + 2) * stream * part
+  yield from _keys(config, sizes, layers * stream / sizes["tensor"], again)
   if sizes["stage"] > 1:
-    parts = config.train.accumulation
     how = config.pipeline
     ticks = len(make_schedule(how.schedule, sizes["stage"], parts, how.chunks).table)
-    yield "collective-permute", "stage", 2 * ticks * stream / parts
+    yield "collective-permute", "stage", 2 * ticks * stream / parts / sizes["tensor"]
+
+
+def _keys(config, sizes, stream: float, again: bool):
+  """What attention sends where positions are cut; `stream` is of all layers."""
+  model, ways = config.model, sizes["context"]
+  heads = model.dims["n"] * model.dims["h"] / model.width
+  pair = 2 * stream * heads * model.dims["k"] / model.dims["n"]  # keys and values
+  if model.attention.context == "all_to_all":  # with queries and the result, and both of them back
+    whole = (2 + again) * (2 * stream * heads + pair)
+    yield "all-to-all", "context", whole * (ways - 1) / ways
+  elif model.attention.context == "gather" or sizes["stage"] > 1:
+    yield "all-gather", "context", (1 + again) * pair * (ways - 1)
+    yield "reduce-scatter", "context", pair * (ways - 1)
+  else:  # back, gradients go round beside them
+    yield "collective-permute", "context", (3 + again) * pair * (ways - 1)
 
 
 def _rows(config, sizes):
   """Rows to their experts and back, both ways, where load is even."""
   model = config.model
   if model.moe.experts:
-    rows = _local_tokens(config, sizes) * model.moe.top_k * model.width * 2
+    rows = model.moe.top_k * config.train.accumulation * _stream(config, sizes)
     layers = (model.layers - model.moe.dense_first) / sizes["stage"]
     part = (sizes["expert"] - 1) / sizes["expert"]
-    yield "all-to-all", "expert", 4 * layers * rows * part
+    again = 2 * (model.remat != "none" or sizes["stage"] > 1)
+    yield "all-to-all", "expert", (4 + again) * layers * rows * part
 
 
 def _local_tokens(config, sizes) -> float:

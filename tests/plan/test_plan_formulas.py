@@ -10,6 +10,7 @@ from llmjax.models.formulas import cache_bytes_per_token
 from llmjax.parallel.mesh import AXES
 from llmjax.plan.chips import CHIPS, topology
 from llmjax.plan.formulas import (
+  bill,
   chip_hours,
   rent_usd,
   roofline,
@@ -38,6 +39,14 @@ def test_a_week_of_eight_a100_is_2688_dollars():
   assert rent_usd(CHIPS["a100"], 8, 7 * 24) == 2688
 
 
+def test_a_bill_is_days_dollars_and_energy():
+  week_s = 7 * 86_400
+  made = bill(topology("a100:8"), tokens=1e9, tokens_per_s=1e9 / week_s)
+  assert (made.days, made.usd) == (pytest.approx(7), pytest.approx(2688))
+  assert made.kwh == pytest.approx(8 * 0.4 * 7 * 24)
+  assert made.tokens_per_day == pytest.approx(1e9 / 7)
+
+
 def test_300_billion_tokens_are_286_thousand_steps():
   assert round(steps_for(300e9, 512, 2048), -3) == 286_000
 
@@ -64,12 +73,21 @@ def test_a_step_of_llama_7b_is_six_flops_a_weight_and_token_and_half_of_attentio
   products = 6 * (6_738_415_616 - 32_000 * 4096 - 65 * 4096) * tokens  # but the look-up and norms
   attention = 3 * 32 * 2 * 2 * 4096 * (2048 + 1) / 2 * tokens
   assert flops == pytest.approx(products + attention, rel=1e-6)
-  assert again == pytest.approx((flops / tokens / 3 - 2 * 4096 * 32_000) * tokens, rel=1e-6)
+  # Again: layers without the product that ends each, and 3 more of scores' products going back.
+  layers = 2 * (6_738_415_616 - 2 * 32_000 * 4096 - 65 * 4096 - 32 * 4096 * 11_008) * tokens
+  assert again == pytest.approx(layers + attention / 3 * (1 + 3 / 2), rel=1e-6)
   sizes = dict.fromkeys(AXES, 1) | {"fsdp": 64}
   line = roofline(config, topology("v5e:8x8"), sizes)
   assert line.bound == "compute" and line.mfu == pytest.approx(flops / (flops + again))
   sent = {(one.kind, one.axis): one.bytes for one in traffic(config, sizes)}
-  assert set(sent) == {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")}
+  table, others = 32_000 * 4096, 63 / 64
+  assert sent == {
+    ("all-gather", "fsdp"): pytest.approx(  # in bf16: layers both ways, the head once
+      2 * (2 * (6_738_415_616 - 2 * table) + table) * others
+    ),
+    ("reduce-scatter", "fsdp"): pytest.approx(4 * 6_738_415_616 * others),
+    ("all-to-all", "fsdp"): pytest.approx(2 * 4 * 2048 * 4096 * 2 * others),  # looked-up channels
+  }
 
 
 @pytest.mark.parametrize(

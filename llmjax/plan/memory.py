@@ -1,0 +1,235 @@
+"""What a device holds at the worst moment of a training step, by kind, without a compiler.
+
+Weights, optimizer state and gradients are exact: their declarations, cut by the same rules. What
+layers keep for the backward pass follows from `model.remat`; what is alive inside one of them, and
+in the head, from which arrays its products read and write. Left out are tables of positions, what
+the compiler copies to change a layout, and its own code.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+from jax.sharding import AbstractMesh
+
+from llmjax.models.build import abstract
+from llmjax.models.config import ModelConfig
+from llmjax.nn.dropout import NAMES
+from llmjax.nn.mlp import GATED
+from llmjax.parallel.mesh import AXES
+from llmjax.parallel.rules import REPLICATED, WEIGHTS, optimizer_shardings, weight_shardings
+from llmjax.parallel.schedules import make_schedule, tables
+from llmjax.plan.chips import Chip
+from llmjax.plan.traffic import DTYPE_BYTES
+from llmjax.train.config import Config
+from llmjax.train.optim import OptimConfig, make_optimizer
+
+_KEPT = {
+  "full": ("stream",),
+  "dots": ("stream", "query", "key", "value", "projected", "gate", "up"),
+  "save_projections": ("stream", *NAMES),
+}
+_HEADS = ("query", "key", "value", "attention")
+_HIDDEN = tuple(f"{kind}{name}" for kind in ("", "expert_") for name in ("gate", "up", "hidden"))
+_LANES = 128  # a TPU's arrays are padded to so many numbers in their last dimension
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of one device.
+
+  Attributes:
+    weights: fp32 masters.
+    optimizer: its state.
+    gradients: fp32 sums, of a micro-batch beside those so far where there are several.
+    activations: what all layers keep for the backward pass, of one micro-batch.
+    waiting: inputs of a pipeline's chunks and what lies between its stages.
+    layer: inside one layer, forward and backward: its gathered weights, their gradients, arrays.
+    head: in the output head: its gathered weights, their gradient, logits of one chunk.
+    host: what `remat=offload` keeps in the host's memory; not of the device.
+  """
+
+  weights: float
+  optimizer: float
+  gradients: float
+  activations: float
+  waiting: float
+  layer: float
+  head: float
+  host: float = 0.0
+
+  @property
+  def peak(self) -> float:
+    """All that is alive at the worst moment: in the head, or in the last layer's backward pass."""
+    always = self.weights + self.optimizer + self.activations + self.waiting
+    return always + max(self.head, self.gradients + self.layer)
+
+
+def memory(config: Config, sizes: dict[str, int], chip: Chip | None = None) -> Memory:
+  """Counts what a training step holds on each device.
+
+  Args:
+    config: the experiment, `model.vocab_size` filled in.
+    sizes: of every mesh axis.
+    chip: what it runs on; None: a CPU, whose kernels keep attention's weights of short rows.
+  Returns:
+    Bytes by kind; `.peak` is what must fit.
+  """
+  model, parts, stages = config.model, config.train.accumulation, sizes["stage"]
+  cut = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+  weights, gradients = (
+    held_bytes(model, cut, whole) for whole in (config.train.zero < 3, config.train.zero == 1)
+  )
+  arrays = _Arrays(config, sizes, chip)
+  dense = model.moe.dense_first if model.moe.experts else 0
+  chunks = config.pipeline.chunks if stages > 1 else 1
+  layers = math.ceil((model.layers - dense) / (stages * chunks))
+  kept, host = arrays.kept(moe=bool(model.moe.experts))
+  first, first_host = arrays.kept(moe=False)
+  waiting = 0
+  if stages > 1:
+    waiting = arrays.stream * _slots(config.pipeline.schedule, stages, parts, chunks)
+  return Memory(
+    weights=weights,
+    optimizer=state_bytes(model, config.optim, cut),
+    gradients=gradients * (2 if parts > 1 and stages == 1 else 1),
+    activations=layers * kept + dense * first,
+    waiting=waiting,
+    layer=arrays.layer(bool(model.moe.experts)),
+    head=arrays.head(),
+    host=layers * host + dense * first_host,
+  )
+
+
+@functools.cache
+def held_bytes(model: ModelConfig, mesh: AbstractMesh, whole: bool = False) -> int:
+  """Counts the bytes of a model's fp32 weights on a device, or of anything shaped like them.
+
+  Args:
+    model: the architecture.
+    mesh: sizes of the axes.
+    whole: over `fsdp`.
+  """
+  shapes = abstract(model)
+  return _bytes(shapes, weight_shardings(mesh, shapes, REPLICATED if whole else WEIGHTS))
+
+
+@functools.cache
+def state_bytes(model: ModelConfig, optim: OptimConfig, mesh: AbstractMesh) -> int:
+  """Counts the bytes of the optimizer's state on a device."""
+  shapes = abstract(model)
+  state = _moments(model, optim)
+  return _bytes(state, optimizer_shardings(mesh, state, shapes))
+
+
+@functools.cache
+def _moments(model: ModelConfig, optim: OptimConfig):
+  shapes = abstract(model)
+  return jax.eval_shape(make_optimizer(optim, 1, shapes).init, shapes)
+
+
+def _bytes(shapes, shardings) -> int:
+  sizes = jax.tree.map(
+    lambda leaf, where: math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+    shapes, shardings,
+  )
+  return sum(jax.tree.leaves(sizes))
+
+
+@functools.cache
+def _slots(kind: str, stages: int, parts: int, chunks: int) -> int:
+  """Streams that lie in a stage's buffers."""
+  plan = tables(make_schedule(kind, stages, parts, chunks))
+  return sum(max(1, *buffer.slots) for buffer in plan.buffers[:3])
+
+
+class _Arrays:
+  """Arrays of one micro-batch on one device, in bytes.
+
+  `stream` is the residual stream as it lies between layers, `whole` as products read it: over
+  `tensor` the first has its positions cut.
+  """
+
+  def __init__(self, config: Config, sizes: dict[str, int], chip: Chip | None):
+    model, tensor = config.model, sizes["tensor"]
+    self.config, self.sizes = config, sizes
+    ways = sizes["data"] * sizes["fsdp"] * sizes["expert"] * config.train.accumulation
+    self.rows = config.data.batch_size / ways
+    self.length = model.context / sizes["context"]
+    self.number = DTYPE_BYTES[model.dtype]
+    self.lanes = 1 if chip is None or not chip.sizes else _LANES
+    self.whole = self.of(model.width)
+    self.stream = self.whole / tensor
+    self.short = chip is None and model.context <= 1024
+
+  def of(self, width: float, tensor: int = 1, number: float = 0) -> float:
+    """An array of so many numbers a token."""
+    return self.rows * self.length * width * (number or self.number) / tensor
+
+  def layer_arrays(self, moe: bool) -> dict[str, float]:
+    """What a layer's forward pass makes and its backward pass could read, by name."""
+    model = self.config.model
+    gates = ("gate", "up", "hidden") if model.activation in GATED else ("up", "hidden")
+    norms = {"parallel_shared": 1}.get(model.block, 4 if model.norm.place == "sandwich" else 2)
+    made = {"stream": self.stream, "normed": min(norms, 2) * self.whole}
+    if model.block == "sequential":
+      made["projected"] = self.stream
+    made["norms"] = norms * 3 * self.stream * 4 / self.number
+    made |= self._attention()
+    if moe:
+      there, sent = self._rows()
+      made["dispatched"] = 3 * there + 2 * sent * (self.sizes["expert"] > 1)
+      width = (model.moe.width or model.mlp_width) / model.width / self.sizes["tensor"]
+      made |= dict.fromkeys((f"expert_{name}" for name in gates), sent * width)
+    wide = model.moe.shared * (model.moe.width or model.mlp_width) if moe else model.mlp_width
+    made |= dict.fromkeys(gates, self.of(wide, self.sizes["tensor"]))
+    return made if "gate" in made else made | {"slope": 2 * made["up"]}
+
+  def _attention(self) -> dict[str, float]:
+    model, tensor = self.config.model, self.sizes["tensor"]
+    latent = model.attention.latent
+    n, k, h = (model.dims[letter] for letter in "nkh")
+    pad = lambda width: math.ceil(width / self.lanes) * self.lanes  # noqa: E731
+    made = {
+      "query": self.of(n * pad(h), tensor), "key": self.of(k * pad(h), tensor),
+      "value": self.of(k * pad(h), tensor), "attention": self.of(n * pad(h), tensor),
+    }
+    if latent.kv_rank:
+      made["latents"] = self.of(latent.kv_rank + latent.query_rank + latent.rope_dim)
+    if self.short:
+      made["scores"] = self.of(n * self.length, tensor, 4 + self.number)
+    return made
+
+  def _rows(self) -> tuple[float, float]:
+    """Rows for experts where tokens are, and room for them where experts are."""
+    moe, ways = self.config.model.moe, self.sizes["expert"]
+    there = self.whole * moe.top_k
+    if ways == 1:
+      return there, there
+    return there, ways * self.whole * min(moe.top_k, moe.experts // ways)
+
+  def kept(self, moe: bool) -> tuple[float, float]:
+    """What one layer keeps for the backward pass: (on the device, on the host)."""
+    made, remat = self.layer_arrays(moe), self.config.model.remat
+    total = lambda names: sum(made.get(name, 0) for name in names)  # noqa: E731
+    if remat == "offload":
+      return made["stream"], total(NAMES)
+    return total(_KEPT.get(remat, made.keys() - {"stream", "projected"})), 0.0
+
+  def layer(self, moe: bool) -> float:
+    """What is alive inside one layer's backward pass beside what is kept."""
+    made = self.layer_arrays(moe)
+    again = sum(made.values()) - made["norms"] - made["stream"]
+    if self.config.model.remat == "none":
+      again = 0
+    total = lambda names: sum(made.get(name, 0) for name in names)  # noqa: E731
+    grads = max(total(_HEADS), total(_HIDDEN)) + 3 * self.stream
+    return again + grads
+
+  def head(self) -> float:
+    model, tensor = self.config.model, self.sizes["tensor"]
+    chunk = min(self.config.loss.chunk or self.length, self.length)
+    weight = model.width * model.vocab_size / tensor
+    logits = self.rows * chunk * model.vocab_size / tensor * 4
+    return weight * (4 + self.number) + 2 * logits + 3 * self.whole
