@@ -110,6 +110,7 @@ def _compile(task: dict, folder: Path):
     (partial / "task.json").write_text(json.dumps(task))
     kept = {key: value for key, value in os.environ.items() if not key.startswith(_CLEAN)}
     command = [sys.executable, "-m", "llmjax.plan.compiler", str(partial)]
+    print(f"compiling {task['program']} for {task['topology']}", file=sys.stderr)
     done = subprocess.run(command, env=kept | _SET, capture_output=True, text=True, check=False)
     if not (partial / "answer.json").exists():
       raise UserError(f"the TPU's compiler failed: {_last_line(done.stderr)}")

@@ -14,7 +14,8 @@ from llmjax.parallel.mesh import AXES, axis_sizes
 from llmjax.plan.advice import changes
 from llmjax.plan.ahead import Compiled, compile_ahead, has_compiler
 from llmjax.plan.chips import Topology, topology
-from llmjax.plan.formulas import DAY_S, HOUR_S, rent_usd, roofline, serving
+from llmjax.plan.formulas import bill, roofline, serving
+from llmjax.plan.memory import memory
 from llmjax.plan.recount import recount
 from llmjax.train.config import Config
 
@@ -39,9 +40,9 @@ def plan(
     keep_hlo: file for the optimized program; "" keeps none.
     keep_executable: file for the compiled step, for `train.executable`; "" keeps none.
   Returns:
-    `ideal_step_s`, `bound`, `tokens_per_step` and costs by formula; for a TPU whose compiler is
-    installed also `fits`, `peak_bytes`, `hbm_bytes`, `est_step_s`, `mfu`, `compile_s`,
-    `collectives` and `largest_buffers`, all of them the compiler's estimates, and costs by these.
+    `fits`, `peak_bytes`, `hbm_bytes`, `ideal_step_s`, `bound`, `tokens_per_step` and costs by
+    formula. For a TPU whose compiler is installed the first two and costs are by the compiler's
+    estimates, and so are `est_step_s`, `mfu`, `compile_s`, `collectives` and `largest_buffers`.
     With `decode` a step is a token of every row, and `prefill` holds the same of the prompts.
   Raises:
     UserError: an unknown topology, a mesh that does not divide it, a program that is refused.
@@ -50,16 +51,19 @@ def plan(
     raise UserError("a run loads a train step: --keep-executable does not go with --decode")
   if price < 0:
     raise UserError(f"price {price} is negative")
+  for path in (keep_hlo, keep_executable):
+    if not Path(path).absolute().parent.is_dir():
+      raise UserError(f"{path!r}: there is no such folder to keep it in")
   chips = topology(where, slices)
   if price:
     chips = dataclasses.replace(chips, chip=dataclasses.replace(chips.chip, usd_per_hour=price))
   config = with_vocab(config)
   sizes = _sizes(config, chips)
   result = _about(config, chips, sizes) | (_served if decode else _trained)(config, chips, sizes)
-  if not chips.chip.sizes:
-    return result | {"compiler": "there is none for GPUs here: formulas alone"}
-  if not has_compiler():
-    return result | {"compiler": "pip install 'llmjax[plan]' brings the TPU's: formulas alone"}
+  if lacking := _lacking(chips):
+    if keep_hlo or keep_executable:
+      raise UserError(f"nothing is compiled, so nothing can be kept: {lacking}")
+    return result | {"compiler": f"{lacking}: formulas alone"}
   if decode:
     prompts = _said("prefill", config, chips, sizes, _flops(config, config.model.context))
     said = _said("decode", config, chips, sizes, _flops(config, 1), keep_hlo)
@@ -68,6 +72,13 @@ def plan(
     flops = result["model_flops_per_step"]
     said = _said("train", config, chips, sizes, flops, keep_hlo, keep_executable)
   return result | said | _costs(chips, said.get("est_step_s"), result["tokens_per_step"])
+
+
+def _lacking(chips: Topology) -> str:
+  """Says why there is no compiler to ask; "" if there is one."""
+  if not chips.chip.sizes:
+    return "there is none for GPUs here"
+  return "" if has_compiler() else "pip install 'llmjax[plan]' brings the TPU's"
 
 
 def with_vocab(config: Config) -> Config:
@@ -90,15 +101,17 @@ def _about(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
   return {
     "topology": chips.name, "slices": chips.slices, "chips": chips.chips, "mesh": sizes,
     "parameters": count_parameters(config.model),
-    "hbm_bytes": chips.chip.hbm_bytes / chips.chip.devices,
+    "hbm_bytes": _hbm_bytes(chips),
     "usd_per_chip_hour": chips.chip.usd_per_hour,
   }
 
 
 def _trained(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
-  line = roofline(config, chips, sizes)
+  line, held = roofline(config, chips, sizes), memory(config, sizes, chips.chip)
   tokens = config.data.batch_size * config.model.context
   return {
+    **_fits(chips, held.peak),
+    "memory_by_formula": dataclasses.asdict(held),
     "tokens_per_step": tokens,
     "model_flops_per_step": line.model_s * _peak(config, chips),
     "roofline": dataclasses.asdict(line),
@@ -113,12 +126,21 @@ def _served(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
   rows, length = config.data.batch_size, config.model.context
   line = serving(config.model, chips, rows, length, length)
   return {
+    **_fits(chips, line.device_bytes),
     "tokens_per_step": rows,
     "ideal_step_s": line.token_s,
     "cache_bytes": line.cache_bytes,
     "prefill": {"tokens_per_step": rows * length, "ideal_step_s": line.prefill_s},
     **_costs(chips, line.token_s, rows),
   }
+
+
+def _fits(chips: Topology, peak_bytes: float) -> dict:
+  return {"fits": peak_bytes <= _hbm_bytes(chips), "peak_bytes": peak_bytes}
+
+
+def _hbm_bytes(chips: Topology) -> float:
+  return chips.chip.hbm_bytes / chips.chip.devices
 
 
 def _flops(config: Config, tokens: int) -> float:
@@ -135,14 +157,13 @@ def _costs(chips: Topology, step_s: float | None, tokens: int) -> dict:
   """What a number of tokens a step comes to; nothing where the step's time is not known."""
   if not step_s:
     return {}
-  hours_per_btokens = 1e9 / tokens * step_s / HOUR_S
-  usd = rent_usd(chips.chip, chips.chips, hours_per_btokens)
+  said = bill(chips, 1e9, tokens / step_s)
   return {
     "tokens_per_s": tokens / step_s,
-    "tokens_per_day": tokens / step_s * DAY_S,
-    "cost_usd_per_btokens": usd,
-    "cost_usd_per_mtokens": usd / 1000,
-    "kwh_per_btokens": chips.chip.watts * chips.chips * hours_per_btokens / 1000,
+    "tokens_per_day": said.tokens_per_day,
+    "cost_usd_per_btokens": said.usd,
+    "cost_usd_per_mtokens": said.usd / 1000,
+    "kwh_per_btokens": said.kwh,
   }
 
 

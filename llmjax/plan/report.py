@@ -5,6 +5,8 @@ from collections import Counter
 
 _GIB = 2**30
 _MOST = 5  # buffers and collectives shown
+_BOUNDS = ("compute", "hbm", "ici", "dcn")
+_KINDS = ("arguments", "temporaries", "outputs", "aliased", "code")
 
 
 def show(plan: dict) -> str:
@@ -27,9 +29,7 @@ def show(plan: dict) -> str:
 
 def _program(said: dict, hbm_bytes: float) -> list[str]:
   """What is known of one program."""
-  lines = []
-  if "fits" in said:
-    lines += _memory(said, hbm_bytes)
+  lines = _memory(said, hbm_bytes) if "fits" in said else []
   if "collectives" in said:
     lines.append(f"sends: {_sent(said['collectives'])}")
   if "est_step_s" in said:
@@ -41,7 +41,8 @@ def _program(said: dict, hbm_bytes: float) -> list[str]:
   ideal = f"at best {said['ideal_step_s']:.4g} s by formula"
   if "roofline" in said:
     bounds = (f"{name} {said['roofline'][f'{name}_s']:.4g}" for name in _BOUNDS)
-    ideal += f", bound by {said['bound']}: {', '.join(bounds)}; {said['ideal_mfu']:.1%} MFU"
+    ideal += f", bound by {said['bound']}: {', '.join(bounds)}; {said['ideal_mfu']:.1%} MFU "
+    ideal += f"of {said['model_flops_per_step']:.3g} FLOPs"
   lines.append(ideal)
   if "compile_s" in said:
     before = " (before; kept since)" if said["cached"] else ""
@@ -49,10 +50,10 @@ def _program(said: dict, hbm_bytes: float) -> list[str]:
   return [f"  {line}" for line in lines]
 
 
-_BOUNDS = ("compute", "hbm", "ici", "dcn")
-
-
 def _memory(said: dict, hbm_bytes: float) -> list[str]:
+  if "compile_s" not in said:
+    word = "fits" if said["fits"] else "does not fit"
+    return [f"{word} by formula: {_gib(said['peak_bytes'])} of {_gib(hbm_bytes)} of a device"]
   if not said["fits"]:
     lines = [
       f"does not fit: it wants {_gib(said['peak_bytes'])} of a device that has "
@@ -60,7 +61,7 @@ def _memory(said: dict, hbm_bytes: float) -> list[str]:
     ]
     lines += [f"  change {change}" for change in said["change"]]
   else:
-    kinds = ", ".join(f"{kind} {_gib(size)}" for kind, size in said["memory"].items())
+    kinds = ", ".join(f"{kind} {_gib(said['memory'][kind])}" for kind in _KINDS)
     lines = [f"fits: {_gib(said['peak_bytes'])} of {_gib(hbm_bytes)} of a device ({kinds})"]
   for one in said["largest_buffers"][:_MOST]:
     what = one["operation"].rpartition(")/")[2]

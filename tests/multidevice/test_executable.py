@@ -1,5 +1,6 @@
 """A step compiled, kept and loaded by another process does what the first would have done."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -10,11 +11,15 @@ from llmjax.core.config import override
 from llmjax.core.errors import UserError
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import batch_sharding
+from llmjax.plan.plan import with_vocab
+from llmjax.run import train
 from llmjax.train import executable
 from llmjax.train.config import Config
+from llmjax.train.metrics import read_metrics
 from llmjax.train.shrink import made_up_batch
 from llmjax.train.state import abstract_state, init_sharded
 from llmjax.train.step import compile_step
+from tests.runs import tiny, write_text
 
 SMALL = (
   "model.layers=2", "model.width=32", "model.heads=4", "model.mlp_width=64", "model.vocab_size=64",
@@ -43,15 +48,23 @@ def losses(config: Config) -> list[float]:
   return out
 
 
+def keep(path, config: Config):
+  """Writes the file of a config's step, as the compiler's process does."""
+  mesh = make_mesh(config.mesh)
+  batch = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=batch_sharding(mesh)),
+    made_up_batch(config),
+  )
+  with jax.set_mesh(mesh):
+    lowered = compile_step(config, mesh).lower(abstract_state(config, mesh), batch)
+  executable.save(path, lowered.compile(), config, mesh)
+
+
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
   """The file of a compiled step."""
-  path, config = tmp_path_factory.mktemp("kept") / "step", configured()
-  mesh = make_mesh(config.mesh)
-  batch = jax.device_put(made_up_batch(config), batch_sharding(mesh))
-  with jax.set_mesh(mesh):
-    lowered = compile_step(config, mesh).lower(abstract_state(config, mesh), batch)
-    executable.save(path, lowered.compile(), config, mesh)
+  path = tmp_path_factory.mktemp("kept") / "step"
+  keep(path, configured())
   return path
 
 
@@ -59,6 +72,19 @@ def test_a_new_process_runs_the_kept_step_to_the_same_bits(kept):
   command = [sys.executable, "-c", IN_ANOTHER, f"train.executable={kept}"]
   done = subprocess.run(command, capture_output=True, text=True, check=True)
   assert done.stdout.splitlines()[-1] == str(losses(configured()))
+
+
+def test_a_run_trains_with_the_kept_step_as_without(tmp_path):
+  config = tiny(write_text(tmp_path / "text"), steps=3, mesh__fsdp=4, mesh__data=2)
+  keep(tmp_path / "step", with_vocab(config))
+  train(config, tmp_path / "compiled")
+  chosen = dataclasses.replace(config.train, executable=str(tmp_path / "step"))
+  train(dataclasses.replace(config, train=chosen), tmp_path / "loaded")
+  compiled, loaded = (
+    [line["loss"] for line in read_metrics(tmp_path / name) if "loss" in line]
+    for name in ("compiled", "loaded")
+  )
+  assert len(loaded) == 3 and loaded == compiled
 
 
 @pytest.mark.parametrize(

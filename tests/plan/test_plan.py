@@ -53,7 +53,8 @@ def plan(tmp_path, monkeypatch, capsys):
 
 def test_gpus_are_planned_by_formula_alone(plan):
   status, said, _ = plan("--topology=h100:8", "--price=2")
-  assert status == 0 and "GPU" in said["compiler"] and "fits" not in said
+  assert status == 0 and "GPU" in said["compiler"] and "est_step_s" not in said
+  assert said["fits"] and 3 * 4 * said["parameters"] < said["peak_bytes"] < said["hbm_bytes"]
   assert said["tokens_per_step"] == 8 * 512
   usd = 8 * 2 / 3600 * said["ideal_step_s"] / (8 * 512) * 1e9
   assert said["cost_usd_per_btokens"] == pytest.approx(usd)
@@ -83,6 +84,8 @@ def test_without_the_compiler_formulas_answer_and_say_where_it_is(plan, monkeypa
     (["--topology=h100:8", "--price=-1"], "price -1.0 is negative"),
     (["--topology=h100:8", "--config.model.layer=1"], "unknown config key 'model.layer'"),
     (["--topology=h100:8", "--decode", "--keep-executable=x"], "--keep-executable"),
+    (["--topology=h100:8", "--keep-hlo=x"], "nothing can be kept: there is none for GPUs"),
+    (["--topology=h100:8", "--keep-hlo=no/x"], "'no/x': there is no such folder"),
     (["--topology=h100:8", "--slices=0"], "slices 0 is less than 1"),
   ],
 )
@@ -161,3 +164,53 @@ def test_every_change_that_is_advised_is_one_the_config_takes():
 def test_a_refusal_that_is_not_about_memory_is_an_error():
   with pytest.raises(UserError, match="refused the program: INTERNAL: Mosaic"):
     compiler.read_full("INTERNAL: Mosaic failed\nand more", [])
+
+
+ON_FOUR = ("--topology=v5e:2x2", "--config.mesh.data=1", "--config.mesh.fsdp=4")
+
+
+@needs_compiler
+def test_the_compiler_is_asked_once(plan, tmp_path):
+  kept, program = tmp_path / "hlo", tmp_path / "program"
+  status, said, _ = plan(*ON_FOUR, f"--keep-hlo={kept}", f"--keep-executable={program}")
+  assert status == 0 and said["fits"] and not said["cached"] and said.keys() >= KEYS
+  assert kept.read_text().startswith("HloModule") and program.stat().st_size > 1_000_000
+  # Weights and two moments in fp32 on four devices, and padding of small ones.
+  assert 0 < said["memory"]["arguments"] / (3 * said["parameters"]) - 1 < 0.1
+  assert {one["axis"] for one in said["collectives"]} == {"fsdp"}
+  assert 0 < said["mfu"] < 1 and said["est_step_s"] > said["roofline"]["compute_s"]
+  assert any("llmjax/" in one["source"] for one in said["largest_buffers"])
+  _, again, _ = plan(*ON_FOUR)
+  assert again == said | {"cached": True}
+
+
+@needs_compiler
+def test_two_slices_run_one_program_each(plan):
+  status, said, _ = plan(*ON_FOUR[:1], "--slices=2", "--config.mesh.data=2", "--config.mesh.fsdp=4")
+  assert status == 0 and said["fits"] and said["chips"] == 8
+  assert "fsdp" in {one["axis"] for one in said["collectives"]}
+
+
+@needs_compiler
+def test_writing_is_planned_by_its_two_programs(plan):
+  status, said, _ = plan(*ON_FOUR[:1], "--decode", "--config.mesh.data=2", "--config.mesh.tensor=2")
+  assert status == 0 and said["fits"] and said["prefill"]["fits"] and said.keys() >= KEYS
+  assert said["tokens_per_s"] == pytest.approx(8 / said["est_step_s"])
+  # A fourth of the cache, half of the weights in bfloat16: rows and heads are cut in two.
+  held = said["cache_bytes"] / 4 + said["parameters"]
+  assert 0 < said["memory"]["arguments"] / held - 1 < 0.1
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+  ("argv", "says"),
+  [
+    (["--topology=v5e:3x3", "--config.data.batch_size=9"], "knows no topology v5e:3x3"),
+    (["--topology=v5e:2x2", "--config.data.batch_size=6"], "does not divide"),
+    (["--topology=v5e:2x2", "--config.model.kind=encoder", "--decode"], "model.kind=decoder"),
+  ],
+)
+def test_what_the_compiler_refuses_is_one_line(plan, argv, says):
+  status, said, err = plan(*argv)
+  assert status == 2 and said is None
+  assert says in err.splitlines()[-1] and "Traceback" not in err
