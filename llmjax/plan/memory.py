@@ -78,8 +78,9 @@ def memory(config: Config, sizes: dict[str, int], chip: Chip | None = None) -> M
   """
   model, parts, stages = config.model, config.train.accumulation, sizes["stage"]
   cut = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+  bare = dataclasses.replace(model, remat="none")  # one entry of the caches for all
   weights, gradients = (
-    held_bytes(model, cut, whole) for whole in (config.train.zero < 3, config.train.zero == 1)
+    held_bytes(bare, cut, whole) for whole in (config.train.zero < 3, config.train.zero == 1)
   )
   arrays = _Arrays(config, sizes, chip)
   dense = model.moe.dense_first if model.moe.experts else 0
@@ -92,7 +93,7 @@ def memory(config: Config, sizes: dict[str, int], chip: Chip | None = None) -> M
     waiting = arrays.stream * _slots(config.pipeline.schedule, stages, parts, chunks)
   return Memory(
     weights=weights,
-    optimizer=state_bytes(model, config.optim, cut),
+    optimizer=state_bytes(bare, config.optim, cut),
     gradients=gradients * (2 if parts > 1 and stages == 1 else 1),
     activations=layers * kept + dense * first,
     waiting=waiting,
@@ -111,21 +112,23 @@ def held_bytes(model: ModelConfig, mesh: AbstractMesh, whole: bool = False) -> i
     mesh: sizes of the axes.
     whole: over `fsdp`.
   """
-  shapes = abstract(model)
+  shapes = _shapes(model)
   return _bytes(shapes, weight_shardings(mesh, shapes, REPLICATED if whole else WEIGHTS))
 
 
 @functools.cache
 def state_bytes(model: ModelConfig, optim: OptimConfig, mesh: AbstractMesh) -> int:
   """Counts the bytes of the optimizer's state on a device."""
-  shapes = abstract(model)
-  state = _moments(model, optim)
+  shapes, state = _shapes(model), _moments(model, optim)
   return _bytes(state, optimizer_shardings(mesh, state, shapes))
+
+
+_shapes = functools.cache(abstract)
 
 
 @functools.cache
 def _moments(model: ModelConfig, optim: OptimConfig):
-  shapes = abstract(model)
+  shapes = _shapes(model)
   return jax.eval_shape(make_optimizer(optim, 1, shapes).init, shapes)
 
 
