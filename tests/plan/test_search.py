@@ -143,18 +143,19 @@ def test_the_compiler_has_the_last_word():
 
 
 def test_a_refused_candidate_is_a_row_with_its_reason():
-  compiler = Compiler(refused=[("data", 8), ("data", 1)])
+  compiler = Compiler(refused=[("data", 1)])
   result = search(config(), [topology("v5e:2x4")], keep=6, compile=compiler)
   errors = [row for row in result["rows"] if "error" in row]
   assert errors and all(row["error"] == "the compiler would not" for row in errors)
-  assert result["rows"][-len(errors) :] == errors and result["winner"]["mesh"]["data"] in (2, 4)
+  assert result["rows"][-len(errors) :] == errors
+  assert result["winner"]["by"] == "compiler" and result["winner"]["mesh"]["data"] > 1
   assert "would not" in show(result, 1000)
 
 
 def test_what_the_compiler_says_does_not_fit_is_followed_by_what_takes_less():
   place, base = topology("v5e:2x2"), config("data.batch_size=2048", "model.width=2048")
   compiler = Compiler(more=1.5)
-  first = search(base, [place], keep=2)["winner"]["peak_bytes"]
+  first = search(base, [place], keep=0)["winner"]["peak_bytes"]
   result = search(base, [place], keep=2, compile=compiler)
   assert first * 1.5 > place.chip.hbm_bytes  # else this tests nothing
   assert len(compiler.asked) == 4
@@ -263,8 +264,7 @@ def test_a_patch_applies_and_gives_the_winning_config(tmp_path, monkeypatch, tai
   wanted = change(load(str(path), [], Config), changes)
   (tmp_path / "my.patch").write_text(patch(str(path), wanted))
   subprocess.run(["git", "init", "-q"], check=True)
-  subprocess.run(["git", "apply", "--check", "my.patch"], check=True)
-  subprocess.run(["patch", "-p1", "-s", "-i", "my.patch"], check=True)
+  subprocess.run(["git", "apply", "my.patch"], check=True)
   assert flat(load(str(path), [], Config)) == flat(wanted)
   assert "config.mesh.fsdp = 4\n" in path.read_text()  # changed where it stands
   assert "= 8" not in path.read_text() and path.read_text().endswith(tail or "config")
