@@ -1,6 +1,7 @@
 """The search: what it looks at, what it leaves out, and what it says, with a made-up compiler."""
 
 import itertools
+import json
 import math
 import subprocess
 from pathlib import Path
@@ -292,3 +293,25 @@ def test_the_front_has_nothing_that_another_beats(tmp_path):
   assert len(front) > 1
   plot_pareto(result, tmp_path / "pareto.png")
   assert (tmp_path / "pareto.png").stat().st_size > 10_000
+
+
+def test_the_command_line(tmp_path, capsys):
+  from llmjax import cli
+
+  there = ("plan", "--config=experiments/quickstart.py", "--topology=v5e:2x2,v5e:2x4")
+  files = (f"--patch={tmp_path / 'my.patch'}", f"--plot={tmp_path / 'my.png'}")
+  assert cli.main([*there, "--search", "--compile=0", "--tokens=1B", "--json", *files]) == 0
+  *shown, last = capsys.readouterr().out.splitlines()
+  found = json.loads(last)
+  assert found["winner"] == found["rows"][0] and found["fits"] and found["says"] in shown
+  assert "+  config.mesh." in (tmp_path / "my.patch").read_text()
+  assert (tmp_path / "my.png").exists()
+  for wrong, told in (
+    (["--tokens=1B"], "--tokens goes with --search"),
+    (["--search", "--tokens=lots"], "--tokens=lots is not an amount above 0"),
+    (["--search", "--budget=$5"], "need --tokens"),
+    (["--search", "--decode"], "--decode does not go with --search"),
+    (["--search", "--compile=-1"], "neither may be negative"),
+  ):
+    assert cli.main([*there, *wrong]) == 2
+    assert told in capsys.readouterr().err
