@@ -47,7 +47,7 @@ def search(
     keep: how many are compiled, over all topologies at least one each; 0 compiles none.
     jobs: compiler processes at once; 0 means as many as there are cores.
     compile: `plan`, or what answers like it.
-    report: called with a line for every compiled candidate.
+    report: called with a line for every topology and every compiled candidate.
   Returns:
     `rows`, best first; `winner`, the first if it fits and is within limits, else None; `fits`;
     `says`, the answer in one line; `considered`, how many had their seconds estimated; `unpriced`,
@@ -63,6 +63,7 @@ def search(
   for place in places:
     pool, count = _pool(filled, place, flat(config), limits)
     considered += count
+    report(f"{place.name}: {count:,} candidates, of which {len(pool):,} are near the best and fit")
     rows += _compiled(pool, keep and max(1, keep // len(places)), jobs, compile, report, limits)
   if not rows:
     names = ", ".join(place.name for place in places)

@@ -43,7 +43,7 @@ def _knobs(row: dict) -> str:
 
 
 def _bill(row: dict) -> str:
-  usd = "no price known" if row["cost_usd"] is None else f"${row['cost_usd']:,.0f}"
+  usd = "no price known" if row["cost_usd"] is None else f"${row['cost_usd']:,.2f}"
   return f"{row['days']:.3g} days, {usd}"
 
 
