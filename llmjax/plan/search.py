@@ -63,7 +63,8 @@ def search(
   for place in places:
     pool, count = _pool(filled, place, flat(config), limits)
     considered += count
-    report(f"{place.name}: {count:,} candidates, of which {len(pool):,} are near the best and fit")
+    fit = sum(row["fits"] for _, row in pool)
+    report(f"{place.name}: {count:,} candidates; {fit:,} fit and are near the best of these")
     rows += _compiled(pool, keep and max(1, keep // len(places)), jobs, compile, report, limits)
   if not rows:
     names = ", ".join(place.name for place in places)
