@@ -54,7 +54,7 @@ def search(
     chips without a price. A row: `topology`, `slices`, `mesh`, `changes` by dotted key, `step_s`,
     `by` (compiler or formula), `predicted_s`, `mfu`, `peak_bytes`, `hbm_bytes`, `fits`, `days`,
     `cost_usd` and `usd_per_btokens` (None without a price), `within` limits, `outdone` (by formula,
-    where others were compiled); and `error` of one that the compiler refused.
+    where the compiler found one that fits); and `error` of one that the compiler refused.
   Raises:
     UserError: no mesh of any topology divides the model and its rows.
   """
@@ -71,7 +71,7 @@ def search(
     raise UserError(f"no mesh of {names} divides this model and {config.data.batch_size} rows")
   hurry = limits.budget_usd and not limits.max_days
   rows.sort(key=lambda row: (*_flaws(row), *_merits(row, len(places) > 1, hurry)))
-  winner = rows[0] if not any(_flaws(rows[0])) else None
+  winner = rows[0] if rows[0]["fits"] and rows[0]["within"] else None
   unpriced = {p.chip.name for p in places if not (limits.usd_per_hour or p.chip.usd_per_hour)}
   return {
     "winner": winner, "fits": rows[0]["fits"], "says": says(rows[0], limits, unpriced),
@@ -162,7 +162,7 @@ def _compiled(pool, keep: int, jobs: int, compile, report, limits: Limits) -> li
     rest = [(one, _scaled(row, max([1.0, *wanted]))) for one, row in rest]
     tried = _beam([pair for pair in rest if pair[1]["fits"]], keep)
     told, rest = told + run(tried), [pair for pair in rest if pair not in tried]
-  outdone = any(row["by"] == "compiler" for row in told)
+  outdone = any(row["by"] == "compiler" and row["fits"] for row in told)
   others = [row | {"outdone": outdone} for _, row in rest]
   front = [row for row in pareto(others) if row not in others[:_SHOWN]]
   return told + others[:_SHOWN] + front
@@ -204,10 +204,10 @@ def _told(one: Candidate, row: dict, future, limits: Limits) -> dict:
     said = future.result()
   except Exception as error:  # one of several: the others go on
     return row | {"by": "compiler", "fits": False, "error": " ".join(str(error).split())}
-  if "fits" not in said:
+  if "compiler" in said:  # why there is none
     return row | {"compiler": said["compiler"]}
-  row |= {key: said[key] for key in ("fits", "peak_bytes", "hbm_bytes", "compile_s")}
-  row["by"] = "compiler"
+  keys = ("fits", "peak_bytes", "hbm_bytes", "compile_s")
+  row = row | {"by": "compiler"} | {key: said[key] for key in keys}
   if "est_step_s" not in said:
     return row
   step_s = said["est_step_s"]

@@ -25,7 +25,8 @@ def says(best: dict, limits: Limits, unpriced: set) -> str:
     wanted = [f"${limits.budget_usd:,.0f}"] * (limits.budget_usd > 0)
     wanted += [f"{limits.max_days:g} days"] * (limits.max_days > 0)
     return f"nothing is within {' and '.join(wanted)}: the nearest, {name}, takes {bill}{free}"
-  return f"{name}: {best['step_s']:.3g} s a step" + (f"; {bill}" if bill else "") + free
+  by = "the compiler's estimate" if best["by"] == "compiler" else "formula"
+  return f"{name}: {best['step_s']:.3g} s a step by {by}" + (f"; {bill}" if bill else "") + free
 
 
 def _where(row: dict) -> str:
