@@ -30,7 +30,7 @@ _BASE = {
 }
 _WIDE = "layers=8 width=2048 heads=16 mlp_width=5632"
 _7B = "layers=6 width=4096 heads=32 kv_heads=32 mlp_width=11008"
-_MOE = "moe.experts=8 moe.top_k=2 moe.width=1408"
+_MOE = "moe.experts=8 moe.top_k=2 moe.width=512 width=512 heads=4 mlp_width=1536"
 # Topology, and what differs from the base: keys without a section are of the model.
 CASES = (
   ("v5e:2x2", "mesh.fsdp=4 remat=none"),

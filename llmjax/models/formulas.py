@@ -35,8 +35,8 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
 
 def scores_flops_per_token(config: ModelConfig, length: int) -> float:
   """Counts attention's two products of one token, over the keys that it sees, in all layers."""
-  n, h, pattern = config.heads, config.dims["h"], config.attention.pattern
-  seen = sum(_keys_seen(config, pattern[i % len(pattern)], length) for i in range(config.layers))
+  n, h = config.heads, config.dims["h"]
+  seen = sum(_keys_seen(config, kind, length) for kind in _kinds(config))
   return 2 * n * (h + (config.attention.latent.value_dim or h)) * seen
 
 
@@ -51,13 +51,49 @@ def _projections(config: ModelConfig) -> int:
   return queries + d * (r + latent.rope_dim) + r * n * (latent.nope_dim + value) + n * value * d
 
 
-def _keys_seen(config: ModelConfig, layer: str, length: int) -> float:
-  """Keys an average query of one document of `length` sees in a kind of layer."""
+def seen_share(config: ModelConfig, length: int, block: int = 1) -> float:
+  """Share of a row's pairs of query and key that lie in blocks which a mask touches.
+
+  The mean over layers, block-sparse ones left out: their kernel is another.
+
+  Args:
+    config: architecture, with some layer that is not block-sparse.
+    length: positions of a row, one document.
+    block: positions of a square block's side; 1 counts the pairs themselves.
+  """
+  kinds = [kind for kind in _kinds(config) if kind != "sparse"]
+  blocks = -(-length // block)
+  return sum(_keys_seen(config, kind, blocks, block) for kind in kinds) / (blocks * len(kinds))
+
+
+def filled_share(config: ModelConfig, ways: int) -> float:
+  """Share of the room for experts' rows that even load fills: k / (ways · min(k, experts / ways)).
+
+  A device may be sent all tokens of all devices that share the experts, and has room for them.
+
+  Args:
+    config: architecture with experts, each taking any number of tokens.
+    ways: devices that experts are cut over.
+  """
+  moe = config.moe
+  return moe.top_k / (ways * min(moe.top_k, moe.experts // ways))
+
+
+def _kinds(config: ModelConfig) -> list[str]:
+  pattern = config.attention.pattern
+  return [pattern[i % len(pattern)] for i in range(config.layers)]
+
+
+def _keys_seen(config: ModelConfig, layer: str, length: int, block: int = 1) -> float:
+  """Keys an average query of one document of `length` sees in a kind of layer.
+
+  With `block` both are blocks of so many positions, seen if any of theirs is.
+  """
   if layer == "full":
     return (length + 1) / 2 if config.causal else length
   rule = config.attention.rule(layer, config.causal)
   if layer == "window":
-    reach = min(rule.window, length)
+    reach = min((rule.window - 2) // block + 2, length)
     before = (reach - 1) * (length - reach / 2) / length  # mean over places p of min(p, reach - 1)
     return 1 + before * (1 if config.causal else 2)
   size = rule.sparse_block

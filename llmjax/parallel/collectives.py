@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from llmjax.core.errors import UserError
-from llmjax.parallel.hlo import Op, numbers, size_bytes, walk
+from llmjax.parallel.hlo import Op, Run, numbers, size_bytes, walk
 
 KINDS = (
   *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
@@ -37,7 +37,12 @@ class Collective:
     count: executions in one run of the program, the product of its loops' trip counts.
     dtype: XLA's name of the (first) operand's type, such as `bf16`.
     op_name: JAX's name of what made it, "" if the program does not say.
-    overlapped: whether other work runs while it does.
+    ways: devices of a group; slices, if it runs between them.
+    links: of a device that it keeps busy, one way each: as the TPU's compiler notes of its rings,
+      else 2, a ring along one dimension both ways; of a permute 1.
+    dcn: whether it runs between slices.
+    start: the place in the program's order, as `walk` counts it, where it begins.
+    done: where it must have ended; what stands between may run beside it.
   """
 
   kind: str
@@ -46,17 +51,32 @@ class Collective:
   count: int
   dtype: str
   op_name: str
-  overlapped: bool = False
+  ways: int = 1
+  links: int = 2
+  dcn: bool = False
+  start: int = 0
+  done: int = 0
+
+  @property
+  def overlapped(self) -> bool:
+    """Whether anything stands between its start and its end."""
+    return self.done > self.start
 
 
-def collectives(hlo_text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
+def collectives(
+  hlo_text: str, mesh: Mesh | AbstractMesh, slices: int = 1, across: str = "data"
+) -> list[Collective]:
   """Reads every collective out of a compiled program's text.
 
   Bytes are those of the array that is whole on a device, unpadded by layouts: an all-gather's
   result; the operand of an all-reduce, reduce-scatter, all-to-all or permute; of a combined one the
-  sum. A loop whose trip count cannot be read counts once, and so does every branch of a
-  conditional. A permute's axes are all those that any of its pairs crosses. Groups of one device
-  send nothing and are left out, and so are sends, receives and custom calls.
+  sum; of a ragged all-to-all no more than either side has room for. A loop whose trip count cannot
+  be read counts once, and so does every branch of a conditional. A permute's axes are those that
+  any of its pairs crosses. Groups of one device send nothing and are left out, as custom calls are.
+
+  For several slices the TPU's compiler makes the program of one, which all of them run: its groups
+  are of a slice's devices, and what goes to other slices is sent by its host. Each such transfer is
+  a collective along `across` of a group with a device in every slice.
 
   What XLA makes of a program differs by backend. The CPU's widens bf16 to fp32, sends an all-to-all
   as a tuple of slices, keeps an explicit reduce-scatter, but never makes one of an all-reduce. The
@@ -66,27 +86,39 @@ def collectives(hlo_text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
 
   Args:
     hlo_text: `compiled.as_text()` of a function jitted over the mesh.
-    mesh: that mesh; partition number i is the i-th of its devices in row-major order.
+    mesh: that mesh; partition number i is the i-th of its devices, or of a slice's, in row-major
+      order.
+    slices: that the mesh is made of.
+    across: the axis along which slices follow each other.
   Returns:
     One `Collective` for each instruction and place it is called from, in the program's order.
   Raises:
     UserError: the program is for another number of devices, or the text has no entry computation.
   """
+  sizes = dict(mesh.shape)
+  sizes[across] = sizes.get(across, 1) // slices
+  inner = AbstractMesh(tuple(sizes.values()), tuple(sizes))
   partitions = re.search(r"^HloModule .*?num_partitions=(\d+)", hlo_text)
-  if partitions and int(partitions[1]) != mesh.size:
-    raise UserError(f"the program is for {partitions[1]} devices, the mesh has {mesh.size}")
+  if partitions and int(partitions[1]) != inner.size:
+    whose = "a slice of the mesh" if slices > 1 else "the mesh"
+    raise UserError(f"the program is for {partitions[1]} devices, {whose} has {inner.size}")
   found = []
-  for kind, run in _executed(hlo_text):
-    groups = _groups(run.op, mesh.size)
-    axes = _axes(groups, mesh, whole=kind != "collective-permute")
+  for kind, run, start, done in _executed(hlo_text):
+    dcn = run.op.code == "send"
+    groups = [] if dcn else _groups(run.op, inner.size)
+    axes = (across,) if dcn else _axes(groups, inner, whole=kind != "collective-permute")
     if not axes:
       continue
-    first = 1 if kind == "ragged-all-to-all" else None  # its others say where rows go
-    shapes = [run.body[name].shape for name in run.op.operands[:first]]
-    size = sum(map(size_bytes, shapes)) * (len(groups[0]) if kind == "all-gather" else 1)
+    ways = slices if dcn else len(groups[0])
+    shapes = [run.body[name].shape for name in run.op.operands]
+    if kind == "ragged-all-to-all":
+      shapes = [min(shapes[:2], key=size_bytes)]  # the room on either side; others say where
+    size = sum(map(size_bytes, shapes)) * (ways if kind == "all-gather" else 1)
     dtype = re.match(r"\(*(\w+)", shapes[0])[1]
-    beside = run.op.code.endswith("-start") or bool(run.op.find("(async_collective_name|chain_id)"))
-    found.append(Collective(kind, axes, size, run.count, dtype, run.origin, beside))
+    links = _links(kind, run.op)
+    found.append(
+      Collective(kind, axes, size, run.count, dtype, run.origin, ways, links, dcn, start, done)
+    )
   return found
 
 
@@ -119,16 +151,49 @@ def _human(size_bytes: float) -> str:
   return f"{size_bytes:.0f} B"
 
 
-def _executed(hlo_text: str):
-  """Yields (kind, `Run`) of every collective; of an overlapped chain of them one."""
-  met = set()
-  for run in walk(hlo_text):
-    kind = run.op.code.removesuffix("-start")
-    if kind in KINDS:
-      chain = run.beside, run.op.find(r'chain_id="(\d+)"')
-      if chain not in met:
-        yield "reduce-scatter" if run.fused and _is_sliced(run.op, run.body) else kind, run
-      met.update([chain] if chain[1] else [])
+def _executed(hlo_text: str) -> list[list]:
+  """Lists [kind, `Run`, start, done] of every collective; of an overlapped chain of them one."""
+  listed, begun, wrapper = [], {}, None
+  for place, run in enumerate(walk(hlo_text)):
+    kind, key = _kind(run), _key(run, run.op)
+    if wrapper and run.beside == wrapper[0]:
+      wrapper = None  # what it calls has a number of its own
+    if run.op.code == "async-start":
+      wrapper = key
+    elif run.op.code.endswith("-done") and run.op.code != "send-done":
+      before = run.body[run.op.operands[0]]
+      while before.code.endswith("-update"):
+        before = run.body[before.operands[0]]
+      if (key := _key(run, before)) in begun:
+        begun[key][-1] = place
+    elif kind and key in begun:
+      begun[key][-1] = place
+    elif kind:
+      begun[key] = begun[wrapper] = [kind, run, place, place]
+      listed.append(begun[key])
+  return listed
+
+
+def _kind(run: Run) -> str:
+  """One of `KINDS`; "" of what is no collective."""
+  if run.op.code == "send":
+    kind = run.op.find(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+    return "collective-permute" if kind == "one-to-one" else kind
+  kind = run.op.code.removesuffix("-start")
+  sliced = run.fused and kind in KINDS and _is_sliced(run.op, run.body)
+  return "reduce-scatter" if sliced else kind if kind in KINDS else ""
+
+
+def _key(run: Run, op: Op) -> tuple:
+  """What the instructions of one collective share: a chain, a meeting of hosts, else its name."""
+  return run.beside, op.find(r'(?:chain_id|_rendezvous)="([^"]+)"') or op.name
+
+
+def _links(kind: str, op: Op) -> int:
+  """Reads how many rings there are, one way or both: `UniDirectionNDRingStrategy{colors:4 ...`."""
+  rings = op.find(r'"strategy":"[^}]*?colors:(\d+)')
+  one_way = "UniDirection" in op.find(r'"strategy":"(\w+)')
+  return int(rings) * (1 if one_way else 2) if rings else 1 if kind == "collective-permute" else 2
 
 
 def _is_sliced(op: Op, body: dict[str, Op]) -> bool:

@@ -1,4 +1,8 @@
-"""A compiled program's text: its instructions, how often each runs, and the bytes of its arrays."""
+"""A compiled program's text: its instructions, how often each runs, their bytes and products.
+
+The TPU's compiler writes most products as convolutions, whose windows stand for batches of them;
+`product_flops` counts the multiply-adds that meet a value and no padding.
+"""
 
 import dataclasses
 import itertools
@@ -6,6 +10,8 @@ import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 from llmjax.core.errors import UserError
 
@@ -57,6 +63,7 @@ class Run(NamedTuple):
     fused: whether it is a part of a fusion.
     beside: number of the visit to its computation, or to that of the fusion: what has the same
       number runs side by side.
+    path: the branches of conditionals that it stands in, outermost first: (visit, name, branch).
   """
 
   op: Op
@@ -65,6 +72,7 @@ class Run(NamedTuple):
   origin: str
   fused: bool
   beside: int
+  path: tuple
 
 
 def walk(hlo_text: str) -> Iterator[Run]:
@@ -80,7 +88,7 @@ def walk(hlo_text: str) -> Iterator[Run]:
     UserError: the text has no entry computation.
   """
   computations, entry, body = {}, None, {}
-  for line in hlo_text.splitlines():
+  for line in re.sub(r'\n(?="|}})', "", hlo_text).splitlines():  # a kernel's notes have lines
     if head := _COMPUTATION.match(line):
       body = computations[head[2]] = {}
       entry = head[2] if head[1] else entry
@@ -91,21 +99,23 @@ def walk(hlo_text: str) -> Iterator[Run]:
   yield from _visit(computations, entry, 1, "", itertools.count())
 
 
-def _visit(computations, name, count, source, visits, fusion=None) -> Iterator[Run]:
+def _visit(computations, name, count, source, visits, path=(), fusion=None) -> Iterator[Run]:
   """`fusion` is the number of the visit to the computation that it stands in, if it is one."""
   body, beside = computations[name], next(visits) if fusion is None else fusion
   for op in body.values():
     origin = op.find(r'op_name="([^"]*)"') or source
-    yield Run(op, body, count, origin, fusion is not None, beside)
+    yield Run(op, body, count, origin, fusion is not None, beside, path)
     if op.code == "while":
       inner = [op.find(rf"{part}=%([\w.-]+)") for part in ("condition", "body")]
       trips = _trips(op, body, *(computations[part] for part in inner))
       for part in inner:
-        yield from _visit(computations, part, count * trips, origin, visits)
+        yield from _visit(computations, part, count * trips, origin, visits, path)
     elif op.code in _CALLERS:
-      for part in re.findall(r"%([\w.-]+)", " ".join(_CALLED.findall(op.attributes))):
-        within = beside if op.code == "fusion" else None
-        yield from _visit(computations, part, count, origin, visits, within)
+      within = beside if op.code == "fusion" else None
+      called = re.findall(r"%([\w.-]+)", " ".join(_CALLED.findall(op.attributes)))
+      for number, part in enumerate(called):
+        way = (*path, (beside, op.name, number)) if op.code == "conditional" else path
+        yield from _visit(computations, part, count, origin, visits, way, within)
 
 
 def _trips(loop: Op, outside, condition, body) -> int:
@@ -145,6 +155,42 @@ def _added(body: dict[str, Op], name: str, index: str) -> int:
   return total if op.code == "get-tuple-element" and op.find(r"index=(\d+)") == index else 0
 
 
+def product_flops(op: Op, body: dict[str, Op]) -> int:
+  """Counts what one execution of a `dot` or a `convolution` multiplies and adds, as two FLOPs.
+
+  Args:
+    op: any instruction; of others it is 0, also of fusions, whose parts `walk` yields.
+    body: its computation.
+  """
+  if op.code not in ("dot", "convolution"):
+    return 0
+  left, right = (dims(body[name].shape) for name in op.operands[:2])
+  if op.code == "dot":
+    summed = numbers(op.find(r"lhs_contracting_dims={([\d,]*)}"))
+    return 2 * math.prod(dims(op.shape)) * math.prod(left[i] for i in summed)
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes).groups()
+  inputs, kernel, made = (
+    dict(zip(names, sizes, strict=True))
+    for names, sizes in zip(labels, (left, right, dims(op.shape)), strict=True)
+  )
+  places = [label for label in sorted(kernel) if label.isdigit()]
+  met = (_met(op, int(at), inputs[at], kernel[at], made[at]) for at in places)
+  return 2 * made["b"] * made["f"] * kernel["i"] * math.prod(met)
+
+
+def _met(op: Op, at: int, given: int, width: int, made: int) -> int:
+  """Pairs of a result's place and a window's along dimension `at` that meet a value."""
+
+  def noted(key, default):
+    parts = op.find(rf"window={{[^}}]*\b{key}=([\dx_-]+)").split("x")
+    return int(parts[at].split("_")[0]) if parts[0] else default
+
+  stride, low = noted("stride", 1), noted("pad", 0)
+  holes, step = noted("lhs_dilate", 1), noted("rhs_dilate", 1)
+  place = np.arange(made)[:, None] * stride + np.arange(width) * step - low
+  return int(((place % holes == 0) & (place >= 0) & (place < given * holes)).sum())
+
+
 def size_bytes(shape: str) -> int:
   """Bytes of an array or tuple written `bf16[8,128]{1,0:T(8,128)(2,1)}`, without padding."""
   size = 0
@@ -152,6 +198,11 @@ def size_bytes(shape: str) -> int:
     bits = 8 if dtype == "pred" else int(re.search(r"\d+|$", dtype)[0] or 0)
     size += math.ceil(math.prod(numbers(dims)) * bits / 8)
   return size
+
+
+def dims(shape: str) -> list[int]:
+  """Sizes of an array, or of a tuple's first."""
+  return numbers(re.search(r"\[([\d,]*)\]", shape)[1])
 
 
 def numbers(text: str) -> list[int]:

@@ -1,11 +1,12 @@
 """The largest arrays of a compiled program, with the lines of source that made them."""
 
+import itertools
 from typing import NamedTuple
 
 from llmjax.parallel.hlo import size_bytes, walk
 from llmjax.parallel.whole import Frames
 
-MOST = 12  # arrays listed
+MOST = 8  # arrays listed of a kind
 
 # These make nothing: what they hand on was made elsewhere.
 _PASSED_ON = (
@@ -37,21 +38,26 @@ def largest_buffers(hlo_text: str, most: int = MOST) -> list[Buffer]:
 
   Args:
     hlo_text: optimized HLO.
-    most: how many.
+    most: how many of the program's arguments, and of what it makes.
   Returns:
-    Arguments and what is made, the largest first.
+    Both, the largest first.
   """
   frames, found = Frames(hlo_text), {}
-  for op, _, _, origin, fused, _ in walk(hlo_text):
-    argument = op.code == "parameter" and op.find(r'op_name="([^"]*)"')
+  for run in walk(hlo_text):
+    op = run.op
+    argument = op.find(r'op_name="([^"]*)"') if op.code == "parameter" else ""
     unnamed = op.code in ("parameter", *_PASSED_ON) or op.code.endswith("-done")
-    if fused or op.shape.startswith("(") or "S(" in op.shape or (unnamed and not argument):
+    if run.fused or op.shape.startswith("(") or "S(" in op.shape or (unnamed and not argument):
       continue
     frame = op.find(r"stack_frame_id=(\d+)")
     source = frames.source(int(frame)) if frame else ""
     shape = op.shape.partition("{")[0]
-    one = Buffer(size_bytes(shape), shape, argument or origin or op.code, source)
-    found.setdefault((shape, argument or source), one)
-  known = {shape for shape, place in found if place}
-  kept = [one for (shape, place), one in found.items() if place or shape not in known]
-  return sorted(kept, key=lambda one: -one.bytes)[:most]
+    one = Buffer(size_bytes(shape), shape, argument or run.origin or op.code, source)
+    found.setdefault((shape, source, argument), one)
+  known = {shape for shape, source, _ in found if source}
+  given, made = [], []
+  for (shape, source, argument), one in found.items():
+    if argument or source or shape not in known:
+      (given if argument else made).append(one)
+  ranked = (sorted(kind, key=lambda one: -one.bytes)[:most] for kind in (given, made))
+  return sorted(itertools.chain(*ranked), key=lambda one: -one.bytes)

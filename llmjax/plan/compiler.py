@@ -96,7 +96,7 @@ def _given(arguments) -> list[Buffer]:
   found = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
     shape = leaf.sharding.shard_shape(leaf.shape)
-    name = f"{leaf.dtype}[{','.join(map(str, shape))}]"
+    name = f"{leaf.dtype.name.replace('float', 'f')}[{','.join(map(str, shape))}]"
     path = jax.tree_util.keystr(path[1:], simple=True, separator=".")
     found.append(Buffer(math.prod(shape) * leaf.dtype.itemsize, name, path, ""))
   return sorted(found, key=lambda one: -one.bytes)

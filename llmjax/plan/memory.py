@@ -13,6 +13,7 @@ import math
 import jax
 from jax.sharding import AbstractMesh
 
+from llmjax.core import tree
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.nn.dropout import NAMES
@@ -27,10 +28,14 @@ from llmjax.train.optim import OptimConfig, make_optimizer
 
 _KEPT = {
   "full": ("stream",),
-  "dots": ("stream", "query", "key", "value", "projected", "gate", "up"),
+  "dots": (
+    *("stream", "query", "key", "value", "projected", "gate", "up"),
+    *("expanded", "latents"),
+  ),
   "save_projections": ("stream", *NAMES),
 }
-_HEADS = ("query", "key", "value", "attention")
+_HEADS = ("query", "key", "value", "expanded", "attention")
+_MORE = ("turned", "projected", "dispatched", "latents")
 _HIDDEN = tuple(f"{kind}{name}" for kind in ("", "expert_") for name in ("gate", "up", "hidden"))
 _LANES = 128  # a TPU's arrays are padded to so many numbers in their last dimension
 
@@ -42,11 +47,12 @@ class Memory:
   Attributes:
     weights: fp32 masters.
     optimizer: its state.
-    gradients: fp32 sums, of a micro-batch beside those so far where there are several.
+    gradients: fp32 sums, of a micro-batch beside those so far where there are several; the head's
+      whole, since it is cut after the layers' backward pass.
     activations: what all layers keep for the backward pass, of one micro-batch.
     waiting: inputs of a pipeline's chunks and what lies between its stages.
-    layer: inside one layer, forward and backward: its gathered weights, their gradients, arrays.
-    head: in the output head: its gathered weights, their gradient, logits of one chunk.
+    layer: inside one layer's backward pass: its arrays, gathered weights and their gradients.
+    head: in the output head: its gathered weights, logits of one chunk, the stream.
     host: what `remat=offload` keeps in the host's memory; not of the device.
   """
 
@@ -61,9 +67,9 @@ class Memory:
 
   @property
   def peak(self) -> float:
-    """All that is alive at the worst moment: in the head, or in the last layer's backward pass."""
-    always = self.weights + self.optimizer + self.activations + self.waiting
-    return always + max(self.head, self.gradients + self.layer)
+    """All that is alive at the worst moment: in the head, or going back through the last layer."""
+    kept = self.gradients + self.activations + self.waiting
+    return self.weights + self.optimizer + kept + max(self.head, self.layer)
 
 
 def memory(config: Config, sizes: dict[str, int], chip: Chip | None = None) -> Memory:
@@ -78,9 +84,8 @@ def memory(config: Config, sizes: dict[str, int], chip: Chip | None = None) -> M
   """
   model, parts, stages = config.model, config.train.accumulation, sizes["stage"]
   cut = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
-  bare = dataclasses.replace(model, remat="none")  # one entry of the caches for all
   weights, gradients = (
-    held_bytes(bare, cut, whole) for whole in (config.train.zero < 3, config.train.zero == 1)
+    held_bytes(model, cut, whole) for whole in (config.train.zero < 3, config.train.zero == 1)
   )
   arrays = _Arrays(config, sizes, chip)
   dense = model.moe.dense_first if model.moe.experts else 0
@@ -88,16 +93,18 @@ def memory(config: Config, sizes: dict[str, int], chip: Chip | None = None) -> M
   layers = math.ceil((model.layers - dense) / (stages * chunks))
   kept, host = arrays.kept(moe=bool(model.moe.experts))
   first, first_host = arrays.kept(moe=False)
+  table = 4 * model.vocab_size * model.width / sizes["tensor"]
+  table *= 1 - 1 / sizes["fsdp"] if config.train.zero == 3 else 0
   waiting = 0
   if stages > 1:
     waiting = arrays.stream * _slots(config.pipeline.schedule, stages, parts, chunks)
   return Memory(
     weights=weights,
-    optimizer=state_bytes(bare, config.optim, cut),
-    gradients=gradients * (2 if parts > 1 and stages == 1 else 1),
+    optimizer=state_bytes(model, config.optim, cut),
+    gradients=gradients * (2 if parts > 1 and stages == 1 else 1) + table,
     activations=layers * kept + dense * first,
     waiting=waiting,
-    layer=arrays.layer(bool(model.moe.experts)),
+    layer=arrays.layer(bool(model.moe.experts)) + _passing(model, cut),
     head=arrays.head(),
     host=layers * host + dense * first_host,
   )
@@ -112,23 +119,42 @@ def held_bytes(model: ModelConfig, mesh: AbstractMesh, whole: bool = False) -> i
     mesh: sizes of the axes.
     whole: over `fsdp`.
   """
-  shapes = _shapes(model)
+  shapes = abstract(model)
   return _bytes(shapes, weight_shardings(mesh, shapes, REPLICATED if whole else WEIGHTS))
+
+
+@functools.cache
+def _passing(model: ModelConfig, mesh: AbstractMesh) -> float:
+  """Counts the bytes of weights on their way: all layers' cast, one's gathered, and its gradient.
+
+  Of the gradient two thirds: matrices that were scattered first are gone.
+  """
+  low, shapes = DTYPE_BYTES[model.dtype], tree.flatten(abstract(model))
+  blocks = {path: leaf for path, leaf in shapes.items() if "/blocks/" in path}
+  cut, whole = (
+    {
+      path: math.prod(where.shard_shape(blocks[path].shape))
+      for path, where in weight_shardings(mesh, blocks, table).items()
+    } for table in (WEIGHTS, REPLICATED)
+  )
+  cast = low * sum(cut.values()) * (low < 4)
+  if mesh.shape["fsdp"] == 1:
+    return cast
+  layers = next(iter(blocks.values())).shape[0] / mesh.shape["stage"]
+  return cast + (low + 8 / 3) * sum(whole.values()) / layers
 
 
 @functools.cache
 def state_bytes(model: ModelConfig, optim: OptimConfig, mesh: AbstractMesh) -> int:
   """Counts the bytes of the optimizer's state on a device."""
-  shapes, state = _shapes(model), _moments(model, optim)
+  shapes = abstract(model)
+  state = _moments(model, optim)
   return _bytes(state, optimizer_shardings(mesh, state, shapes))
-
-
-_shapes = functools.cache(abstract)
 
 
 @functools.cache
 def _moments(model: ModelConfig, optim: OptimConfig):
-  shapes = _shapes(model)
+  shapes = abstract(model)
   return jax.eval_shape(make_optimizer(optim, 1, shapes).init, shapes)
 
 
@@ -177,12 +203,13 @@ class _Arrays:
     norms = {"parallel_shared": 1}.get(model.block, 4 if model.norm.place == "sandwich" else 2)
     made = {"stream": self.stream, "normed": min(norms, 2) * self.whole}
     if model.block == "sequential":
-      made["projected"] = self.stream
-    made["norms"] = norms * 3 * self.stream * 4 / self.number
+      made["projected"] = self.whole  # each device's part of a sum over `tensor`
+    made["norms"] = norms * 3 * self.stream * 4 / self.number  # in fp32
     made |= self._attention()
+    made["norms"] += 3 * made.get("latents", 0) * 4 / self.number
     if moe:
       there, sent = self._rows()
-      made["dispatched"] = 3 * there + 2 * sent * (self.sizes["expert"] > 1)
+      made["dispatched"] = sent + there * 4 / self.number  # rows in; what became of them, in fp32
       width = (model.moe.width or model.mlp_width) / model.width / self.sizes["tensor"]
       made |= dict.fromkeys((f"expert_{name}" for name in gates), sent * width)
     wide = model.moe.shared * (model.moe.width or model.mlp_width) if moe else model.mlp_width
@@ -194,12 +221,15 @@ class _Arrays:
     latent = model.attention.latent
     n, k, h = (model.dims[letter] for letter in "nkh")
     pad = lambda width: math.ceil(width / self.lanes) * self.lanes  # noqa: E731
-    made = {
-      "query": self.of(n * pad(h), tensor), "key": self.of(k * pad(h), tensor),
-      "value": self.of(k * pad(h), tensor), "attention": self.of(n * pad(h), tensor),
-    }
-    if latent.kv_rank:
-      made["latents"] = self.of(latent.kv_rank + latent.query_rank + latent.rope_dim)
+    query, key = (self.of(heads * pad(h), tensor) for heads in (n, k))
+    made = {"query": query, "key": key, "value": key, "attention": query}
+    if latent.kv_rank:  # `key` is what a cache would hold; every head's are made of it
+      made["key"], made["value"] = self.of(latent.kv_rank + latent.rope_dim), 0.0
+      made["attention"] = self.of(n * latent.value_dim, tensor)
+      made["expanded"] = self.of(n * latent.nope_dim, tensor) + made["attention"]
+      made["latents"], made["joined"] = self.of(latent.query_rank), key
+    if self.lanes > 1:
+      made["turned"] = query  # attention's result once by heads for its kernel, once by positions
     if self.short:
       made["scores"] = self.of(n * self.length, tensor, 4 + self.number)
     return made
@@ -223,16 +253,15 @@ class _Arrays:
   def layer(self, moe: bool) -> float:
     """What is alive inside one layer's backward pass beside what is kept."""
     made = self.layer_arrays(moe)
-    again = sum(made.values()) - made["norms"] - made["stream"]
-    if self.config.model.remat == "none":
-      again = 0
     total = lambda names: sum(made.get(name, 0) for name in names)  # noqa: E731
-    grads = max(total(_HEADS), total(_HIDDEN)) + 3 * self.stream
-    return again + grads
+    if self.config.model.remat == "none":
+      return max(total(_HEADS), total(_HIDDEN)) + 3 * self.stream
+    return total((*_HEADS, *_HIDDEN, *_MORE)) + self.stream
 
   def head(self) -> float:
+    """What is alive while logits are: the gathered head, a chunk of them twice, the stream."""
     model, tensor = self.config.model, self.sizes["tensor"]
     chunk = min(self.config.loss.chunk or self.length, self.length)
-    weight = model.width * model.vocab_size / tensor
-    logits = self.rows * chunk * model.vocab_size / tensor * 4
-    return weight * (4 + self.number) + 2 * logits + 3 * self.whole
+    logits = self.rows * chunk * model.vocab_size * 4 / tensor
+    low = model.width * model.vocab_size * self.number / tensor
+    return low + 2 * logits + 3 * self.whole

@@ -1,6 +1,7 @@
 """`plan`: what a config needs of a topology; formulas first, then the compiler's own word."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from jax.sharding import AbstractMesh
@@ -8,7 +9,7 @@ from jax.sharding import AbstractMesh
 from llmjax.core.errors import UserError
 from llmjax.data.tasks import Task
 from llmjax.models.build import count_parameters
-from llmjax.models.formulas import forward_flops_per_token
+from llmjax.models.formulas import filled_share, forward_flops_per_token, seen_share
 from llmjax.parallel.collectives import collectives
 from llmjax.parallel.mesh import AXES, axis_sizes
 from llmjax.plan.advice import changes
@@ -183,22 +184,23 @@ def _said(
   }
   if not compiled.text:
     wanted, limit = compiled.wanted_bytes, compiled.limit_bytes
-    change = changes(config, sizes, chips.slices, wanted / limit, program)
+    change = changes(config, chips, wanted / limit, program)
     return said | {"peak_bytes": wanted, "usable_bytes": limit, "change": change}
   return said | _read(config, chips, sizes, compiled, flops)
 
 
 def _read(config: Config, chips: Topology, sizes, compiled: Compiled, flops: float) -> dict:
-  across = config.mesh.across if chips.slices > 1 else ""
-  found = _collectives(compiled.text, sizes, across, chips.slices)
-  count = recount(compiled.text, found, chips.chip, across)
-  step_s = count.fusions_s + count.exposed_s
+  mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+  found = collectives(compiled.text, mesh, chips.slices, config.mesh.across)
+  seen = functools.partial(seen_share, config.model)
+  filled = filled_share(config.model, sizes["expert"]) if config.model.moe.experts else 1.0
+  count = recount(compiled.text, found, chips.chip, seen=seen, filled=filled)
   return {
     "peak_bytes": compiled.memory["peak"],
     "memory": compiled.memory,
     "recount": dataclasses.asdict(count),
-    "est_step_s": step_s,
-    "mfu": flops / _peak(config, chips) / step_s,
+    "est_step_s": count.step_s,
+    "mfu": flops / _peak(config, chips) / count.step_s,
     "collectives": [
       {
         "kind": one.kind, "axis": "+".join(one.axes), "count": one.count, "bytes": one.bytes,
@@ -207,10 +209,3 @@ def _read(config: Config, chips: Topology, sizes, compiled: Compiled, flops: flo
       for one in found
     ],
   }
-
-
-def _collectives(text: str, sizes: dict[str, int], across: str, slices: int):
-  """Those of a program; of several slices' the compiler returns one slice's."""
-  if across:
-    sizes = sizes | {across: sizes[across] // slices}
-  return collectives(text, AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES))

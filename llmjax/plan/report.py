@@ -4,7 +4,7 @@ import os
 from collections import Counter
 
 _GIB = 2**30
-_MOST = 5  # buffers and collectives shown
+_MOST = 4  # arrays and collectives shown, of a kind
 _BOUNDS = ("compute", "hbm", "ici", "dcn")
 _KINDS = ("arguments", "temporaries", "outputs", "aliased", "code")
 
@@ -34,10 +34,11 @@ def _program(said: dict, hbm_bytes: float) -> list[str]:
     lines.append(f"sends: {_sent(said['collectives'])}")
   if "est_step_s" in said:
     count = said["recount"]
-    lines.append(
-      f"takes {said['est_step_s']:.4g} s by the compiler's estimate: {count['fusions_s']:.4g} s of "
-      f"work, {count['exposed_s']:.4g} s waiting for links; {said['mfu']:.1%} MFU implied"
-    )
+    lines += [
+      f"takes {said['est_step_s']:.4g} s by the compiler's estimate, {said['mfu']:.1%} MFU implied",
+      f"  fusions {count['fusions_s']:.4g} s, kernels {count['kernels_s']:.4g} s (at peak), waits "
+      f"for links {count['exposed_s']:.4g} s; {count['flops']:.3g} FLOPs a device",
+    ]
   ideal = f"at best {said['ideal_step_s']:.4g} s by formula"
   if "roofline" in said:
     bounds = (f"{name} {said['roofline'][f'{name}_s']:.4g}" for name in _BOUNDS)
@@ -59,11 +60,16 @@ def _memory(said: dict, hbm_bytes: float) -> list[str]:
       f"does not fit: it wants {_gib(said['peak_bytes'])} of a device that has "
       f"{_gib(said['usable_bytes'])}"
     ]
+    if held := Counter(said.get("memory_by_formula")).most_common(_MOST):
+      lines.append("  by formula " + ", ".join(f"{kind} {_gib(size)}" for kind, size in held))
     lines += [f"  change {change}" for change in said["change"]]
   else:
     kinds = ", ".join(f"{kind} {_gib(said['memory'][kind])}" for kind in _KINDS)
     lines = [f"fits: {_gib(said['peak_bytes'])} of {_gib(hbm_bytes)} of a device ({kinds})"]
-  for one in said["largest_buffers"][:_MOST]:
+  arrays = said["largest_buffers"]
+  made = [one for one in arrays if one["source"]][:_MOST]
+  given = [one for one in arrays if not one["source"]][:_MOST]
+  for one in sorted(made + given, key=lambda one: -one["bytes"]):
     what = one["operation"].rpartition(")/")[2]
     lines.append(f"  {_gib(one['bytes'])} {one['shape']} {what} {_near(one['source'])}".rstrip())
   return lines
