@@ -40,6 +40,9 @@ _HIDDEN = tuple(f"{kind}{name}" for kind in ("", "expert_") for name in ("gate",
 _LANES = 128  # a TPU's arrays are padded to so many numbers in their last dimension
 
 
+_shapes = functools.cache(abstract)
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
   """Bytes of one device.
@@ -104,7 +107,7 @@ def memory(config: Config, sizes: dict[str, int], chip: Chip | None = None) -> M
     gradients=gradients * (2 if parts > 1 and stages == 1 else 1) + table,
     activations=layers * kept + dense * first,
     waiting=waiting,
-    layer=arrays.layer(bool(model.moe.experts)) + _passing(model, cut),
+    layer=arrays.layer(bool(model.moe.experts)) + _passing(model, cut, config.train.zero),
     head=arrays.head(),
     host=layers * host + dense * first_host,
   )
@@ -119,42 +122,40 @@ def held_bytes(model: ModelConfig, mesh: AbstractMesh, whole: bool = False) -> i
     mesh: sizes of the axes.
     whole: over `fsdp`.
   """
-  shapes = abstract(model)
+  shapes = _shapes(model)
   return _bytes(shapes, weight_shardings(mesh, shapes, REPLICATED if whole else WEIGHTS))
 
 
 @functools.cache
-def _passing(model: ModelConfig, mesh: AbstractMesh) -> float:
+def _passing(model: ModelConfig, mesh: AbstractMesh, zero: int) -> float:
   """Counts the bytes of weights on their way: all layers' cast, one's gathered, and its gradient.
 
   Of the gradient two thirds: matrices that were scattered first are gone.
   """
-  low, shapes = DTYPE_BYTES[model.dtype], tree.flatten(abstract(model))
+  low, shapes = DTYPE_BYTES[model.dtype], tree.flatten(_shapes(model))
   blocks = {path: leaf for path, leaf in shapes.items() if "/blocks/" in path}
-  cut, whole = (
-    {
-      path: math.prod(where.shard_shape(blocks[path].shape))
+  own, whole = (
+    sum(
+      math.prod(where.shard_shape(blocks[path].shape))
       for path, where in weight_shardings(mesh, blocks, table).items()
-    } for table in (WEIGHTS, REPLICATED)
+    ) for table in (WEIGHTS, REPLICATED)
   )
-  cast = low * sum(cut.values()) * (low < 4)
-  if mesh.shape["fsdp"] == 1:
-    return cast
-  layers = next(iter(blocks.values())).shape[0] / mesh.shape["stage"]
-  return cast + (low + 8 / 3) * sum(whole.values()) / layers
+  one = whole * mesh.shape["stage"] / next(iter(blocks.values())).shape[0] * (own < whole)
+  cast = low * (own if zero == 3 else whole) * (low < 4)
+  return cast + one * (low * (zero == 3) + 8 / 3 * (zero > 1))
 
 
 @functools.cache
 def state_bytes(model: ModelConfig, optim: OptimConfig, mesh: AbstractMesh) -> int:
   """Counts the bytes of the optimizer's state on a device."""
-  shapes = abstract(model)
+  shapes = _shapes(model)
   state = _moments(model, optim)
   return _bytes(state, optimizer_shardings(mesh, state, shapes))
 
 
 @functools.cache
 def _moments(model: ModelConfig, optim: OptimConfig):
-  shapes = abstract(model)
+  shapes = _shapes(model)
   return jax.eval_shape(make_optimizer(optim, 1, shapes).init, shapes)
 
 
