@@ -77,11 +77,11 @@ def test_candidates_are_distinct_and_keep_the_batch():
 
 
 def test_estimates_are_not_below_the_roofline_and_know_what_costs():
-  for one in list(candidates(config(), topology("v5e:2x2", 2)))[::5]:
-    assert estimate(one).step_s >= roofline(one.config, one.chips, one.sizes).step_s
   wide = config("model.width=2048", "model.mlp_width=8192")  # so that products cost most
   found = list(candidates(wide, topology("v5e:2x4")))
-  assert all(estimate(x).step_s >= roofline(x.config, x.chips, x.sizes).step_s for x in found[::5])
+  for one in [*found, *candidates(config(), topology("v5e:2x2", 2))][::5]:
+    least = roofline(one.config, one.chips, one.sizes).step_s
+    assert estimate(one).step_s >= least * (1 - 1e-12)  # sums in another order round otherwise
 
   def step_s(**wanted):
     wanted = {"model.remat": "none", "train.zero": 3, "train.accumulation": 1} | wanted
