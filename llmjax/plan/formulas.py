@@ -182,14 +182,20 @@ def roofline(config: Config, topology: Topology, sizes: dict[str, int]) -> Roofl
   return Roofline(
     compute_s=(model_flops + recomputed) / rate,
     hbm_s=moved * chip.devices / chip.hbm_rate,
-    ici_s=sum(_seconds(one, chip) for one in sent if one.axis != across),
-    dcn_s=sum(one.bytes for one in sent if one.axis == across) / chip.dcn_rate,
+    ici_s=sum(sent_s(one, chip) for one in sent if one.axis != across),
+    dcn_s=sum(sent_s(one, chip, across) for one in sent if one.axis == across),
     model_s=model_flops / rate,
   )
 
 
-def _seconds(sent: Sent, chip: Chip) -> float:
-  """Seconds of a ring over one dimension of the torus, both ways at once."""
+def sent_s(sent: Sent, chip: Chip, across: str | None = None) -> float:
+  """Seconds of a ring over one dimension of the torus, both ways at once.
+
+  Args:
+    across: mesh axis that crosses slices, if one does; its bytes take the slow network.
+  """
+  if sent.axis == across:
+    return sent.bytes / chip.dcn_rate
   return sent.bytes * chip.devices / (min(2, chip.links) * chip.link_rate)
 
 
