@@ -3,6 +3,8 @@
 `config.model = editable(preset("Mixtral-8x7B"))` in a config file takes one over whole.
 """
 
+import dataclasses
+
 from llmjax.core.errors import UserError, nearest
 from llmjax.models import hf
 from llmjax.models.config import ModelConfig
@@ -95,11 +97,12 @@ PRESETS = {
 
 
 def preset(name: str) -> ModelConfig:
-  """Looks up a published architecture.
+  """Looks up a published architecture, to be computed in bfloat16.
 
   Raises:
     UserError: an unknown name.
   """
   if name not in PRESETS:
     raise UserError(f"unknown preset {name!r}; {nearest(name, PRESETS)}")
-  return hf.read_config(hf.family_of(PRESETS[name]), PRESETS[name], quiet=True)
+  read = hf.read_config(hf.family_of(PRESETS[name]), PRESETS[name], quiet=True)
+  return dataclasses.replace(read, dtype="bfloat16")
