@@ -25,11 +25,11 @@ def get_config():
   config.data.batch_size = 256
   config.loss.balance = 0.02
 
-  # An expert's weights are gathered by eight chips instead of 64, and rows travel: a fifth of the
-  # bytes. The price is room for the rows of a chip that every token chooses.
+  # Experts' width cut in two halves what each chip gathers, and takes no more memory. Experts on
+  # chips of their own would send less still, with room for all rows on each, twice the memory.
   config.mesh.data = 1
-  config.mesh.fsdp = 8
-  config.mesh.expert = 8
+  config.mesh.fsdp = 32
+  config.mesh.tensor = 2
   config.model.remat = "full"
 
   config.tokenizer.path = "tokenizers/mixtral/tokenizer.model"
