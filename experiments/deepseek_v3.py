@@ -27,8 +27,8 @@ def get_config():
   config.data.batch_size = 4096
   config.train.steps = 14_800_000_000_000 // (4096 * 4096)
 
-  # Experts cut eight ways: 9 GB of state a chip. Cut more ways there is less to gather, but room for
-  # a chip that all tokens choose is then more than there is (`model.moe.capacity` would bound it).
+  # Experts cut eight ways: 9 GB of state a chip. Cut more ways there is less to gather, but room
+  # for a chip that all tokens choose is then more than there is; `model.moe.capacity` would bound it.
   config.mesh.data = 1
   config.mesh.fsdp = 128
   config.mesh.expert = 8
