@@ -28,7 +28,7 @@ def get_config():
   config.train.steps = 14_800_000_000_000 // (4096 * 4096)
 
   # Experts cut eight ways: 9 GB of state a chip. Cut more ways there is less to gather, but room
-  # for a chip that all tokens choose is then more than there is; `model.moe.capacity` would bound it.
+  # for a chip that all tokens choose is then more than there is, unless a capacity bounds it.
   config.mesh.data = 1
   config.mesh.fsdp = 128
   config.mesh.expert = 8
