@@ -87,7 +87,7 @@ def _megablox(x_td, w_edf, sizes_e, transposed: bool = False):
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
   width = w_edf.shape[1 if transposed else 2]
-  padded_td, tiling, interpret = _tiles(x_td, width)
+  padded_td, tiling, interpret = _tiles(x_td, width, x_td.dtype)
   y_tf = gmm(
     padded_td, w_edf, sizes_e, x_td.dtype, tiling, transpose_rhs=transposed, interpret=interpret
   )
@@ -98,17 +98,21 @@ def _megablox_outer(x_td, grad_tf, sizes_e):
   """As `_outer`."""
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-  padded_td, tiling, interpret = _tiles(x_td, grad_tf.shape[1])
+  padded_td, tiling, interpret = _tiles(x_td, grad_tf.shape[1], jnp.float32)
   grad_tf = jnp.pad(grad_tf, ((0, len(padded_td) - len(grad_tf)), (0, 0)))
   return tgmm(padded_td.T, grad_tf, sizes_e, jnp.float32, tiling, interpret=interpret)
 
 
-def _tiles(x_td, width: int):
-  """(x with rows added to fill the last tile, the tile's sizes, whether to interpret)."""
+def _tiles(x_td, width: int, made):
+  """(x with rows added to fill the last tile, the tile's sizes, whether to interpret).
+
+  Tiles of wide numbers, of dtype `made`, are narrower: two of all and a sum share 16 MiB.
+  """
   t, d = x_td.shape
   rows = min(TILE[0], _ceil(t, 128) * 128)
   padded_td = jnp.pad(x_td, ((0, -t % rows), (0, 0)))
-  return padded_td, (rows, min(TILE[1], d), min(TILE[2], width)), platform() != "tpu"
+  most = TILE[2] * 2 // jnp.dtype(made).itemsize
+  return padded_td, (rows, min(TILE[1], d), min(most, width)), platform() != "tpu"
 
 
 def _multiply(x_td, w_edf, sizes_e, transposed: bool = False):
