@@ -18,14 +18,17 @@ from llmjax.parallel.mesh import AXES
 from llmjax.parallel.rules import WEIGHTS, ZERO, check_layout, weight_shardings
 from llmjax.parallel.schedules import make_schedule
 from llmjax.plan.chips import Topology
-from llmjax.plan.formulas import roofline, sent_s
+from llmjax.plan.formulas import roofline, sent_s, tile_of
 from llmjax.plan.traffic import traffic
 from llmjax.train.config import Config
 
 _TENSOR, _PARTS, _POSITIONS = 16, 64, 1024  # most ways, most micro-batches, least of a device
 # gpipe has the bubble of 1f1b and keeps more; offload's link to the host is in no table.
 _SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb_h1", 1))
-_REMAT = ("none", "save_projections", "dots", "full")
+_REMAT = (
+  *("none", "save_projections", "dots", "full"),
+  *("query+key+value", "query+key+value+gate", "query+key+value+gate+up"),
+)
 _BLOCKS = (64, 128, 256, 512)
 _SHARE = 0.8  # of the peak that large products reach
 _TILE_STEP_S = 0.35e-6  # of a kernel's step over one tile, whatever it holds
@@ -158,19 +161,13 @@ def _knobs(config: Config, sizes: dict[str, int]) -> Iterator[dict]:
 
 def blocks(one: Candidate) -> Iterator[Candidate]:
   """Lists a candidate with the other attention blocks that make other tiles of its rows."""
-  seen = {_tile(one.config.model)}
+  seen = {tile_of(one.config.model)}
   for block in _BLOCKS:
     other = {"model.attention.block": block}
     config = change(one.config, other)
-    if _tile(config.model) not in seen:
-      seen.add(_tile(config.model))
+    if tile_of(config.model) not in seen:
+      seen.add(tile_of(config.model))
       yield dataclasses.replace(one, config=config, changes=one.changes | other)
-
-
-def _tile(model: ModelConfig) -> int:
-  """Positions of a side of splash attention's tiles, as `nn/platform_kernels.py` takes them."""
-  block, t = model.attention.block, model.context
-  return next((n for n in (4 * block, 2 * block, block) if n % 128 == t % n == 0), min(128, t))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +204,7 @@ def estimate(one: Candidate) -> Estimate:
 
 def _tiles_s(one: Candidate, again: float) -> float:
   """What attention costs beyond its products: masked halves of tiles, and a step for each tile."""
-  model, tile = one.config.model, _tile(one.config.model)
+  model, tile = one.config.model, tile_of(one.config.model)
   rows, t = one.config.data.batch_size / one.chips.chips, model.context
   masked = t * tile / 2 if model.causal else 0
   tiles = (t * t / 2 + masked if model.causal else t * t) / tile**2

@@ -14,6 +14,7 @@ from llmjax.models.formulas import (
   scores_flops_per_token,
 )
 from llmjax.nn.mlp import GATED
+from llmjax.nn.platform_kernels import splash_tile
 from llmjax.plan.chips import Chip, Topology
 from llmjax.plan.memory import memory
 from llmjax.plan.traffic import DTYPE_BYTES, Sent, traffic
@@ -86,7 +87,7 @@ def step_flops(config: Config) -> tuple[float, float]:
   tokens = config.data.batch_size * model.context
   forward = forward_flops_per_token(model, model.context)
   scores = scores_flops_per_token(model, model.context)
-  tiled = scores_flops_per_token(model, model.context, _tile(model))
+  tiled = scores_flops_per_token(model, model.context, tile_of(model))
   layers = forward - 2 * model.width * model.vocab_size - scores + tiled
   again = _again(model, layers, tiled)
   if config.mesh.stage > 1:  # each computes its chunk again for the gradient, then what remat says
@@ -95,10 +96,9 @@ def step_flops(config: Config) -> tuple[float, float]:
   return 3 * forward * tokens, again * tokens
 
 
-def _tile(model: ModelConfig) -> int:
-  """Positions of a side of splash attention's tiles, as `nn/platform_kernels.py` takes them."""
-  block, t = model.attention.block, model.context
-  return next((n for n in (4 * block, 2 * block, block) if n % 128 == t % n == 0), min(128, t))
+def tile_of(model: ModelConfig) -> int:
+  """Positions of a side of splash attention's tiles."""
+  return splash_tile(model.attention.block, model.context)
 
 
 def _again(model: ModelConfig, layers: float, scores: float) -> float:
@@ -118,11 +118,18 @@ def _again(model: ModelConfig, layers: float, scores: float) -> float:
   )
   alone = model.norm.place == "pre"  # else a norm reads it
   beside = alone and model.block != "sequential"
+  one = 2 * model.width
+  made = dict.fromkeys(("gate", "up"), one * (model.layers - sparse) * model.mlp_width)
+  heads = {"query": dims["n"], "key": dims["k"], "value": dims["k"]}
+  made |= {name: one * model.layers * dims["h"] * number for name, number in heads.items()}
   return {
     "none": 0.0,
-    "full": layers - alone * down - beside * out,
     "dots": scores + experts,
-  }.get(model.remat, scores + experts + (not beside) * out)
+    "save_projections": scores + experts + (not beside) * out,
+    "offload": scores + experts + (not beside) * out,
+  }.get(model.remat, layers - alone * down - beside * out - sum(
+    made.get(name, 0) for name in model.remat.split("+")
+  ))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -237,11 +237,12 @@ class _Arrays:
 
   def _rows(self) -> tuple[float, float]:
     """Rows for experts where tokens are, and room for them where experts are."""
-    moe, ways = self.config.model.moe, self.sizes["expert"]
-    there = self.whole * moe.top_k
+    moe, t, ways = self.config.model.moe, self.config.model.context, self.sizes["expert"]
+    most = min(1, moe.slots(t) / t or 1)  # of all tokens that one expert takes
+    there = self.whole * min(moe.top_k, moe.experts * most)
     if ways == 1:
       return there, there
-    return there, ways * self.whole * min(moe.top_k, moe.experts // ways)
+    return there, ways * self.whole * min(moe.top_k, moe.experts // ways * most)
 
   def kept(self, moe: bool) -> tuple[float, float]:
     """What one layer keeps for the backward pass: (on the device, on the host)."""
@@ -249,7 +250,9 @@ class _Arrays:
     total = lambda names: sum(made.get(name, 0) for name in names)  # noqa: E731
     if remat == "offload":
       return made["stream"], total(NAMES)
-    return total(_KEPT.get(remat, made.keys() - {"stream", "projected"})), 0.0
+    if remat == "none":
+      return total(made.keys() - {"stream", "projected"}), 0.0
+    return total(_KEPT.get(remat, ("stream", *remat.split("+")))), 0.0
 
   def layer(self, moe: bool) -> float:
     """What is alive inside one layer's backward pass beside what is kept."""
