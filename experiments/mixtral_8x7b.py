@@ -36,4 +36,5 @@ def get_config():
   config.optim.learning_rate = 3e-4
   config.optim.warmup = 2000
   config.train.steps = 1_000_000_000_000 // (256 * LENGTH)
+  config.train.sum_dtype = "bfloat16"  # as MaxText sums; half as much on the links
   return config

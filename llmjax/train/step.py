@@ -185,11 +185,11 @@ def compile_step(config: Config, mesh: Mesh, with_grads: bool = False):
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
-  """Gives what XLA is told beside the program.
+  """Lists what XLA is told beside the program.
 
-  On TPUs a fusion may use 24 MiB of the fast memory in place of 16: by the compiler's estimate large
-  products then run at 96 % of a v5p's peak in place of 84. With 32 it is 98 %, and compiling takes
-  half as long again. A v4 has less of that memory.
+  On TPUs a fusion may use 24 MiB of the fast memory in place of 16: by the compiler's estimate
+  large products then run at 96 % of a v5p's peak in place of 84. With 32 it is 98 %, and compiling
+  takes half as long again. A v4 has less of that memory.
   """
   device = mesh.abstract_mesh.abstract_device
   if device is None or device.platform != "tpu" or device.device_kind == "TPU v4":
