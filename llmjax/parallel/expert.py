@@ -76,9 +76,24 @@ def _on_device(run, x_btd, experts_btj, factors_btj, weights, experts, ways, slo
     most = min(most, b * slots * (experts // ways) or most)
     made_td = _exchange(run, rows_td, weights, sizes_e, ways, min(places, most))
   made_tjd = _take(made_td, back, order).reshape(b * t, j, d)
-  factors_tj1 = factors_btj.reshape(b * t, j, 1).astype(x_btd.dtype).astype(jnp.float32)
-  y_td = (made_tjd * factors_tj1).sum(1)
-  return y_td.astype(x_btd.dtype).reshape(b, t, d)
+  factors_tj = factors_btj.reshape(b * t, j).astype(x_btd.dtype).astype(jnp.float32)
+  return _weigh(made_tjd, factors_tj).reshape(b, t, d)
+
+
+@jax.custom_vjp
+def _weigh(made_tjd, factors_tj):
+  """Sums over j in fp32; nothing of [t, j, d] is ever written in fp32, in either direction."""
+  return (made_tjd * factors_tj[..., None]).sum(1).astype(made_tjd.dtype)
+
+
+def _weigh_backward(residuals, grad_td):
+  made_tjd, factors_tj = residuals
+  grad_t1d = grad_td[:, None].astype(jnp.float32)
+  grad_tjd = (grad_t1d * factors_tj[..., None]).astype(made_tjd.dtype)
+  return grad_tjd, (grad_t1d * made_tjd).sum(-1)
+
+
+_weigh.defvjp(lambda *both: (_weigh(*both), both), _weigh_backward)
 
 
 def _exchange(run, rows_td, weights, sizes_e, ways: int, most: int):
