@@ -75,22 +75,29 @@ def _on_device(run, x_btd, experts_btj, factors_btj, weights, experts, ways, slo
     most = min(j, experts // ways) * b * t
     most = min(most, b * slots * (experts // ways) or most)
     made_td = _exchange(run, rows_td, weights, sizes_e, ways, min(places, most))
-  made_tjd = _take(made_td, back, order).reshape(b * t, j, d)
-  factors_tj = factors_btj.reshape(b * t, j).astype(x_btd.dtype).astype(jnp.float32)
-  return _weigh(made_tjd, factors_tj).reshape(b, t, d)
+  # A token's first experts, then all second ones: of the other way round a TPU makes a copy.
+  turned = order % j * b * t + order // j
+  made_jtd = _take(made_td, _turned(back, j), turned).reshape(j, b * t, d)
+  factors_jt = factors_btj.reshape(b * t, j).T.astype(x_btd.dtype).astype(jnp.float32)
+  return _weigh(made_jtd, factors_jt).reshape(b, t, d)
+
+
+def _turned(back, j: int):
+  """Places of all tokens' first experts, of all second ones, and so on."""
+  return back.reshape(-1, j).T.reshape(-1)
 
 
 @jax.custom_vjp
-def _weigh(made_tjd, factors_tj):
-  """Sums over j in fp32; nothing of [t, j, d] is ever written in fp32, in either direction."""
-  return (made_tjd * factors_tj[..., None]).sum(1).astype(made_tjd.dtype)
+def _weigh(made_jtd, factors_jt):
+  """Sums over j in fp32; nothing of [j, t, d] is ever written in fp32, in either direction."""
+  return (made_jtd * factors_jt[..., None]).sum(0).astype(made_jtd.dtype)
 
 
 def _weigh_backward(residuals, grad_td):
-  made_tjd, factors_tj = residuals
-  grad_t1d = grad_td[:, None].astype(jnp.float32)
-  grad_tjd = (grad_t1d * factors_tj[..., None]).astype(made_tjd.dtype)
-  return grad_tjd, (grad_t1d * made_tjd).sum(-1)
+  made_jtd, factors_jt = residuals
+  grad_td = grad_td.astype(jnp.float32)
+  grad_jtd = (grad_td * factors_jt[..., None]).astype(made_jtd.dtype)
+  return grad_jtd, (grad_td * made_jtd).sum(-1)
 
 
 _weigh.defvjp(lambda *both: (_weigh(*both), both), _weigh_backward)
@@ -195,8 +202,9 @@ def _spread_forward(x_td, there, back, j):
 
 
 def _spread_backward(j, back, grad_td):
-  grad_tjd = grad_td.at[back].get(mode="fill", fill_value=0).reshape(len(back) // j, j, -1)
-  return grad_tjd.astype(jnp.float32).sum(1).astype(grad_td.dtype), None, None
+  grad_jtd = grad_td.at[_turned(back, j)].get(mode="fill", fill_value=0)
+  grad_jtd = grad_jtd.reshape(j, len(back) // j, -1).astype(jnp.float32)
+  return grad_jtd.sum(0).astype(grad_td.dtype), None, None
 
 
 _spread.defvjp(_spread_forward, _spread_backward)

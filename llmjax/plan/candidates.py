@@ -18,7 +18,7 @@ from llmjax.parallel.mesh import AXES
 from llmjax.parallel.rules import WEIGHTS, ZERO, check_layout, weight_shardings
 from llmjax.parallel.schedules import make_schedule
 from llmjax.plan.chips import Topology
-from llmjax.plan.formulas import roofline, sent_s, tile_of
+from llmjax.plan.formulas import roofline, sent_s, slow_axes, tile_of
 from llmjax.plan.traffic import traffic
 from llmjax.train.config import Config
 
@@ -196,8 +196,8 @@ def estimate(one: Candidate) -> Estimate:
   busy_s += _tiles_s(one, line.compute_s / line.model_s)
   idle = _bubble(config.pipeline.schedule, stages, config.train.accumulation, chunks)
   work_s = busy_s / (1 - idle) + line.hbm_s
-  across = config.mesh.across if one.chips.slices > 1 else None
-  sending = [(sent.axis, sent_s(sent, one.chips.chip, across)) for sent in traffic(config, sizes)]
+  slow = slow_axes(config, one.chips, sizes)
+  sending = [(sent.axis, sent_s(sent, one.chips.chip, slow)) for sent in traffic(config, sizes)]
   hidden_s = sum(_HIDDEN.get(axis, 0.7) * seconds for axis, seconds in sending)
   step_s = work_s + sum(seconds for _, seconds in sending) - min(hidden_s, work_s)
   return Estimate(step_s, line.model_s / step_s)

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 
-from llmjax.core.errors import UserError, nearest
+from llmjax.core.errors import UserError
 
 GB, TB, TERA = 1e9, 1e12, 1e12
 GIB = 2**30
@@ -28,7 +28,7 @@ class Chip:
     dcn_rate: bytes/s out of a slice or node, for each chip.
     usd_per_hour: list price on demand; 0 where none is published.
     watts: of the chip at work, 0 where none is published.
-    hosts: chips of one host.
+    hosts: chips of one host, or node.
     sizes: most chips along each dimension of a slice; () for GPUs, which count chips only.
     clock_hz: of its cores, for the compiler's estimated cycles; 0 where unknown. The peak divided
       by what a device multiplies in a cycle: 4 arrays of 128 × 128 (v5p: 8) or of 256 × 256 (v6e,
@@ -145,7 +145,7 @@ def topology(text: str, slices: int = 1) -> Topology:
   """
   name, _, shape = text.partition(":")
   if name not in CHIPS:
-    raise UserError(f"unknown chip {name!r} in {text!r}; {nearest(name, CHIPS)}")
+    raise UserError(f"unknown chip {name!r} in {text!r}; known: {', '.join(CHIPS)}")
   chip = CHIPS[name]
   wanted = "x".join("N" * (len(chip.sizes) or 1))
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") != wanted.count("x"):

@@ -15,6 +15,7 @@ from llmjax.models.formulas import (
 )
 from llmjax.nn.mlp import GATED
 from llmjax.nn.platform_kernels import splash_tile
+from llmjax.parallel.mesh import AXES
 from llmjax.plan.chips import Chip, Topology
 from llmjax.plan.memory import memory
 from llmjax.plan.traffic import DTYPE_BYTES, Sent, traffic
@@ -185,23 +186,35 @@ def roofline(config: Config, topology: Topology, sizes: dict[str, int]) -> Roofl
   moved = 2 * (held.weights + held.optimizer)
   moved += 2 * parts * (held.weights + held.gradients + held.activations)
   sent = traffic(config, sizes)
-  across = config.mesh.across if topology.slices > 1 else None
+  slow = slow_axes(config, topology, sizes)
   return Roofline(
     compute_s=(model_flops + recomputed) / rate,
     hbm_s=moved * chip.devices / chip.hbm_rate,
-    ici_s=sum(sent_s(one, chip) for one in sent if one.axis != across),
-    dcn_s=sum(sent_s(one, chip, across) for one in sent if one.axis == across),
+    ici_s=sum(sent_s(one, chip, slow) for one in sent if one.axis not in slow),
+    dcn_s=sum(sent_s(one, chip, slow) for one in sent if one.axis in slow),
     model_s=model_flops / rate,
   )
 
 
-def sent_s(sent: Sent, chip: Chip, across: str | None = None) -> float:
-  """Seconds of a ring over one dimension of the torus, both ways at once.
+def slow_axes(config: Config, topology: Topology, sizes: dict[str, int]) -> set[str]:
+  """Names the axes that leave a slice, or a GPU's node: neighbours on the last ones share it."""
+  if topology.chip.sizes:
+    return {config.mesh.across} if topology.slices > 1 else set()
+  inside, slow = 1, set()
+  for axis in reversed(AXES):
+    inside *= sizes[axis]
+    if sizes[axis] > 1 and inside > topology.chip.hosts:
+      slow.add(axis)
+  return slow
+
+
+def sent_s(sent: Sent, chip: Chip, slow: set[str]) -> float:
+  """Seconds of a ring over one dimension of the torus, both ways at once, or of the slow network.
 
   Args:
-    across: mesh axis that crosses slices, if one does; its bytes take the slow network.
+    slow: axes whose bytes take the network, as `slow_axes` names them.
   """
-  if sent.axis == across:
+  if sent.axis in slow:
     return sent.bytes / chip.dcn_rate
   return sent.bytes * chip.devices / (min(2, chip.links) * chip.link_rate)
 

@@ -15,6 +15,7 @@ from llmjax.plan.formulas import (
   rent_usd,
   roofline,
   serving,
+  slow_axes,
   step_flops,
   steps_for,
   training_flops,
@@ -116,10 +117,25 @@ def test_a_ring_sends_what_compiled_steps_were_seen_to_send():
 @pytest.mark.parametrize(
   ("text", "says"),
   [
-    ("v9:2x2", "unknown chip 'v9'"), ("v5p:4x4", "v5p comes as v5p:NxNxN"),
+    ("v9:2x2", "unknown chip 'v9' in 'v9:2x2'; known: v4, v5e, v5p"),
+    ("v5p:4x4", "v5p comes as v5p:NxNxN"),
     ("v5e:0x4", "v5e comes as v5e:NxN"), ("h100", "h100 comes as h100:N"),
   ],
 )
 def test_a_topology_that_is_not_built_is_told_with_those_that_are(text, says):
   with pytest.raises(UserError, match=says):
     topology(text)
+
+
+@pytest.mark.parametrize(
+  ("where", "sizes", "slow"),
+  [
+    ("h100:64", {"fsdp": 64}, {"fsdp"}), ("h100:64", {"fsdp": 8, "tensor": 8}, {"fsdp"}),
+    ("h100:8", {"fsdp": 8}, set()),
+    ("h100:32", {"data": 2, "fsdp": 4, "tensor": 4}, {"data", "fsdp"}),
+    ("v5e:8x8", {"fsdp": 64}, set()),
+  ],
+)
+def test_what_leaves_a_node_takes_the_slow_network(where, sizes, slow):
+  sizes = dict.fromkeys(AXES, 1) | sizes
+  assert slow_axes(Config(), topology(where), sizes) == slow
