@@ -97,7 +97,7 @@ def _weigh_backward(residuals, grad_td):
   made_jtd, factors_jt = residuals
   grad_td = grad_td.astype(jnp.float32)
   grad_jtd = (grad_td * factors_jt[..., None]).astype(made_jtd.dtype)
-  return grad_jtd, (grad_td * made_jtd).sum(-1)
+  return jax.lax.optimization_barrier(grad_jtd), (grad_td * made_jtd).sum(-1)
 
 
 _weigh.defvjp(lambda *both: (_weigh(*both), both), _weigh_backward)
