@@ -5,6 +5,7 @@ from llmjax.core.config import defaults
 from llmjax.core.errors import UserError
 from llmjax.core.memory import tune_allocator
 from llmjax.models.model import Model
+from llmjax.plan.plan import plan
 from llmjax.run import evaluate, load, train
 from llmjax.serve.embed import embed
 from llmjax.serve.generate import generate
@@ -22,6 +23,7 @@ __all__ = [
   "evaluate",
   "generate",
   "load",
+  "plan",
   "train",
 ]
 

@@ -214,6 +214,9 @@ def test_verbs_and_arguments_with_mistakes(capsys):
   assert "unknown verb 'trian'; did you mean 'train'?" in fails(capsys, "trian")
   assert "VERB" in fails(capsys)
   assert "--workdir" in fails(capsys, "train", "--config=x.py")
+  assert "--topology" in fails(capsys, "plan", "--config=x.py")
+  there = ("--config=experiments/quickstart.py", "--topology=v5e:2x2")
+  assert "invalid float value: 'x'" in fails(capsys, "plan", *there, "--price=x")
 
 
 def test_the_tiny_config_is_editable():

@@ -13,6 +13,7 @@ FLOORS = [
   {"__init__"},
   {"convert"},
   {"run"},
+  {"plan"},
   {"eval"},
   {"serve"},
   {"train"},

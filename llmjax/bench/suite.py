@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llmjax.bench import attention
+from llmjax.bench import attention, plan_table
 from llmjax.bench.harness import Worker, interleave, say
 from llmjax.bench.peers import PEERS, Spec, pick
 from llmjax.bench.report import compare, cores, machine, ratio, table
@@ -17,11 +17,22 @@ from llmjax.core.errors import UserError, nearest
 from llmjax.models.config import DTYPES
 from llmjax.train.config import Config
 
-BENCHES = (*PEERS, "attention")
+ALONE = {"attention": attention.measure, "plan": plan_table.measure}  # without peers
+BENCHES = (*PEERS, *ALONE)
 _LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # bf16 keeps 8 bits of a logit
 _COLUMNS = {
   "peer": "peer",
   "positions": "positions",
+  "topology": "topology",
+  "config": "changes",
+  "formula_tflops": "TFLOPs",
+  "program_tflops": "program's",
+  "flops_ratio": "ratio",
+  "formula_bytes": "planned MB",
+  "program_bytes": "compiler's MB",
+  "bytes_ratio": "ratio",
+  "grown_bytes": "grown MB",
+  "formula_s": "planned s",
   "tokens_per_s": "tokens/s",
   "least_per_s": "least",
   "most_per_s": "most",
@@ -33,6 +44,7 @@ _COLUMNS = {
   "peak_bytes": "peak MB",
   "import_s": "import s",
   "first_step_s": "first step s",
+  "compile_s": "compile s",
 }
 
 
@@ -70,7 +82,7 @@ def bench(name: str, options: Options | None = None) -> dict:
   """Runs a benchmark.
 
   Args:
-    name: train, moe, decode, data or attention.
+    name: train, moe, decode, data, attention or plan.
     options: how.
   Returns:
     `bench`, the options, `machine`, and `cases`: each a title and its rows.
@@ -81,11 +93,11 @@ def bench(name: str, options: Options | None = None) -> dict:
   if name not in BENCHES:
     raise UserError(f"unknown bench {name!r}; {nearest(name, BENCHES)}")
   head = {"bench": name, **dataclasses.asdict(options), "machine": machine()}
-  if name != "attention":
+  if name not in ALONE:
     return head | _go_round(name, options)
   if options.peers:
-    raise UserError("bench attention has no peers")
-  return head | attention.measure(options)
+    raise UserError(f"bench {name} has no peers")
+  return head | ALONE[name](options)
 
 
 def show(result: dict) -> str:

@@ -6,9 +6,57 @@ the hand-written backward pass XLA's CPU backend converts bf16 operands to fp32 
 
 import functools
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Part(NamedTuple):
+  """A weight of which every device along a mesh axis holds a part, inside a `shard_map` over it.
+
+  A product gathers it in the compute dtype, in each direction anew, and scatters its gradient.
+
+  Attributes:
+    own: the device's part.
+    place: where it is cut.
+  """
+
+  own: jax.Array
+  place: "Place"
+
+
+class Place(NamedTuple):
+  """Where a weight is cut.
+
+  Attributes:
+    axis: name of the mesh axis.
+    dim: dimension.
+    sums: dtype in which its gradient is summed over that axis.
+  """
+
+  axis: str
+  dim: int
+  sums: str
+
+
+def own_and_place(w) -> tuple:
+  """Takes a weight or a `Part` apart: (array, where it is cut or None)."""
+  return w if isinstance(w, Part) else (w, None)
+
+
+def gather(own, place: Place | None):
+  """Makes a device's part whole; a weight that is cut nowhere is so already."""
+  return own if place is None else jax.lax.all_gather(own, place.axis, axis=place.dim, tiled=True)
+
+
+def scatter(grad, place: Place | None):
+  """Sums over devices, of which each keeps its part: what `gather` is back."""
+  if place is None:
+    return grad
+  low = grad.astype(place.sums)
+  own = jax.lax.psum_scatter(low, place.axis, scatter_dimension=place.dim, tiled=True)
+  return own.astype(grad.dtype)
 
 
 def dot(eq: str, x, w, out_dtype=None):
@@ -17,8 +65,8 @@ def dot(eq: str, x, w, out_dtype=None):
   Args:
     eq: einsum equation of two operands; every letter stands in at least two of its three terms.
     x: activation, compute dtype.
-    w: weight leaf, an array of any float dtype; it is cast to the dtype of `x` and its gradient
-      comes back in its own dtype, unrounded.
+    w: weight leaf or its `Part`, of any float dtype; it is cast to the dtype of `x` and its
+      gradient comes back in its own dtype, unrounded.
     out_dtype: dtype of the result; that of `x` by default.
   Returns:
     The contraction, summed in fp32.
@@ -32,12 +80,13 @@ def contract(eq: str, a, b, out_dtype=None):
   Args:
     eq: einsum equation of two operands; every letter stands in at least two of its three terms.
     a: array in the compute dtype.
-    b: array of any float dtype, cast to that of `a`.
+    b: array or `Part` of any float dtype, cast to that of `a`.
     out_dtype: dtype of the result; that of `a` by default.
   Returns:
     The contraction, summed in fp32; gradients in the dtypes of `a` and of `b`.
   """
-  return _contract(eq, jnp.dtype(out_dtype or a.dtype).name, a, b)
+  b, place = own_and_place(b)
+  return _contract(eq, jnp.dtype(out_dtype or a.dtype).name, place, a, b)
 
 
 def _einsum(eq, a, b):
@@ -59,23 +108,24 @@ def _einsum(eq, a, b):
   return jnp.einsum(eq, a, b, preferred_element_type=jnp.float32).reshape(shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _contract(eq, out_dtype, a, b):
-  return _einsum(eq, a, b.astype(a.dtype)).astype(out_dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _contract(eq, out_dtype, place, a, b):
+  return _contract_forward(eq, out_dtype, place, a, b)[0]
 
 
-def _contract_forward(eq, out_dtype, a, b):
+def _contract_forward(eq, out_dtype, place, a, b):
   low = b.astype(a.dtype)
-  return _einsum(eq, a, low).astype(out_dtype), (a, low, jnp.zeros((), b.dtype))
+  made = _einsum(eq, a, gather(low, place)).astype(out_dtype)
+  return made, (a, low, jnp.zeros((), b.dtype))
 
 
-def _contract_backward(eq, out_dtype, residuals, grad):
+def _contract_backward(eq, out_dtype, place, residuals, grad):
   a, b, like_b = residuals
   a_letters, b_letters, out = re.split(",|->", eq)
   grad = grad.astype(a.dtype)
-  grad_a = _einsum(f"{out},{b_letters}->{a_letters}", grad, b).astype(a.dtype)
+  grad_a = _einsum(f"{out},{b_letters}->{a_letters}", grad, gather(b, place)).astype(a.dtype)
   grad_b = _einsum(f"{out},{a_letters}->{b_letters}", grad, a).astype(like_b.dtype)
-  return grad_a, grad_b
+  return grad_a, scatter(grad_b, place)
 
 
 _contract.defvjp(_contract_forward, _contract_backward)

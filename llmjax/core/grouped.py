@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from llmjax.core.dot import gather, own_and_place, scatter
 from llmjax.core.platform import platform
 
 KERNELS = ("auto", "blocks", "ragged", "megablox")
@@ -22,7 +23,7 @@ def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
 
   Args:
     x_td: rows, those of group 0 first.
-    w_edf: a weight for each group, any float dtype; cast to the dtype of `x_td`.
+    w_edf: a weight for each group or its `Part`, any float dtype; cast to the dtype of `x_td`.
     sizes_e: int32 rows of each group; their sum may be less than t.
     kernel: blocks; ragged (`jax.lax.ragged_dot`); megablox (Pallas, TPU; interpreted elsewhere);
       auto is blocks on CPU, megablox on TPU, ragged on GPU.
@@ -31,27 +32,29 @@ def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
   """
   if kernel == "auto":
     kernel = {"cpu": "blocks", "tpu": "megablox"}.get(platform(), "ragged")
-  return _grouped(kernel, x_td, w_edf, sizes_e)
+  w_edf, place = own_and_place(w_edf)
+  return _grouped(kernel, place, x_td, w_edf, sizes_e)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(kernel, x_td, w_edf, sizes_e):
-  return _forward(kernel, x_td, w_edf, sizes_e)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped(kernel, place, x_td, w_edf, sizes_e):
+  return _forward(kernel, place, x_td, w_edf, sizes_e)[0]
 
 
-def _forward(kernel, x_td, w_edf, sizes_e):
+def _forward(kernel, place, x_td, w_edf, sizes_e):
   low_edf = w_edf.astype(x_td.dtype)
   residuals = (x_td, low_edf, sizes_e, jnp.zeros((), w_edf.dtype))
-  return _in_runs(_MULTIPLY[kernel](x_td, low_edf, sizes_e), kernel, sizes_e), residuals
+  y_tf = _MULTIPLY[kernel](x_td, gather(low_edf, place), sizes_e)
+  return _in_runs(y_tf, kernel, sizes_e), residuals
 
 
-def _backward(kernel, residuals, grad_tf):
+def _backward(kernel, place, residuals, grad_tf):
   """Written out because jax would round a weight's gradient to the dtype of its rows."""
   x_td, low_edf, sizes_e, like = residuals
   grad_tf = _in_runs(grad_tf.astype(x_td.dtype), kernel, sizes_e)
-  grad_x = _MULTIPLY[kernel](grad_tf, low_edf, sizes_e, transposed=True)
+  grad_x = _MULTIPLY[kernel](grad_tf, gather(low_edf, place), sizes_e, transposed=True)
   grad_w = _OUTER[kernel](x_td, grad_tf, sizes_e)
-  return _in_runs(grad_x, kernel, sizes_e), grad_w.astype(like.dtype), None
+  return _in_runs(grad_x, kernel, sizes_e), scatter(grad_w.astype(like.dtype), place), None
 
 
 def _in_runs(y_tf, kernel, sizes_e):
@@ -84,7 +87,7 @@ def _megablox(x_td, w_edf, sizes_e, transposed: bool = False):
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
   width = w_edf.shape[1 if transposed else 2]
-  padded_td, tiling, interpret = _tiles(x_td, width)
+  padded_td, tiling, interpret = _tiles(x_td, width, x_td.dtype)
   y_tf = gmm(
     padded_td, w_edf, sizes_e, x_td.dtype, tiling, transpose_rhs=transposed, interpret=interpret
   )
@@ -95,17 +98,21 @@ def _megablox_outer(x_td, grad_tf, sizes_e):
   """As `_outer`."""
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-  padded_td, tiling, interpret = _tiles(x_td, grad_tf.shape[1])
+  padded_td, tiling, interpret = _tiles(x_td, grad_tf.shape[1], jnp.float32)
   grad_tf = jnp.pad(grad_tf, ((0, len(padded_td) - len(grad_tf)), (0, 0)))
   return tgmm(padded_td.T, grad_tf, sizes_e, jnp.float32, tiling, interpret=interpret)
 
 
-def _tiles(x_td, width: int):
-  """(x with rows added to fill the last tile, the tile's sizes, whether to interpret)."""
+def _tiles(x_td, width: int, made):
+  """(x with rows added to fill the last tile, the tile's sizes, whether to interpret).
+
+  Tiles of wide numbers, of dtype `made`, are narrower: two of all and a sum share 16 MiB.
+  """
   t, d = x_td.shape
   rows = min(TILE[0], _ceil(t, 128) * 128)
   padded_td = jnp.pad(x_td, ((0, -t % rows), (0, 0)))
-  return padded_td, (rows, min(TILE[1], d), min(TILE[2], width)), platform() != "tpu"
+  most = TILE[2] * 2 // jnp.dtype(made).itemsize
+  return padded_td, (rows, min(TILE[1], d), min(most, width)), platform() != "tpu"
 
 
 def _multiply(x_td, w_edf, sizes_e, transposed: bool = False):

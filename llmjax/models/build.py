@@ -1,5 +1,7 @@
 """From a config to a model: the table of kinds, and what can be told without making an array."""
 
+import functools
+
 import jax
 from flax import nnx
 
@@ -34,6 +36,7 @@ def abstract(config: ModelConfig) -> nnx.Module:
   return jax.eval_shape(lambda: build(jax.random.key(0), config))
 
 
+@functools.cache
 def count_parameters(config: ModelConfig) -> int:
   """Counts the weights of a config, from their declarations."""
   return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)))

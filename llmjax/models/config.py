@@ -5,6 +5,7 @@ import dataclasses
 from llmjax.core.choices import check_choice, check_least
 from llmjax.core.errors import UserError
 from llmjax.nn.attention import AttentionConfig
+from llmjax.nn.dropout import NAMES
 from llmjax.nn.embed import EmbedConfig
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.norm import NormConfig
@@ -90,7 +91,8 @@ class ModelConfig:
     dtype: compute dtype; weights are always kept in float32.
     scan: run the layers as one `lax.scan` (compiles fast) instead of unrolled (runs fast on CPU).
     remat: what the backward pass recomputes: none; full; all but matrix products (dots); all but
-      projections and attention's result (save_projections); as that, kept in host memory (offload).
+      projections and attention's result (save_projections); as that, kept in host memory
+      (offload); all but those of these that are named, such as query+key+value.
   """
 
   kind: str = "decoder"
@@ -121,9 +123,10 @@ class ModelConfig:
   def __post_init__(self):
     for key, known in (
       ("kind", KINDS), ("activation", ACTIVATIONS), ("block", BLOCKS), ("dtype", DTYPES),
-      ("remat", REMAT),
     ):
       check_choice(f"model.{key}", getattr(self, key), known)
+    if not set(self.remat.split("+")) <= set(NAMES):
+      check_choice("model.remat", self.remat, (*REMAT, *NAMES))
     check_least("model", self, layers=1, width=1, heads=1, mlp_width=1, context=1, kv_heads=0)
     check_least("model", self, head_dim=0, encoder_layers=0, vocab_size=0)
     if not 0 <= self.dropout < 1:

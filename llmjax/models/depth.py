@@ -79,7 +79,8 @@ def _body(kind, shared: Shared, config: ModelConfig, scanned: bool = False):
     return x_btd, tuple(made)
 
   if config.remat != "none":
-    policy = _POLICIES[config.remat]
+    named = _policies.save_only_these_names(*config.remat.split("+"))
+    policy = _POLICIES.get(config.remat, named)
     body = jax.checkpoint(body, policy=policy, prevent_cse=not scanned)
   return lambda x_btd, layer: body(x_btd, layer, shared)
 

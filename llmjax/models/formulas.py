@@ -15,24 +15,40 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
   decoder reads `length` tokens and the encoder as many, and both are counted for one token.
   """
   d, n, k, h, f, v, l = (config.dims[letter] for letter in "dnkhfvl")
-  moe, latent = config.moe, config.attention.latent
+  moe = config.moe
   inputs = 2 if config.activation in GATED else 1
   layer = 2 * _projections(config)
   dense = moe.dense_first if moe.experts else l
   active = (moe.top_k + moe.shared) * (moe.width or f)
   thinking = dense * 2 * (inputs + 1) * d * f
   thinking += (l - dense) * 2 * d * ((inputs + 1) * active + moe.experts * (moe.router != "hash"))
-  scores = 2 * n * (h + (latent.value_dim or h))
-  pattern = config.attention.pattern
-  seen = sum(_keys_seen(config, pattern[i % len(pattern)], length) for i in range(l))
-  total = l * layer + thinking + scores * seen + 2 * d * v
+  total = l * layer + thinking + scores_flops_per_token(config, length) + 2 * d * v
   if config.kind == "encoder":
     total += 2 * d * d
   if config.kind == "encoder_decoder":
     encoder_layers = config.encoder_layers or l
+    scores = 4 * n * h
     total += encoder_layers * (layer + 2 * (inputs + 1) * d * f + scores * length)
     total += l * (2 * d * h * (2 * n + 2 * k) + scores * length)  # cross attention
   return total
+
+
+def scores_flops_per_token(config: ModelConfig, length: int, block: int = 1) -> float:
+  """Counts attention's two products of one token in all layers, over the keys that it sees.
+
+  Args:
+    config: the architecture.
+    length: positions of a row, one document.
+    block: positions of a side of a kernel's blocks, which it computes whole; 1 counts pairs.
+  """
+  blocks = -(-length // block)
+  seen = sum(
+    _keys_seen(config, kind, length) if kind == "sparse"
+    else block * _keys_seen(config, kind, blocks, block)
+    for kind in _kinds(config)
+  )
+  h = config.dims["h"]
+  return 2 * config.heads * (h + (config.attention.latent.value_dim or h)) * seen
 
 
 def _projections(config: ModelConfig) -> int:
@@ -46,13 +62,49 @@ def _projections(config: ModelConfig) -> int:
   return queries + d * (r + latent.rope_dim) + r * n * (latent.nope_dim + value) + n * value * d
 
 
-def _keys_seen(config: ModelConfig, layer: str, length: int) -> float:
-  """Keys an average query of one document of `length` sees in a kind of layer."""
+def seen_share(config: ModelConfig, length: int, block: int = 1) -> float:
+  """Share of a row's pairs of query and key that lie in blocks which a mask touches.
+
+  The mean over layers, block-sparse ones left out: their kernel is another.
+
+  Args:
+    config: architecture, with some layer that is not block-sparse.
+    length: positions of a row, one document.
+    block: positions of a square block's side; 1 counts the pairs themselves.
+  """
+  kinds = [kind for kind in _kinds(config) if kind != "sparse"]
+  blocks = -(-length // block)
+  return sum(_keys_seen(config, kind, blocks, block) for kind in kinds) / (blocks * len(kinds))
+
+
+def filled_share(config: ModelConfig, ways: int) -> float:
+  """Share of the room for experts' rows that even load fills: k / (ways · min(k, experts / ways)).
+
+  A device may be sent all tokens of all devices that share the experts, and has room for them.
+
+  Args:
+    config: architecture with experts, each taking any number of tokens.
+    ways: devices that experts are cut over.
+  """
+  moe = config.moe
+  return moe.top_k / (ways * min(moe.top_k, moe.experts // ways))
+
+
+def _kinds(config: ModelConfig) -> list[str]:
+  pattern = config.attention.pattern
+  return [pattern[i % len(pattern)] for i in range(config.layers)]
+
+
+def _keys_seen(config: ModelConfig, layer: str, length: int, block: int = 1) -> float:
+  """Keys an average query of one document of `length` sees in a kind of layer.
+
+  With `block` both are blocks of so many positions, seen if any of theirs is.
+  """
   if layer == "full":
     return (length + 1) / 2 if config.causal else length
   rule = config.attention.rule(layer, config.causal)
   if layer == "window":
-    reach = min(rule.window, length)
+    reach = min((rule.window - 2) // block + 2, length)
     before = (reach - 1) * (length - reach / 2) / length  # mean over places p of min(p, reach - 1)
     return 1 + before * (1 if config.causal else 2)
   size = rule.sparse_block

@@ -3,6 +3,8 @@
 `config.model = editable(preset("Mixtral-8x7B"))` in a config file takes one over whole.
 """
 
+import dataclasses
+
 from llmjax.core.errors import UserError, nearest
 from llmjax.models import hf
 from llmjax.models.config import ModelConfig
@@ -23,6 +25,14 @@ def _config(model_type, layers, width, heads, vocab, mlp, theta, **more):
   }
 
 
+def _llama(layers, width, heads, vocab, mlp, theta, context, **more):
+  more = {"num_key_value_heads": 8} | more
+  return _config(
+    "llama", layers, width, heads, vocab, mlp, theta, max_position_embeddings=context,
+    rms_norm_eps=1e-5, attention_bias=False, **more,
+  )
+
+
 _LATENT = {
   "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
   "max_position_embeddings": 163_840, "rms_norm_eps": 1e-6, "attention_bias": False,
@@ -38,7 +48,17 @@ _QWEN = {
   "max_position_embeddings": 40_960, "rms_norm_eps": 1e-6, "use_sliding_window": False,
   "sliding_window": None, "attention_bias": False,
 }
+_LLAMA_3_1 = {
+  "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 8192,
+}
 PRESETS = {
+  "Llama-2-7B": _llama(32, 4096, 32, 32_000, 11_008, 10_000, 4096, num_key_value_heads=32),
+  "Llama-3-8B": _llama(32, 4096, 32, 128_256, 14_336, 500_000, 8192),
+  "Llama-3-70B": _llama(80, 8192, 64, 128_256, 28_672, 500_000, 8192),
+  "Llama-3-405B": _llama(  # there is no Llama 3 of this size: these are the values of Llama 3.1
+    126, 16_384, 128, 128_256, 53_248, 500_000, 131_072, rope_scaling=_LLAMA_3_1
+  ),
   "Mixtral-8x7B": _config(
     "mixtral", 32, 4096, 32, 32_000, 14_336, 1e6, num_key_value_heads=8, num_local_experts=8,
     num_experts_per_tok=2, max_position_embeddings=32_768, rms_norm_eps=1e-5, sliding_window=None,
@@ -77,11 +97,12 @@ PRESETS = {
 
 
 def preset(name: str) -> ModelConfig:
-  """Looks up a published architecture.
+  """Looks up a published architecture, to be computed in bfloat16.
 
   Raises:
     UserError: an unknown name.
   """
   if name not in PRESETS:
     raise UserError(f"unknown preset {name!r}; {nearest(name, PRESETS)}")
-  return hf.read_config(hf.family_of(PRESETS[name]), PRESETS[name], quiet=True)
+  read = hf.read_config(hf.family_of(PRESETS[name]), PRESETS[name], quiet=True)
+  return dataclasses.replace(read, dtype="bfloat16")

@@ -42,7 +42,7 @@ class TextModel(nnx.Module):
   @property
   def head(self) -> Embed:
     """The module whose `logits(x_btd)` scores every token."""
-    return self.embed
+    return self.embed.only_head()
 
   def logits(self, x_btd):
     """Scores every token: logits_btv, fp32."""

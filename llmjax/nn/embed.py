@@ -1,11 +1,11 @@
 """Token embedding, with what is added to it before the first block, and the output head."""
 
+import copy
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from llmjax.core.choices import check_least
 from llmjax.core.dot import dot
@@ -16,6 +16,7 @@ from llmjax.nn.position import PositionConfig, sinusoids
 from llmjax.parallel.rules import (
   ACTIVATIONS,
   WEIGHTS,
+  by_hand,
   check_divides,
   inside,
   shard,
@@ -113,6 +114,15 @@ class Embed(nnx.Module):
       x_btd = self.norm(x_btd)
     return shard_stream(x_btd)
 
+  def only_head(self) -> "Embed":
+    """A copy of what `logits` reads alone, whose gradient then has no zeros for the rest."""
+    head = copy.copy(self)
+    kept = ("token_vd",) if self.tied else ("head_dv",)
+    for name in ("token_vd", "position_td", "type_id", "norm"):
+      if hasattr(head, name) and name not in kept:
+        delattr(head, name)
+    return head
+
   def logits(self, x_btd):
     """Scores every token: logits_btv, fp32."""
     config = self.config
@@ -133,7 +143,8 @@ def look_up(table, ids_bt, letter: str, dtype):
   """Takes rows of a table by number, each device those of its own part: x_btd.
 
   On a mesh every device looks in the rows it holds and the results are added over `tensor`, so no
-  device ever has the whole vocabulary.
+  device ever has the whole vocabulary; and where channels are cut over `fsdp` it looks for the rows
+  of all of them and sends each its own, so that no table is gathered and no gradient summed.
 
   Args:
     table: a weight [rows, d].
@@ -152,22 +163,34 @@ def look_up(table, ids_bt, letter: str, dtype):
   check_divides(mesh, "tokens of a micro-batch", "bt", ids_bt.shape, ACTIVATIONS)
   axes = WEIGHTS.get(letter)
   stream = stream_spec(ids_bt.shape[1])
+  name = f"table_{letter}d"
+  specs, places = by_hand({name: table})
 
   def local(rows, ids_bt):
-    if axes is None:
-      return take(rows, ids_bt)
-    own_bt = ids_bt - jax.lax.axis_index(axes) * len(rows)
-    here_bt = (own_bt >= 0) & (own_bt < len(rows))
-    x_btd = take(rows, jnp.where(here_bt, own_bt, 0))
-    x_btd = jnp.where(here_bt[..., None], x_btd, 0)
-    if axes in stream[1]:  # each device keeps its positions of the sum
-      return jax.lax.psum_scatter(x_btd, axes, scatter_dimension=1, tiled=True)
-    return jax.lax.psum(x_btd, axes)
+    x_btd = _own_rows(rows, ids_bt, axes, stream, take, all_ids=bool(places))
+    if places:  # each device looked up its channels of all rows; now all of its own rows
+      x_btd = jax.lax.all_to_all(x_btd, "fsdp", 0, 2, tiled=True)
+    return x_btd
 
   return jax.shard_map(
     local,
-    in_specs=(PartitionSpec(axes), spec("bt", ACTIVATIONS)),
+    in_specs=(specs[name], spec("bt", ACTIVATIONS)),
     out_specs=spec("btd", ACTIVATIONS) if axes is None else stream,
     axis_names={axis for axis in mesh.axis_names if not inside(axis)},
     check_vma=False,
   )(table, ids_bt)
+
+
+def _own_rows(rows, ids_bt, axes, stream, take, all_ids: bool):
+  """Looks up on one device what its part of a table has."""
+  if all_ids:
+    ids_bt = jax.lax.all_gather(ids_bt, "fsdp", axis=0, tiled=True)
+  if axes is None:
+    return take(rows, ids_bt)
+  own_bt = ids_bt - jax.lax.axis_index(axes) * len(rows)
+  here_bt = (own_bt >= 0) & (own_bt < len(rows))
+  x_btd = take(rows, jnp.where(here_bt, own_bt, 0))
+  x_btd = jnp.where(here_bt[..., None], x_btd, 0)
+  if axes in stream[1]:  # each device keeps its positions of the sum
+    return jax.lax.psum_scatter(x_btd, axes, scatter_dimension=1, tiled=True)
+  return jax.lax.psum(x_btd, axes)

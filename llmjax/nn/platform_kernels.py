@@ -59,14 +59,10 @@ def _splash_local(
     one = masks.CausalMask((t, t))
   else:
     one = masks.FullMask((t, t))
-  # The kernel wants tiles in 128s; t is a multiple of 128.
-  sizes = (4 * block, 2 * block, block, 128)
-  size = next(width for width in sizes if width % 128 == 0 and t % width == 0)
+  size = splash_tile(block, t)
   kernel = kernels.make_splash_mha(
     masks.MultiHeadMask([one] * n),
-    block_sizes=kernels.BlockSizes(
-      block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, use_fused_bwd_kernel=True
-    ),
+    block_sizes=kernels.BlockSizes(*[size] * 8),  # forward, then those of k and v, then of q
     attn_logits_soft_cap=softcap or None,
     head_shards=1,
     q_seq_shards=1,
@@ -81,6 +77,12 @@ def _splash_local(
     return o_nth.swapaxes(0, 1).astype(q_tnh.dtype)
 
   return jax.vmap(row)(q_btnh, k_bskh, v_bskh, segments_bt)
+
+
+def splash_tile(block: int, positions: int) -> int:
+  """Positions of a side of splash attention's tiles, which it wants in 128s: at most 4 blocks."""
+  sizes = (4 * block, 2 * block, block)
+  return next((n for n in sizes if n % 128 == positions % n == 0), min(128, positions))
 
 
 def cudnn_cannot(platform, q_shape, k_shape, mask: Mask, scores: Scores, dtype) -> str | None:

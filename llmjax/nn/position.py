@@ -5,6 +5,7 @@ but for the relative bias, whose table is a weight.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 from llmjax.core.choices import check_choice, check_least
 from llmjax.core.errors import UserError
+from llmjax.core.platform import platform
 from llmjax.parallel.rules import shard
 
 KINDS = ("rope", "learned", "sinusoidal", "alibi", "relative", "none")
@@ -169,22 +171,51 @@ def rotate(x_btnh, cos, sin, layout: str = "half"):
     y_btnh, dtype of `x_btnh`.
   Source: Su et al. 2021, arXiv:2104.09864, eq. 15.
   """
-  # Tables of full width, and one product of each: XLA's CPU backend then keeps the tables; halves
-  # that are concatenated after the products have it work out every angle for each head anew.
   r = 2 * cos.shape[-1]
-  wide = x_btnh[..., :r].astype(jnp.float32)
   if layout == "half":
     cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-    swapped = jnp.concatenate([wide[..., r // 2 :], wide[..., : r // 2]], axis=-1)
   else:
     cos = jnp.repeat(cos, 2, axis=-1)
     sin = jnp.stack([-sin, sin], axis=-1).reshape(cos.shape)
-    swapped = jnp.stack([wide[..., 1::2], wide[..., ::2]], axis=-1).reshape(wide.shape)
-  turned = wide * cos[:, :, None] + swapped * sin[:, :, None]
-  turned = turned.astype(x_btnh.dtype)
+  turned = _turn(layout, x_btnh[..., :r], cos[:, :, None], sin[:, :, None])
   if r == x_btnh.shape[-1]:
     return turned
   return jnp.concatenate([turned, x_btnh[..., r:]], axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _turn(layout, x, cos, sin):
+  """x · cos + (x with each pair swapped) · sin; back, the same with the other sign.
+
+  Tables of full width, and one product of each: XLA's CPU backend then keeps the tables; halves
+  that are concatenated after the products have it work out every angle for each head anew.
+  """
+  return (x.astype(jnp.float32) * cos + _swapped(layout, x) * sin).astype(x.dtype)
+
+
+_turn.defvjp(
+  lambda layout, x, cos, sin: (_turn(layout, x, cos, sin), (cos, sin)),
+  lambda layout, tables, grad: (_turn(layout, grad, tables[0], -tables[1]), None, None),
+)
+
+
+def _swapped(layout, x):
+  """x, fp32, with the channels of each pair swapped.
+
+  On a TPU as a product with a permutation, which is exact: there halves of a head are slow to move.
+  """
+  r = x.shape[-1]
+  if platform() == "tpu":
+    channels = np.arange(r)
+    pair = (channels + r // 2) % r if layout == "half" else channels ^ 1
+    swap = jnp.asarray(np.eye(r)[pair], x.dtype)
+    return jnp.einsum(
+      "btnh,hi->btni", x, swap, precision="highest", preferred_element_type=jnp.float32
+    )
+  wide = x.astype(jnp.float32)
+  if layout == "half":
+    return jnp.concatenate([wide[..., r // 2 :], wide[..., : r // 2]], axis=-1)
+  return jnp.stack([wide[..., 1::2], wide[..., ::2]], axis=-1).reshape(wide.shape)
 
 
 def sinusoids(positions_bt, width: int, theta: float):

@@ -8,26 +8,22 @@ import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from llmjax.core.errors import UserError
+from llmjax.parallel.hlo import Op, Run, numbers, size_bytes, walk
 
 KINDS = (
   *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
   *("collective-permute", "collective-broadcast"),
 )
-_CALLERS = ("call", "fusion", "conditional", "async-start", "custom-call")
-_COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(")
-_OP = re.compile(r"\s+(ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*?)\)(?:, (.*))?$")
 _GROUPS = re.compile(
   r"(?:replica_groups|source_target_pairs)=(?:(?P<list>\{\{.*?\}\})|"
   r"\[(?P<to>[\d,]+)\]<=(?P<ids>\[[^ ]+)|"
   r"mesh\[(?P<mesh>.*?)\](?:, device_ids=\((?P<mesh_ids>.*?)\))? \{(?P<axes>.*?)\})"
 )
-_CALLED = re.compile(r"(?:calls|to_apply|\w+_computations?)=\{?((?:%[\w.-]+(?:, )?)+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +37,12 @@ class Collective:
     count: executions in one run of the program, the product of its loops' trip counts.
     dtype: XLA's name of the (first) operand's type, such as `bf16`.
     op_name: JAX's name of what made it, "" if the program does not say.
+    ways: devices of a group; slices, if it runs between them.
+    links: of a device that it keeps busy, one way each: as the TPU's compiler notes of its rings,
+      else 2, a ring along one dimension both ways; of a permute 1.
+    dcn: whether it runs between slices.
+    start: the place in the program's order, as `walk` counts it, where it begins.
+    done: where it must have ended; what stands between may run beside it.
   """
 
   kind: str
@@ -49,34 +51,32 @@ class Collective:
   count: int
   dtype: str
   op_name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Op:
-  root: bool
-  name: str
-  shape: str
-  code: str
-  inside: str  # between the parentheses
-  attributes: str
+  ways: int = 1
+  links: int = 2
+  dcn: bool = False
+  start: int = 0
+  done: int = 0
 
   @property
-  def operands(self) -> list[str]:
-    return re.findall(r"%([\w.-]+)", self.inside)
-
-  def find(self, pattern: str) -> str:
-    found = re.search(pattern, self.attributes)
-    return found[1] if found else ""
+  def overlapped(self) -> bool:
+    """Whether anything stands between its start and its end."""
+    return self.done > self.start
 
 
-def collectives(hlo_text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
+def collectives(
+  hlo_text: str, mesh: Mesh | AbstractMesh, slices: int = 1, across: str = "data"
+) -> list[Collective]:
   """Reads every collective out of a compiled program's text.
 
   Bytes are those of the array that is whole on a device, unpadded by layouts: an all-gather's
   result; the operand of an all-reduce, reduce-scatter, all-to-all or permute; of a combined one the
-  sum. A loop whose trip count cannot be read counts once, and so does every branch of a
-  conditional. A permute's axes are all those that any of its pairs crosses. Groups of one device
-  send nothing and are left out, and so are sends, receives and custom calls.
+  sum; of a ragged all-to-all no more than either side has room for. A loop whose trip count cannot
+  be read counts once, and so does every branch of a conditional. A permute's axes are those that
+  any of its pairs crosses. Groups of one device send nothing and are left out, as custom calls are.
+
+  For several slices the TPU's compiler makes the program of one, which all of them run: its groups
+  are of a slice's devices, and what goes to other slices is sent by its host. Each such transfer is
+  a collective along `across` of a group with a device in every slice.
 
   What XLA makes of a program differs by backend. The CPU's widens bf16 to fp32, sends an all-to-all
   as a tuple of slices, keeps an explicit reduce-scatter, but never makes one of an all-reduce. The
@@ -86,27 +86,39 @@ def collectives(hlo_text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
 
   Args:
     hlo_text: `compiled.as_text()` of a function jitted over the mesh.
-    mesh: that mesh; partition number i is the i-th of its devices in row-major order.
+    mesh: that mesh; partition number i is the i-th of its devices, or of a slice's, in row-major
+      order.
+    slices: that the mesh is made of.
+    across: the axis along which slices follow each other.
   Returns:
     One `Collective` for each instruction and place it is called from, in the program's order.
   Raises:
     UserError: the program is for another number of devices, or the text has no entry computation.
   """
+  sizes = dict(mesh.shape)
+  sizes[across] = sizes.get(across, 1) // slices
+  inner = AbstractMesh(tuple(sizes.values()), tuple(sizes))
   partitions = re.search(r"^HloModule .*?num_partitions=(\d+)", hlo_text)
-  if partitions and int(partitions[1]) != mesh.size:
-    raise UserError(f"the program is for {partitions[1]} devices, the mesh has {mesh.size}")
-  computations, entry = _parse(hlo_text)
+  if partitions and int(partitions[1]) != inner.size:
+    whose = "a slice of the mesh" if slices > 1 else "the mesh"
+    raise UserError(f"the program is for {partitions[1]} devices, {whose} has {inner.size}")
   found = []
-  for kind, op, body, count, source in _walk(computations, entry, 1):
-    groups = _groups(op, mesh.size)
-    axes = _axes(groups, mesh, whole=kind != "collective-permute")
+  for kind, run, start, done in _executed(hlo_text):
+    dcn = run.op.code == "send"
+    groups = [] if dcn else _groups(run.op, inner.size)
+    axes = (across,) if dcn else _axes(groups, inner, whole=kind != "collective-permute")
     if not axes:
       continue
-    first = 1 if kind == "ragged-all-to-all" else None  # its others say where rows go
-    shapes = [body[name].shape for name in op.operands[:first]]
-    size = sum(map(_bytes, shapes)) * (len(groups[0]) if kind == "all-gather" else 1)
+    ways = slices if dcn else len(groups[0])
+    shapes = [run.body[name].shape for name in run.op.operands]
+    if kind == "ragged-all-to-all":
+      shapes = [min(shapes[:2], key=size_bytes)]  # the room on either side; others say where
+    size = sum(map(size_bytes, shapes)) * (ways if kind == "all-gather" else 1)
     dtype = re.match(r"\(*(\w+)", shapes[0])[1]
-    found.append(Collective(kind, axes, size, count, dtype, source))
+    links = _links(kind, run.op)
+    found.append(
+      Collective(kind, axes, size, run.count, dtype, run.origin, ways, links, dcn, start, done)
+    )
   return found
 
 
@@ -139,91 +151,59 @@ def _human(size_bytes: float) -> str:
   return f"{size_bytes:.0f} B"
 
 
-def _parse(text: str) -> tuple[dict[str, dict[str, _Op]], str]:
-  """Splits a program into its computations, each a dict of instructions, and names the entry."""
-  computations, entry, body = {}, None, {}
-  for line in text.splitlines():
-    if head := _COMPUTATION.match(line):
-      body = computations[head[2]] = {}
-      entry = head[2] if head[1] else entry
-    elif op := _OP.match(line):
-      body[op[2]] = _Op(bool(op[1]), *op.groups("")[1:])
-  if entry is None:
-    raise UserError("a compiled program's text was expected, with an ENTRY computation; none there")
-  return computations, entry
+def _executed(hlo_text: str) -> list[list]:
+  """Lists [kind, `Run`, start, done] of every collective; of an overlapped chain of them one."""
+  listed, begun, wrapper = [], {}, None
+  for place, run in enumerate(walk(hlo_text)):
+    kind, key = _kind(run), _key(run, run.op)
+    if wrapper and run.beside == wrapper[0]:
+      wrapper = None  # what it calls has a number of its own
+    if run.op.code == "async-start":
+      wrapper = key
+    elif run.op.code.endswith("-done") and run.op.code != "send-done":
+      before = run.body[run.op.operands[0]]
+      while before.code.endswith("-update"):
+        before = run.body[before.operands[0]]
+      if (key := _key(run, before)) in begun:
+        begun[key][-1] = place
+    elif kind and key in begun:
+      begun[key][-1] = place
+    elif kind:
+      begun[key] = begun[wrapper] = [kind, run, place, place]
+      listed.append(begun[key])
+  return listed
 
 
-def _walk(computations, name, count, source="", chains=None) -> Iterator[tuple]:
-  """Yields (kind, instruction, its computation, executions, op_name) of every collective reached.
-
-  In a fusion, `chains` holds the overlapped collectives already met in the fusions beside it.
-  """
-  body, fused = computations[name], chains is not None
-  chains = chains if fused else set()
-  for op in body.values():
-    origin = op.find(r'op_name="([^"]*)"') or source
-    kind = op.code.removesuffix("-start")
-    if kind in KINDS:
-      chain = op.find(r'chain_id="(\d+)"')
-      if chain not in chains:
-        yield "reduce-scatter" if fused and _is_sliced(op, body) else kind, op, body, count, origin
-      chains.update([chain] if chain else [])
-    elif op.code == "while":
-      inner = [op.find(rf"{part}=%([\w.-]+)") for part in ("condition", "body")]
-      trips = _trips(op, body, *(computations[part] for part in inner))
-      for part in inner:
-        yield from _walk(computations, part, count * trips, origin)
-    elif op.code in _CALLERS:
-      for part in re.findall(r"%([\w.-]+)", " ".join(_CALLED.findall(op.attributes))):
-        beside = chains if op.code == "fusion" else None
-        yield from _walk(computations, part, count, origin, beside)
+def _kind(run: Run) -> str:
+  """One of `KINDS`; "" of what is no collective."""
+  if run.op.code == "send":
+    kind = run.op.find(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+    return "collective-permute" if kind == "one-to-one" else kind
+  kind = run.op.code.removesuffix("-start")
+  sliced = run.fused and kind in KINDS and _is_sliced(run.op, run.body)
+  return "reduce-scatter" if sliced else kind if kind in KINDS else ""
 
 
-def _is_sliced(op: _Op, body: dict[str, _Op]) -> bool:
+def _key(run: Run, op: Op) -> tuple:
+  """What the instructions of one collective share: a chain, a meeting of hosts, else its name."""
+  return run.beside, op.find(r'(?:chain_id|_rendezvous)="([^"]+)"') or op.name
+
+
+def _links(kind: str, op: Op) -> int:
+  """Reads how many rings there are, one way or both: `UniDirectionNDRingStrategy{colors:4 ...`."""
+  rings = op.find(r'"strategy":"[^}]*?colors:(\d+)')
+  one_way = "UniDirection" in op.find(r'"strategy":"(\w+)')
+  return int(rings) * (1 if one_way else 2) if rings else 1 if kind == "collective-permute" else 2
+
+
+def _is_sliced(op: Op, body: dict[str, Op]) -> bool:
   """Whether each device keeps but a slice of what `op` sums, as in `all-reduce-scatter` fusions."""
   return op.code == "all-reduce" and any(
     other.code == "dynamic-slice" and other.operands[0] == op.name for other in body.values()
   )
 
 
-def _trips(loop: _Op, outside, condition, body) -> int:
-  """Reads a loop's trip count: as XLA noted it, or from counter, start, step and limit; else 1."""
-  if known := loop.find(r'known_trip_count":\{"n":"(\d+)"'):
-    return int(known)
-  test, last = (next(op for op in part.values() if op.root) for part in (condition, body))
-  if test.code != "compare" or test.find(r"direction=(LT|GT|NE)") == "":
-    return 1
-  index = _origin(condition, test.operands[0]).find(r"index=(\d+)")
-  limit = _constant(condition, test.operands[1])
-  if limit is None or not index or last.code != "tuple":
-    return 1
-  step = _added(body, last.operands[int(index)], index)
-  before = outside[loop.operands[0]]
-  start = _constant(outside, before.operands[int(index)]) if before.code == "tuple" else None
-  return len(range(start or 0, limit, step)) if step else 1
-
-
-def _origin(body: dict[str, _Op], name: str) -> _Op:
-  """Follows copies back to the instruction whose value they hold."""
-  while body[name].code in ("copy", "copy-start", "copy-done", "bitcast", "convert"):
-    name = body[name].operands[0]
-  return body[name]
-
-
-def _constant(body: dict[str, _Op], name: str) -> int | None:
-  op = _origin(body, name)
-  return int(op.inside) if op.code == "constant" and re.fullmatch(r"-?\d+", op.inside) else None
-
-
-def _added(body: dict[str, _Op], name: str, index: str) -> int:
-  """The sum of the constants added to element `index` of a loop's state to make `name`; or 0."""
-  op, total = _origin(body, name), 0
-  while op.code == "add" and (amount := _constant(body, op.operands[1])) is not None:
-    op, total = _origin(body, op.operands[0]), total + amount
-  return total if op.code == "get-tuple-element" and op.find(r"index=(\d+)") == index else 0
-
-
-def _groups(op: _Op, devices: int) -> list[list[int]]:
+def _groups(op: Op, devices: int) -> list[list[int]]:
   """The groups of partitions an instruction runs over; of a permute the pairs."""
   written = _GROUPS.search(op.attributes)
   if written is None and op.find(r"(replica_groups=|source_target_pairs=)(?!\{\})"):
@@ -231,9 +211,9 @@ def _groups(op: _Op, devices: int) -> list[list[int]]:
   if written is None:
     return [] if op.find("(source_target_pairs)") else [list(range(devices))]
   if written["list"]:
-    return [_numbers(group) for group in written["list"].split("},{")]
+    return [numbers(group) for group in written["list"].split("},{")]
   if written["to"]:
-    return _order(written["ids"]).reshape(_numbers(written["to"])).tolist()
+    return _order(written["ids"]).reshape(numbers(written["to"])).tolist()
   sizes = {name: int(size) for name, size in re.findall(r"(\w+)'?=(\d+)", written["mesh"])}
   ids = _order(written["mesh_ids"] or f"[{devices}]")
   return _named_groups(sizes, ids, written["axes"])
@@ -258,9 +238,9 @@ def _named_groups(sizes: dict[str, int], ids: np.ndarray, axes: str) -> list[lis
 def _order(text: str) -> np.ndarray:
   """Partition ids listed as `0,2,1,3` or as the transposed iota `[2,2]T(1,0)`, in one row."""
   if not (counted := re.match(r"\[([\d,]+)\](?:T\((.*?)\))?", text)):
-    return np.array(_numbers(text))
-  sizes = _numbers(counted[1])
-  turn = _numbers(counted[2]) if counted[2] else range(len(sizes))
+    return np.array(numbers(text))
+  sizes = numbers(counted[1])
+  turn = numbers(counted[2]) if counted[2] else range(len(sizes))
   return np.arange(math.prod(sizes)).reshape(sizes).transpose(*turn).reshape(-1)
 
 
@@ -278,16 +258,3 @@ def _axes(groups: list[list[int]], mesh: Mesh | AbstractMesh, whole: bool) -> tu
   ways = math.prod(mesh.shape[name] for name in axes)
   full = all(len(group) == ways for group in groups) and ways * len(groups) == mesh.size
   return axes if full or not whole or not axes else ("?",)
-
-
-def _bytes(shape: str) -> int:
-  """Bytes of an array or tuple written `bf16[8,128]{1,0:T(8,128)(2,1)}`, without padding."""
-  size = 0
-  for dtype, dims in re.findall(r"([a-z]\w*)\[([^\]]*)\]", shape):
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+|$", dtype)[0] or 0)
-    size += math.ceil(math.prod(_numbers(dims)) * bits / 8)
-  return size
-
-
-def _numbers(text: str) -> list[int]:
-  return [int(number) for number in re.findall(r"\d+", text)]

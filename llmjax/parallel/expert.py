@@ -10,9 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from llmjax.core.dims import letters_of
 from llmjax.core.platform import platform
-from llmjax.parallel.rules import REPLICATED, inside, spec, stream_spec
+from llmjax.parallel.rules import by_hand, inside, parts, stream_spec
 
 
 def by_expert(run: Callable, x_btd, experts_btj, factors_btj, weights: dict, slots: int = 0):
@@ -42,17 +41,18 @@ def by_expert(run: Callable, x_btd, experts_btj, factors_btj, weights: dict, slo
       x, numbers, factors = (
         jax.lax.all_gather(a, "tensor", axis=1, tiled=True) for a in (x, numbers, factors)
       )
-    y_btd = _on_device(run, x, numbers, factors, weights, experts, ways["expert"], slots)
+    held = parts(weights, places)
+    y_btd = _on_device(run, x, numbers, factors, held, experts, ways["expert"], slots)
     if ways["tensor"] == 1:
       return y_btd
     if "tensor" in stream[1]:
       return jax.lax.psum_scatter(y_btd, "tensor", scatter_dimension=1, tiled=True)
     return jax.lax.psum(y_btd, "tensor")
 
-  whole = {name: spec(letters_of(name, leaf.ndim), REPLICATED) for name, leaf in weights.items()}
+  specs, places = by_hand(weights)
   return jax.shard_map(
     local,
-    in_specs=(stream, stream, stream, whole),
+    in_specs=(stream, stream, stream, specs),
     out_specs=stream,
     axis_names={name for name in mesh.axis_names if not inside(name)},
     check_vma=False,
@@ -75,10 +75,32 @@ def _on_device(run, x_btd, experts_btj, factors_btj, weights, experts, ways, slo
     most = min(j, experts // ways) * b * t
     most = min(most, b * slots * (experts // ways) or most)
     made_td = _exchange(run, rows_td, weights, sizes_e, ways, min(places, most))
-  made_tjd = _take(made_td, back, order).reshape(b * t, j, d)
-  factors_tj1 = factors_btj.reshape(b * t, j, 1).astype(x_btd.dtype).astype(jnp.float32)
-  y_td = (made_tjd * factors_tj1).sum(1)
-  return y_td.astype(x_btd.dtype).reshape(b, t, d)
+  # A token's first experts, then all second ones: of the other way round a TPU makes a copy.
+  turned = order % j * b * t + order // j
+  made_jtd = _take(made_td, _turned(back, j), turned).reshape(j, b * t, d)
+  factors_jt = factors_btj.reshape(b * t, j).T.astype(x_btd.dtype).astype(jnp.float32)
+  return _weigh(made_jtd, factors_jt).reshape(b, t, d)
+
+
+def _turned(back, j: int):
+  """Places of all tokens' first experts, of all second ones, and so on."""
+  return back.reshape(-1, j).T.reshape(-1)
+
+
+@jax.custom_vjp
+def _weigh(made_jtd, factors_jt):
+  """Sums over j in fp32; nothing of [j, t, d] is ever written in fp32, in either direction."""
+  return (made_jtd * factors_jt[..., None]).sum(0).astype(made_jtd.dtype)
+
+
+def _weigh_backward(residuals, grad_td):
+  made_jtd, factors_jt = residuals
+  grad_td = grad_td.astype(jnp.float32)
+  grad_jtd = (grad_td * factors_jt[..., None]).astype(made_jtd.dtype)
+  return jax.lax.optimization_barrier(grad_jtd), (grad_td * made_jtd).sum(-1)
+
+
+_weigh.defvjp(lambda *both: (_weigh(*both), both), _weigh_backward)
 
 
 def _exchange(run, rows_td, weights, sizes_e, ways: int, most: int):
@@ -180,8 +202,9 @@ def _spread_forward(x_td, there, back, j):
 
 
 def _spread_backward(j, back, grad_td):
-  grad_tjd = grad_td.at[back].get(mode="fill", fill_value=0).reshape(len(back) // j, j, -1)
-  return grad_tjd.astype(jnp.float32).sum(1).astype(grad_td.dtype), None, None
+  grad_jtd = grad_td.at[_turned(back, j)].get(mode="fill", fill_value=0)
+  grad_jtd = grad_jtd.reshape(j, len(back) // j, -1).astype(jnp.float32)
+  return grad_jtd.sum(0).astype(grad_td.dtype), None, None
 
 
 _spread.defvjp(_spread_forward, _spread_backward)

@@ -4,6 +4,8 @@ Model code writes `shard(x_btd, "btd")` and names its weights `up_df`; which mes
 cut along is decided here alone.
 """
 
+import contextlib
+import contextvars
 import math
 
 import jax
@@ -11,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.core import tree
 from llmjax.core.dims import LETTERS, letters_of
+from llmjax.core.dot import Part, Place
 from llmjax.core.errors import UserError
 
 WEIGHTS = {
@@ -37,6 +40,9 @@ WHOLE_BYTES = 64_000_000  # a weight larger than this must be cut where anything
 ZERO = (1, 2, 3)  # what fsdp cuts: optimizer state; and gradients; and weights
 
 
+_laid = contextvars.ContextVar("laid", default=(REPLICATED, "float32"))
+
+
 class LayoutError(UserError):
   """The rules do not cut what the mesh says they should."""
 
@@ -57,13 +63,15 @@ def spec(letters: str, table: dict) -> PartitionSpec:
 def shard(x, letters: str):
   """Constrains an activation to the layout of its letters; without a mesh in scope, leaves it.
 
+  Inside a `shard_map` over all axes it is each device's own already.
+
   Args:
     x: activation, one letter a dimension.
   Raises:
     UserError: a dimension is not a multiple of the mesh axes it is cut along.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if mesh.empty or inside("fsdp"):
     return x
   check_divides(mesh, f"activation {letters}", letters, x.shape, ACTIVATIONS)
   return jax.lax.with_sharding_constraint(x, spec(letters, ACTIVATIONS))
@@ -91,9 +99,13 @@ def stream_spec(positions: int) -> PartitionSpec:
 
 
 def ways(letter: str, table: dict) -> int:
-  """Counts the devices that a letter is cut over, on the mesh in scope; 1 without one."""
+  """Counts the devices that a letter is cut over, on the mesh in scope; 1 without one.
+
+  Axes of a `shard_map` that this is inside of do not count.
+  """
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes_of(letter, table))
+  axes = () if mesh.empty else axes_of(letter, table)
+  return math.prod(mesh.shape[axis] for axis in axes if not inside(axis))
 
 
 def inside(axis: str) -> bool:
@@ -136,6 +148,44 @@ def weight_shardings(mesh: Mesh, model, table: dict = WEIGHTS):
     return NamedSharding(mesh, spec(letters, rules))
 
   return tree.map_with_path(sharding, model)
+
+
+@contextlib.contextmanager
+def weights_laid(table: dict, sums: str = "float32"):
+  """Says how the weights lie that are traced inside: `WEIGHTS`, or the default, `REPLICATED`.
+
+  What multiplies by hand then gathers them itself, a layer at a time and in the compute dtype, and
+  sums their gradients over `fsdp` in the dtype `sums`.
+  """
+  token = _laid.set((table, sums))
+  try:
+    yield
+  finally:
+    _laid.reset(token)
+
+
+def by_hand(weights: dict) -> tuple[dict, dict]:
+  """Prepares weights for a `shard_map` over `fsdp`.
+
+  Args:
+    weights: by name; the name ends in the letters.
+  Returns:
+    (partition specs by name, by name the `Place` where `fsdp` cuts it, if it does).
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  table, sums = _laid.get()
+  specs = {name: spec(letters_of(name, leaf.ndim), table) for name, leaf in weights.items()}
+  if mesh.empty or mesh.shape["fsdp"] == 1:
+    return specs, {}
+  cut = {name: tuple(one).index("fsdp") for name, one in specs.items() if "fsdp" in one}
+  return specs, {name: Place("fsdp", dim, sums) for name, dim in cut.items()}
+
+
+def parts(weights: dict, places: dict) -> dict:
+  """Inside that `shard_map`: those weights that are cut as a `Part`."""
+  return {
+    name: Part(leaf, places[name]) if name in places else leaf for name, leaf in weights.items()
+  }
 
 
 def lay_out(weights, table: dict):

@@ -6,6 +6,7 @@ needs beyond the order — which buffer each value lies in — is worked out her
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -76,6 +77,7 @@ class Schedule:
     return 1 - busy / (self.stages * max(line[-1][1] for line in lines))
 
 
+@functools.cache
 def make_schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Schedule:
   """Makes a schedule: per stage an order of actions, each placed on the first tick it can have.
 

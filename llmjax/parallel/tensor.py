@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import jax
 
-from llmjax.core.dims import letters_of
 from llmjax.parallel.rules import (
   ACTIVATIONS,
-  REPLICATED,
+  by_hand,
   inside,
+  parts,
   shard,
   shard_stream,
   spec,
@@ -35,16 +35,18 @@ def columns(project: Callable, x_btd, weights: dict, letters: tuple[str, ...]):
   Source: Shoeybi et al. 2019, arXiv:1909.08053, sec. 3; with positions cut: Korthikanti et al.
     2022, arXiv:2205.05198, sec. 4.2.
   """
-  axes = _by_hand(x_btd)
+  specs, places = by_hand(weights)
+  axes, cut = _ours(x_btd, places)
   if not axes:
     return project(shard(x_btd, "btd"), weights)
 
   def local(x_btd, weights):
-    return project(jax.lax.all_gather(x_btd, "tensor", axis=1, tiled=True), weights)
+    x_btd = jax.lax.all_gather(x_btd, "tensor", axis=1, tiled=True) if cut else x_btd
+    return project(x_btd, parts(weights, places))
 
   return jax.shard_map(
     local,
-    in_specs=(stream_spec(x_btd.shape[1]), _specs(weights)),
+    in_specs=(stream_spec(x_btd.shape[1]), specs),
     out_specs=tuple(spec(text, ACTIVATIONS) for text in letters),
     axis_names=axes,
     check_vma=False,
@@ -63,39 +65,37 @@ def rows(project: Callable, x, weights: dict, letters: str):
     y_btd, as `shard_stream` lays it out.
   Source: as of `columns`.
   """
-  axes = _by_hand(x)
+  specs, places = by_hand(weights)
+  axes, cut = _ours(x, places)
   if not axes:
     return shard_stream(project(x, weights))
 
   def local(x, weights):
-    part_btd = project(x, weights)
-    return jax.lax.psum_scatter(part_btd, "tensor", scatter_dimension=1, tiled=True)
+    y_btd = project(x, parts(weights, places))
+    if not cut:
+      return y_btd
+    return jax.lax.psum_scatter(y_btd, "tensor", scatter_dimension=1, tiled=True)
 
   return jax.shard_map(
     local,
-    in_specs=(spec(letters, ACTIVATIONS), _specs(weights)),
+    in_specs=(spec(letters, ACTIVATIONS), specs),
     out_specs=stream_spec(x.shape[1]),
     axis_names=axes,
     check_vma=False,
   )(x, weights)
 
 
-def _by_hand(x) -> set[str]:
-  """The axes that are ours to handle; none where `tensor` is 1 or does not divide the positions.
+def _ours(x, places: dict) -> tuple[set[str], bool]:
+  """(the axes that are ours to handle, whether `tensor` cuts positions); none where nothing is cut.
 
   They are all that are left: where some were the compiler's, it would gather what a reduce-scatter
-  takes over them.
+  takes over them. Where `tensor` does not divide the positions all is left to the compiler.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.shape["tensor"] == 1 or inside("tensor"):
-    return set()
-  if x.shape[1] % (ways("t", ACTIVATIONS) * mesh.shape["tensor"]):
-    return set()
-  return {axis for axis in mesh.axis_names if not inside(axis)}
-
-
-def _specs(weights: dict) -> dict:
-  """Weights come in whole over `fsdp`: gathered, where they are cut along it."""
-  return {
-    name: spec(letters_of(name, leaf.ndim), REPLICATED) for name, leaf in weights.items()
-  }
+  if mesh.empty or inside("tensor"):
+    return set(), False
+  cut = mesh.shape["tensor"] > 1
+  whole = x.shape[1] % (ways("t", ACTIVATIONS) * mesh.shape["tensor"])
+  if whole if cut else not places:
+    return set(), False
+  return {axis for axis in mesh.axis_names if not inside(axis)}, cut

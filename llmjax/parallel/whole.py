@@ -71,7 +71,7 @@ def compile_and_watch(lowered, limit_bytes: int, options: dict | None = None):
 
 def whole_arrays(text: str, limit_bytes: int) -> Iterator[Whole]:
   """Reads a program's text before it is partitioned; see `compile_and_watch`."""
-  frames = _Frames(text)
+  frames = Frames(text)
   for line in text.splitlines():
     array = _ARRAY.match(line)
     cut = "sharding={" in line and not _WHOLE.search(line)
@@ -89,7 +89,7 @@ def whole_arrays(text: str, limit_bytes: int) -> Iterator[Whole]:
       )
 
 
-class _Frames:
+class Frames:
   """The tables of source lines at a program's head."""
 
   def __init__(self, text: str):

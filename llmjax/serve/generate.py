@@ -125,14 +125,25 @@ def _batch(prompts: Prompts, context: int) -> Batch:
   return dataclasses.replace(batch, source_bs=source_bs, source_segments_bs=segments_bs)
 
 
+def prefill(model, batch: Batch, lengths, slots: int):
+  """Reads prompts into a new cache: (logits_bv after each row's last token, cache)."""
+  x_btd, cache, _ = model.hidden(batch, model.start(batch, slots))
+  last_btd = x_btd[jnp.arange(len(lengths)), lengths - 1][:, None]
+  return model.logits(last_btd)[:, 0], cache
+
+
+def decode(model, batch: Batch, cache):
+  """Reads one more token of every row: (logits_bv after it, cache)."""
+  x_btd, cache, _ = model.hidden(batch, cache)
+  return model.logits(x_btd)[:, 0], cache
+
+
 @functools.partial(jax.jit, static_argnames=("top_k", "slots"))
 def _run(model, batch, lengths, key, temperature, top_p, most, ends, top_k, slots):
   """Fills the cache with the prompts, then writes tokens until every row has ended."""
-  rows = jnp.arange(len(lengths))
   pick = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
-  x_btd, cache, _ = model.hidden(batch, model.start(batch, slots))
-  last_btd = x_btd[rows, lengths - 1][:, None]
-  first = pick(jax.random.fold_in(key, 0), model.logits(last_btd)[:, 0])
+  logits_bv, cache = prefill(model, batch, lengths, slots)
+  first = pick(jax.random.fold_in(key, 0), logits_bv)
   out_bt = jnp.zeros((len(lengths), slots), jnp.int32).at[:, 0].set(first)
 
   def at_end(drawn_b):
@@ -147,8 +158,8 @@ def _run(model, batch, lengths, key, temperature, top_p, most, ends, top_k, slot
     # A row whose context is full goes on in its last slot; what it writes there is cut off later.
     positions = jnp.minimum(lengths + done - 1, slots - 1)[:, None]
     token = jax.lax.dynamic_index_in_dim(out_bt, done - 1, axis=1)
-    x_btd, cache, _ = model.hidden(Batch(token, positions_bt=positions), cache.batched())
-    drawn = pick(jax.random.fold_in(key, done), model.logits(x_btd)[:, 0])
+    logits_bv, cache = decode(model, Batch(token, positions_bt=positions), cache.batched())
+    drawn = pick(jax.random.fold_in(key, done), logits_bv)
     out_bt = jax.lax.dynamic_update_index_in_dim(out_bt, drawn, done, axis=1)
     return done + 1, cache.alone(), out_bt, counts + ~ended, ended | at_end(drawn)
 

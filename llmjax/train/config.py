@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llmjax.core.choices import check_least
+from llmjax.core.choices import check_choice, check_least
 from llmjax.core.errors import UserError
 from llmjax.data.loader import DataConfig
 from llmjax.data.tasks import Task, TaskConfig
@@ -25,16 +25,24 @@ class TrainConfig:
     accumulation: micro-batches a step.
     log_every: steps between lines of metrics.
     zero: what mesh axis `fsdp` cuts: 1 optimizer state; 2 gradients too; 3 weights too.
+    sum_dtype: of gradients while they are summed over `fsdp`, where that cuts weights: float32, or
+      bfloat16, which sends half as much.
+    executable: file of a step compiled by `llmjax plan --keep-executable`; "" compiles here.
   """
 
   steps: int = 1000
   accumulation: int = 1
   log_every: int = 1
   zero: int = 3
+  sum_dtype: str = "float32"
+  executable: str = ""
 
   def __post_init__(self):
     if self.zero not in ZERO:
       raise UserError(f"train.zero {self.zero} is not one of {', '.join(map(str, ZERO))}")
+    check_choice("train.sum_dtype", self.sum_dtype, ("float32", "bfloat16"))
+    if self.sum_dtype != "float32" and self.zero != 3:
+      raise UserError(f"train.sum_dtype={self.sum_dtype} changes nothing with train.zero below 3")
     check_least("train", self, steps=1, accumulation=1, log_every=1)
 
 
@@ -169,6 +177,7 @@ _FREE = (
   "mesh.",
   "pipeline.",
   "train.zero",
+  "train.executable",
   "model.attention.context",
   "checkpoint.",
   "eval.",

@@ -22,9 +22,9 @@ from llmjax.parallel.rules import batch_sharding
 from llmjax.text.tokenizer import Tokenizer
 from llmjax.train.checkpoint import Checkpoints, make_meta
 from llmjax.train.config import Config
+from llmjax.train.executable import make_step
 from llmjax.train.metrics import NoReport, Reporter, matmul_peak_flops
 from llmjax.train.state import abstract_state, init_sharded
-from llmjax.train.step import compile_step
 
 
 class Interrupted(KeyboardInterrupt):
@@ -69,7 +69,7 @@ def fit(
     UserError: the checkpoint is of other text, or the mesh does not divide the model.
     Interrupted: SIGINT or SIGTERM came; the step under way was finished and saved.
   """
-  steps, train_step = config.train.steps, compile_step(config, mesh)
+  steps, train_step = config.train.steps, make_step(config, mesh)
   meta = make_meta(config, tokenizer, store.key)
   checkpoints = Checkpoints(workdir, config.checkpoint.keep)
   state, start, spent_s = _start(checkpoints, config, mesh, meta, begin)

@@ -9,11 +9,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from llmjax.core import tree
 from llmjax.core.choices import check_least
+from llmjax.core.dot import gather, scatter
 from llmjax.core.errors import UserError
 from llmjax.nn.router import Routing
-from llmjax.parallel.rules import ACTIVATIONS, shard, ways
+from llmjax.parallel.rules import ACTIVATIONS, by_hand, inside, shard, spec, ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +49,41 @@ class LossConfig:
 
 def token_nll(logits_btv, targets_bt):
   """Computes -log p(target) at every position: nll_bt in nats, fp32."""
-  high_bt1 = jax.lax.stop_gradient(logits_btv.max(-1, keepdims=True))
-  sum_bt = jnp.sum(jnp.exp(logits_btv - high_bt1), axis=-1)
-  if ways("v", ACTIVATIONS) == 1:
-    target_bt = jnp.take_along_axis(logits_btv, targets_bt[..., None], axis=-1)[..., 0]
-  else:  # looking one up in a vocabulary that is cut would gather all logits
-    here_btv = jnp.arange(logits_btv.shape[-1]) == targets_bt[..., None]
-    target_bt = jnp.sum(jnp.where(here_btv, logits_btv, 0), axis=-1)
-  return jnp.log(sum_bt) + high_bt1[..., 0] - target_bt
+  return _log_sum(logits_btv) - _target(logits_btv, targets_bt)
+
+
+def _log_sum(logits_btv):
+  """log Σ exp over all tokens."""
+  high_bt1 = jax.lax.stop_gradient(logits_btv).max(-1, keepdims=True)
+  if inside("tensor"):
+    high_bt1 = jax.lax.pmax(high_bt1, "tensor")
+  return jnp.log(_over_tokens(jnp.exp(logits_btv - high_bt1))) + high_bt1[..., 0]
+
+
+def _target(logits_btv, targets_bt):
+  """Each position's logit of its target."""
+  if ways("v", ACTIVATIONS) == 1 and not inside("tensor"):
+    return jnp.take_along_axis(logits_btv, targets_bt[..., None], axis=-1)[..., 0]
+  # Looking one up in a vocabulary that is cut would gather all logits.
+  numbers = jnp.arange(logits_btv.shape[-1])
+  if inside("tensor"):
+    numbers += jax.lax.axis_index("tensor") * len(numbers)
+  return _over_tokens(jnp.where(numbers == targets_bt[..., None], logits_btv, 0))
+
+
+def _over_tokens(logits_btv):
+  """Sums over all tokens, of which each device of `tensor` may hold a part."""
+  own_bt = jnp.sum(logits_btv, axis=-1)
+  return _added(own_bt) if inside("tensor") else own_bt
+
+
+@jax.custom_vjp
+def _added(x):
+  """The sum over `tensor`; every device goes on alike with it, so its gradient is its own."""
+  return jax.lax.psum(x, "tensor")
+
+
+_added.defvjp(lambda x: (_added(x), None), lambda _, grad: (grad,))
 
 
 def objective(logits_btv, targets_bt, weights_bt, config: LossConfig):
@@ -71,12 +101,12 @@ def objective(logits_btv, targets_bt, weights_bt, config: LossConfig):
   Source: label smoothing: Szegedy et al. 2015, arXiv:1512.00567, sec. 7; z-loss: Chowdhery et al.
     2022, arXiv:2204.02311, sec. 5.
   """
-  nll_bt = token_nll(logits_btv, targets_bt)
-  total_bt = nll_bt
+  log_sum_bt = _log_sum(logits_btv)
+  nll_bt = total_bt = log_sum_bt - _target(logits_btv, targets_bt)
   if config.label_smoothing or config.z_loss:
-    log_sum_bt = jax.nn.logsumexp(logits_btv, axis=-1)
-    smooth = config.label_smoothing
-    total_bt = total_bt + smooth * (log_sum_bt - logits_btv.mean(-1) - nll_bt)
+    tokens = logits_btv.shape[-1] * (jax.lax.axis_size("tensor") if inside("tensor") else 1)
+    smooth_bt = log_sum_bt - _over_tokens(logits_btv) / tokens - nll_bt
+    total_bt = total_bt + config.label_smoothing * smooth_bt
     total_bt = total_bt + config.z_loss * jnp.square(log_sum_bt)
   return jnp.sum(total_bt * weights_bt), jnp.sum(nll_bt * weights_bt)
 
@@ -119,6 +149,45 @@ def head_loss(config: LossConfig, head, x_btd, targets_bt, weights_bt):
 
 
 def _head_loss_forward(config, head, x_btd, targets_bt, weights_bt):
+  specs, places = by_hand(tree.flatten(head))
+  x_btd = shard(x_btd, "btd")
+  if not places:
+    sums, grads = _with_gradients(config, head, x_btd, targets_bt, weights_bt)
+    return sums, (*grads, weights_bt)
+  mesh = jax.sharding.get_abstract_mesh()
+  head_specs = tree.unflatten(head, specs)
+  rows = (spec("btd", ACTIVATIONS), spec("bt", ACTIVATIONS), spec("bt", ACTIVATIONS))
+  sums, grads = jax.shard_map(
+    functools.partial(_on_device, config, places),
+    in_specs=(head_specs, *rows),
+    out_specs=((PartitionSpec(), PartitionSpec()), (head_specs, rows[0])),
+    axis_names={axis for axis in mesh.axis_names if not inside(axis)},
+    check_vma=False,
+  )(head, x_btd, targets_bt, weights_bt)
+  return sums, (*grads, weights_bt)
+
+
+def _on_device(config, places, head, x_btd, targets_bt, weights_bt):
+  """A device's own rows: its head gathered once, whose gradient is summed over devices once."""
+  rows = ("data", "expert", "context")
+
+  def whole(path, leaf):
+    return gather(leaf.astype(x_btd.dtype), places[path]).astype(leaf.dtype)
+
+  def summed(path, grad):
+    if path not in places:
+      return jax.lax.psum(grad, ("fsdp", *rows))
+    return jax.lax.psum(scatter(grad, places[path]), rows)
+
+  head = tree.map_with_path(lambda path, leaf: whole(path, leaf) if path in places else leaf, head)
+  sums, (grad_head, grad_x) = _with_gradients(config, head, x_btd, targets_bt, weights_bt)
+  sums = jax.lax.psum(sums, ("fsdp", *rows))
+  grads = tree.map_with_path(summed, grad_head), jax.lax.psum(grad_x, "tensor")
+  # Together, or the compiler would keep the whole gradient until the model's backward pass is done.
+  return sums, jax.lax.optimization_barrier(grads)
+
+
+def _with_gradients(config, head, x_btd, targets_bt, weights_bt):
   """Takes each chunk forward and at once backward, for an incoming gradient of one."""
 
   def add(carry, x, targets, weights):
@@ -127,11 +196,10 @@ def _head_loss_forward(config, head, x_btd, targets_bt, weights_bt):
     grad_head, grad_x = pull(jnp.float32(1))
     return jax.tree.map(jnp.add, carry, (total, nll, grad_head)), grad_x
 
-  x_btd = shard(x_btd, "btd")
   zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, head))
   carry, grad_x = _fold(add, zero, config.chunk, x_btd, targets_bt, weights_bt)
   total, nll, grad_head = carry
-  return (total, nll), (grad_head, grad_x, weights_bt)
+  return (total, nll), (grad_head, grad_x)
 
 
 def _head_loss_backward(config, residuals, grad):

@@ -152,7 +152,7 @@ def test_freeze_fills_what_is_missing_and_mends_what_json_changed():
   ("section", "values", "words"),
   [
     ("model", {"dtype": "float61"}, "model.dtype 'float61'.*did you mean"),
-    ("model", {"remat": "half"}, "model.remat 'half'.*known: dots, full, none"),
+    ("model", {"remat": "half"}, "model.remat 'half'.*known: attention, dots, full"),
     ("model", {"layers": 0}, "model.layers 0"),
     ("model", {"heads": 4, "kv_heads": 3}, "model.heads 4 .* model.kv_heads 3"),
     ("model", {"width": 30, "heads": 4}, "model.width 30 .* model.heads 4"),

@@ -101,3 +101,14 @@ def test_auto_is_blocks_on_a_cpu():
     run("auto", x, w, sizes, grad), run("blocks", x, w, sizes, grad), strict=True
   ):
     assert_array_equal(auto, blocks)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_tiles_of_the_tpus_kernel_fit_its_fast_memory(dtype):
+  """Two of each operand's and the result's tiles and one fp32 sum: in 16 MiB, a kernel's share."""
+  x_td, size = jnp.zeros((512, 2048), dtype), jnp.dtype(dtype).itemsize
+  tiles = lambda made: grouped._tiles(x_td, 2048, made)[1]  # noqa: E731
+  t, d, f = tiles(dtype)
+  assert 2 * size * (t * d + d * f + t * f) + 4 * t * f < 2**24
+  t, d, f = tiles(jnp.float32)  # of a weight's gradient
+  assert 2 * (size * (t * d + t * f) + 4 * d * f) + 4 * d * f < 2**24

@@ -53,7 +53,7 @@ def plain():
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.parametrize("remat", [*REMAT, "query+gate"])
 def test_loss_and_gradients_are_those_of_scan_without_remat(plain, scan, remat):
   assert_same(loss_and_grad(*of(CONFIG, scan=scan, remat=remat), KEY), plain)
 
@@ -134,6 +134,7 @@ def test_remat_recomputes_what_it_says():
   assert dots("save_projections") == none + 2 * layers
   assert dots("offload") == none + 2 * layers
   assert dots("full") == none + 8 * layers
+  assert dots("query+key+value") == none + 5 * layers
 
 
 def test_offload_keeps_what_it_saves_in_host_memory():

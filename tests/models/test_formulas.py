@@ -9,7 +9,13 @@ import pytest
 from llmjax.data.batch import Batch
 from llmjax.models.build import abstract, build, count_parameters
 from llmjax.models.config import ModelConfig
-from llmjax.models.formulas import _keys_seen, cache_bytes_per_token, forward_flops_per_token
+from llmjax.models.formulas import (
+  _keys_seen,
+  cache_bytes_per_token,
+  filled_share,
+  forward_flops_per_token,
+  seen_share,
+)
 from llmjax.nn.attention import AttentionConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
@@ -167,3 +173,30 @@ def abstract_cache(config, rows, slots):
 
 def test_llama_7b_keeps_a_gibibyte_at_2048_positions():
   assert cache_bytes_per_token(PUBLISHED["LLaMA-7B"][0]) * 2048 == 2**30
+
+
+@pytest.mark.parametrize("block", [1, 2, 8])
+@pytest.mark.parametrize("name", [name for name in PATTERNS if not name.startswith("s")])
+def test_a_block_is_seen_if_any_of_its_pairs_is(name, block):
+  """Half the layers are full, the others of the pattern."""
+  asked = PATTERNS[name]
+  kinds = ("full", *asked.get("attention.pattern", ("full",)))
+  config = make_config(**(asked | {"attention.pattern": kinds, "layers": 2}))
+  cfg, length, touched = reference_config(config), 24, 0
+  for kind in kinds:
+    pairs = {
+      (query // block, key // block)
+      for query in range(length)
+      for key in range(length)
+      if may_look(query, key, True, False, kind, cfg, config.causal)
+    }
+    touched += len(pairs)
+  assert seen_share(config, length, block) == pytest.approx(touched / 2 / (length / block) ** 2)
+
+
+def test_rooms_for_rows_are_filled_by_even_load():
+  """Four devices with two experts each: all of 4 devices' tokens may come, each once or twice."""
+  config = make_config(**{"moe.experts": 8, "moe.top_k": 2})
+  assert filled_share(config, 1) == 1
+  assert filled_share(config, 4) == 2 / (4 * 2)
+  assert filled_share(config, 8) == 2 / (8 * 1)

@@ -1,5 +1,5 @@
-"""Families with experts at their published sizes: the values of their `config.json` give the
-parameters that their makers state, in all and of one token, without an array being made.
+"""Architectures at their published sizes: the values of their `config.json` give the parameters
+that their makers state, with experts in all and of one token, without an array being made.
 """
 
 import json
@@ -32,7 +32,38 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+# The weights that their makers give away.
+DENSE = {
+  "Llama-2-7B": 6_738_415_616,
+  "Llama-3-8B": 8_030_261_248,
+  "Llama-3-70B": 70_553_706_496,
+  "Llama-3-405B": 405_853_388_800,
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_parameters_of_a_dense_model_are_those_of_its_published_weights(name):
+  config = preset(name)
+  assert parameters(config) == count_parameters(config) == DENSE[name]
+  assert not misfits(hf.family_of(PRESETS[name]), config)
+
+
+def test_llama_2_and_3_differ_in_heads_base_and_stretch():
+  old, new, long = (preset(f"Llama-{size}") for size in ("2-7B", "3-8B", "3-405B"))
+  assert (old.dims["k"], new.dims["k"], long.dims["k"]) == (32, 8, 8)
+  assert (old.position.theta, new.position.theta) == (1e4, 5e5)
+  assert (old.context, new.context, long.context) == (4096, 8192, 131_072)
+  assert (new.position.scaling, long.position.scaling) == ("none", "llama3")
+  assert (long.position.factor, long.position.original_context) == (8.0, 8192)
+  assert long.context == 16 * long.position.original_context
+  assert not (old.tie_embeddings or new.tie_embeddings or long.tie_embeddings)
+
+
+def test_every_preset_is_held_to_what_its_maker_states():
+  assert sorted({**PUBLISHED, **DENSE}) == sorted(PRESETS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_those_that_were_published(name):
   (billions, active), config = PUBLISHED[name], preset(name)
   assert parameters(config) == count_parameters(config)

@@ -32,6 +32,7 @@ LAYERS, (ROWS, T, D) = 4, (CONFIG.data.batch_size, CONFIG.model.context, CONFIG.
 SHAPES = abstract(CONFIG.model)
 size_of = lambda model: sum(4 * leaf.size for leaf in jax.tree.leaves(model))  # noqa: E731
 ALL, BLOCKS = size_of(SHAPES), size_of(SHAPES.decoder.blocks)
+TABLE = size_of(SHAPES.embed.token_vd)  # as large as the head
 STREAM = 4 * ROWS * T * D  # the residual stream of the whole batch
 SMALL = 20_000  # scalars, scales of norms, positions and segments
 
@@ -68,10 +69,11 @@ def test_data_adds_every_gradient_once():
   nothing_else(found)
 
 
-def test_zero_3_gathers_layers_twice_and_all_else_once():
+def test_zero_3_gathers_layers_twice_the_head_once_and_no_table():
   found = dict(traffic(fsdp=8))
-  assert took(found, "all-gather") == near(2 * BLOCKS + (ALL - BLOCKS))
-  assert took(found, "all-reduce", "reduce-scatter") == near(ALL)
+  assert took(found, "all-gather") == near(2 * BLOCKS + TABLE)
+  assert took(found, "all-reduce", "reduce-scatter") == near(ALL - TABLE)
+  assert took(found, "all-to-all") == near(2 * STREAM // 8)  # vectors looked up, and gradients
   nothing_else(found)
 
 

@@ -41,8 +41,11 @@ def turn(x, positions, theta, **config):
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
-@pytest.mark.parametrize(("theta", "fraction"), [(10_000.0, 1.0), (50.0, 1.0), (50.0, 0.5)])
-def test_forward_and_gradient_equal_the_reference(theta, fraction, layout):
+@pytest.mark.parametrize(("theta", "fraction", "on"), [
+  (10_000.0, 1.0, "cpu"), (50.0, 1.0, "cpu"), (50.0, 0.5, "cpu"), (50.0, 0.5, "tpu"),
+])
+def test_forward_and_gradient_equal_the_reference(theta, fraction, on, layout, monkeypatch):
+  monkeypatch.setattr("llmjax.nn.position.platform", lambda: on)
   config = PositionConfig(theta=theta, fraction=fraction, layout=layout)
   r = int(8 * fraction)
 

@@ -3,6 +3,8 @@
 The TPU excerpts are cut from what libtpu 0.0.42 printed for small programs on v5e.
 """
 
+import dataclasses
+
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -237,9 +239,11 @@ def test_tpu_fusions_are_read():
     f"%f = bf16[16,4] fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1, {name}",
   )
   found = collectives(_program(*lines, others=first + second), MESH)
-  gather = Collective("all-gather", ("fsdp",), 256, 1, "bf16", "")
-  scatter = Collective("reduce-scatter", ("fsdp",), 256, 1, "bf16", "jit(step)/dot_general")
-  assert found == [gather, gather, scatter]
+  gather = Collective("all-gather", ("fsdp",), 256, 1, "bf16", "", ways=2)
+  first, second = (dataclasses.replace(gather, start=s, done=d) for s, d in ((5, 13), (9, 17)))
+  scatter = Collective("reduce-scatter", ("fsdp",), 256, 1, "bf16", "jit(step)/dot_general", 2)
+  assert found == [first, second, dataclasses.replace(scatter, start=21, done=21)]
+  assert [one.overlapped for one in found] == [True, True, False]
 
 
 def test_summary_and_description():

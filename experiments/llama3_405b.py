@@ -1,0 +1,40 @@
+"""Llama 3.1 405B on 2,048 chips of v5p: a row of 8,192 tokens a chip.
+
+  llmjax plan --config=experiments/llama3_405b.py --topology=v5p:8x16x16
+  llmjax train --config=experiments/llama3_405b.py --workdir=runs/llama405 \\
+    --config.data.sources=FOLDER
+
+`plan` and `check` need no file. A run wants `tokenizer.model` (a tiktoken rank file, below
+`original/`) of huggingface.co/meta-llama/Llama-3.1-405B where `tokenizer.path` says. Rates, rows of
+8,192, 16 M tokens a step and 15.6 T in all are those of Grattafiori et al. 2024, arXiv:2407.21783,
+sec. 3.4.1; there is no Llama 3 of this size before 3.1, whose stretch of rope the preset has.
+"""
+
+from llmjax.core.config import defaults, editable
+from llmjax.models.presets import preset
+from llmjax.train.config import Config
+
+
+def get_config():
+  """Returns the config of 2,048 chips with 95 GiB each."""
+  config = defaults(Config)
+  config.model = editable(preset("Llama-3-405B"))
+  config.model.context = 8192
+  config.model.remat = "full"
+  config.data.batch_size = 2048
+  config.train.steps = 15_600_000_000_000 // (2048 * 8192)
+
+  # Cut over fsdp alone, weights on the links would take half as long as the products; cut four ways
+  # over tensor as well, a fifth, streams included. 2.4 GB of state and 34 of stream a chip.
+  config.mesh.data = 1
+  config.mesh.fsdp = 512
+  config.mesh.tensor = 4
+
+  config.tokenizer.kind = "tiktoken"
+  config.tokenizer.path = "tokenizers/llama3/tokenizer.model"
+  config.optim.learning_rate = 8e-5
+  config.optim.warmup = 8000
+  config.optim.final = 0.01
+  config.train.sum_dtype = "bfloat16"  # as MaxText sums; half as much on the links
+  config.loss.chunk = 1024  # its gradient of the head is added up fewer times
+  return config

@@ -1,0 +1,38 @@
+"""Llama 3 70B on 512 chips of v5p: 2 rows of 8,192 tokens a chip.
+
+  llmjax plan --config=experiments/llama3_70b.py --topology=v5p:8x8x8
+  llmjax train --config=experiments/llama3_70b.py --workdir=runs/llama70 \\
+    --config.data.sources=FOLDER
+
+`plan` and `check` need no file. A run wants `original/tokenizer.model` (a tiktoken rank file) of
+huggingface.co/meta-llama/Meta-Llama-3-70B where `tokenizer.path` says. Rate, warm-up and the 15 T
+tokens are those of Grattafiori et al. 2024, arXiv:2407.21783, table 3 and sec. 3.4.
+"""
+
+from llmjax.core.config import defaults, editable
+from llmjax.models.presets import preset
+from llmjax.train.config import Config
+
+ROWS = 1024  # 8.4 million tokens
+
+
+def get_config():
+  """Returns the config of 512 chips with 95 GiB each."""
+  config = defaults(Config)
+  config.model = editable(preset("Llama-3-70B"))
+  config.model.remat = "full"
+  # Weights cut over a quarter of the chips: 6.6 GB of state each, pieces 64 channels wide. The four
+  # copies then add up 2 GB of gradients, little beside what is gathered.
+  config.mesh.data = 4
+  config.mesh.fsdp = 128
+
+  config.data.batch_size = ROWS
+  config.tokenizer.kind = "tiktoken"
+  config.tokenizer.path = "tokenizers/llama3/tokenizer.model"
+  config.train.steps = 15_000_000_000_000 // (ROWS * config.model.context)
+  config.optim.warmup = 8000
+  config.optim.learning_rate = 1.5e-4
+  config.optim.final = 0.01
+  config.train.sum_dtype = "bfloat16"  # as MaxText sums; half as much on the links
+  config.loss.chunk = 1024  # its gradient of the head is added up fewer times
+  return config

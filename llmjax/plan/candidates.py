@@ -1,0 +1,221 @@
+"""What a search chooses from: meshes that divide a model, and the knobs that cost time or memory.
+
+And `estimate`, the seconds that put them in order before anything is compiled.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+from jax.sharding import AbstractMesh
+
+from llmjax.core.errors import UserError
+from llmjax.models.build import abstract
+from llmjax.models.config import ModelConfig
+from llmjax.models.formulas import forward_flops_per_token
+from llmjax.parallel.mesh import AXES
+from llmjax.parallel.rules import WEIGHTS, ZERO, check_layout, weight_shardings
+from llmjax.parallel.schedules import make_schedule
+from llmjax.plan.chips import Topology
+from llmjax.plan.formulas import roofline, sent_s, slow_axes, tile_of
+from llmjax.plan.traffic import traffic
+from llmjax.train.config import Config
+
+_TENSOR, _PARTS, _POSITIONS = 16, 64, 1024  # most ways, most micro-batches, least of a device
+# gpipe has the bubble of 1f1b and keeps more; offload's link to the host is in no table.
+_SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb_h1", 1))
+_REMAT = (
+  *("none", "save_projections", "dots", "full"),
+  *("query+key+value", "query+key+value+gate", "query+key+value+gate+up"),
+)
+_BLOCKS = (64, 128, 256, 512)
+_SHARE = 0.8  # of the peak that large products reach
+_TILE_STEP_S = 0.35e-6  # of a kernel's step over one tile, whatever it holds
+_HIDDEN = {"tensor": 0.3, "expert": 0.0}  # share of sending that work hides; of other axes 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """One way to run an experiment.
+
+  Attributes:
+    config: the experiment so changed.
+    changes: by dotted key, what the search set.
+    chips: where.
+    sizes: of every mesh axis.
+  """
+
+  config: Config
+  changes: dict
+  chips: Topology
+  sizes: dict
+
+
+def change(config, changes: dict):
+  """Sets values of a frozen config by dotted key; {"train.zero": 1}."""
+  own = {key: value for key, value in changes.items() if "." not in key}
+  for section in {key.partition(".")[0] for key in changes if "." in key}:
+    inner = {k.partition(".")[2]: v for k, v in changes.items() if k.startswith(f"{section}.")}
+    own[section] = change(getattr(config, section), inner)
+  return dataclasses.replace(config, **own)
+
+
+def meshes(config: Config, chips: Topology) -> Iterator[dict[str, int]]:
+  """Lists meshes of a topology that divide rows, positions, layers, experts and all weights.
+
+  Left out as never sensible: `tensor` above 16 ways, fewer than 1,024 positions to a device,
+  `expert` without experts (it is `data` then), stages that idle on more than an eighth of their
+  layers. Only the axis that crosses slices is larger than a slice.
+
+  Args:
+    config: the experiment, `model.vocab_size` filled in.
+    chips: the devices; all are used.
+  Yields:
+    Sizes by axis, and under "across" the axis that crosses slices.
+  """
+  weights = abstract(config.model)
+  for split in _splits(chips.devices, len(AXES)):
+    sizes = dict(zip(AXES, split, strict=True))
+    if _sensible(config, sizes) and _divides(weights, sizes):
+      for across in ("data", "stage") if chips.slices > 1 else ("data",):
+        if sizes[across] % chips.slices == 0:
+          yield sizes | {"across": across}
+
+
+def _splits(number: int, parts: int) -> Iterator[tuple]:
+  """All ways to write a number as an ordered product."""
+  if parts == 1:
+    yield (number,)
+    return
+  for first in _divisors(number):
+    yield from ((first, *rest) for rest in _splits(number // first, parts - 1))
+
+
+@functools.cache
+def _divisors(number: int) -> tuple[int, ...]:
+  return tuple(n for n in range(1, number + 1) if number % n == 0)
+
+
+def _sensible(config: Config, sizes: dict[str, int]) -> bool:
+  model, stages, context = config.model, sizes["stage"], sizes["context"]
+  return (
+    sizes["tensor"] <= _TENSOR
+    and (sizes["expert"] == 1 or model.moe.experts > 0)
+    and model.context % context == 0
+    and (context == 1 or model.context // context >= _POSITIONS)
+    and (stages == 1 or model.kind in ("decoder", "encoder"))
+    and math.ceil(_stacked(model) / stages) * stages <= 1.125 * _stacked(model)
+    and config.data.batch_size % (sizes["data"] * sizes["fsdp"] * sizes["expert"]) == 0
+  )
+
+
+def _stacked(model: ModelConfig) -> int:
+  return model.layers - (model.moe.dense_first if model.moe.experts else 0)
+
+
+def _divides(weights, sizes: dict[str, int]) -> bool:
+  """Whether the rules that lay weights out take a mesh."""
+  mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+  try:
+    weight_shardings(mesh, weights)
+    check_layout(mesh, weights, WEIGHTS)
+  except UserError:
+    return False
+  return True
+
+
+def candidates(config: Config, chips: Topology) -> Iterator[Candidate]:
+  """Lists every mesh with every ZeRO stage, number of micro-batches, remat and schedule.
+
+  Args:
+    config: the experiment, `model.vocab_size` filled in; its global batch is kept.
+    chips: the devices.
+  """
+  for sizes in meshes(config, chips):
+    across = sizes.pop("across")
+    mesh = {f"mesh.{axis}": size for axis, size in sizes.items()}
+    mesh |= {"mesh.across": across, "mesh.slices": 0}
+    for knobs in _knobs(config, sizes):
+      changes = mesh | knobs
+      yield Candidate(change(config, changes), changes, chips, sizes)
+
+
+def _knobs(config: Config, sizes: dict[str, int]) -> Iterator[dict]:
+  stages = sizes["stage"]
+  rows = config.data.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+  for parts in _divisors(rows):
+    if (stages > 1 and parts < stages) or parts > max(_PARTS, 4 * stages):
+      continue
+    for zero in ZERO if sizes["fsdp"] > 1 else (config.train.zero,):
+      for remat in _REMAT:
+        knobs = {"train.accumulation": parts, "train.zero": zero, "model.remat": remat}
+        knobs["train.sum_dtype"] = config.train.sum_dtype if zero == 3 else "float32"
+        if stages == 1:
+          yield knobs
+          continue
+        for schedule, chunks in _SCHEDULES:
+          rounds = parts % stages == 0 and _stacked(config.model) % (stages * chunks) == 0
+          if chunks == 1 or rounds:
+            yield knobs | {"pipeline.schedule": schedule, "pipeline.chunks": chunks}
+
+
+def blocks(one: Candidate) -> Iterator[Candidate]:
+  """Lists a candidate with the other attention blocks that make other tiles of its rows."""
+  seen = {tile_of(one.config.model)}
+  for block in _BLOCKS:
+    other = {"model.attention.block": block}
+    config = change(one.config, other)
+    if tile_of(config.model) not in seen:
+      seen.add(tile_of(config.model))
+      yield dataclasses.replace(one, config=config, changes=one.changes | other)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """Seconds of a step by formula, and the share of peak that the model's own products are."""
+
+  step_s: float
+  mfu: float
+
+
+def estimate(one: Candidate) -> Estimate:
+  """Estimates a step's seconds, to put candidates in order; never below the roofline.
+
+  Assumed: products reach 0.8 of peak, less where a device's part of the feed-forward width is
+  narrow; attention does whole tiles, and each costs 0.35 µs more; what `roofline` has pass through
+  memory comes on top; stages wait for the fullest, and the last has the head. Of what is sent, work
+  hides 0.7, of tensor's sums 0.3, of rows on their way to experts nothing.
+  """
+  config, sizes, model = one.config, one.sizes, one.config.model
+  line, stages, chunks = roofline(config, one.chips, sizes), sizes["stage"], config.pipeline.chunks
+  width = (model.moe.width or model.mlp_width) / sizes["tensor"]
+  head = 2 * model.width * model.vocab_size / forward_flops_per_token(model, model.context)
+  each = math.ceil(_stacked(model) / (stages * chunks)) * stages * chunks / _stacked(model)
+  busy_s = line.compute_s / _SHARE * (1 + 128 / width) * (each + head * (stages - 1))
+  busy_s += _tiles_s(one, line.compute_s / line.model_s)
+  idle = _bubble(config.pipeline.schedule, stages, config.train.accumulation, chunks)
+  work_s = busy_s / (1 - idle) + line.hbm_s
+  slow = slow_axes(config, one.chips, sizes)
+  sending = [(sent.axis, sent_s(sent, one.chips.chip, slow)) for sent in traffic(config, sizes)]
+  hidden_s = sum(_HIDDEN.get(axis, 0.7) * seconds for axis, seconds in sending)
+  step_s = work_s + sum(seconds for _, seconds in sending) - min(hidden_s, work_s)
+  return Estimate(step_s, line.model_s / step_s)
+
+
+def _tiles_s(one: Candidate, again: float) -> float:
+  """What attention costs beyond its products: masked halves of tiles, and a step for each tile."""
+  model, tile = one.config.model, tile_of(one.config.model)
+  rows, t = one.config.data.batch_size / one.chips.chips, model.context
+  masked = t * tile / 2 if model.causal else 0
+  tiles = (t * t / 2 + masked if model.causal else t * t) / tile**2
+  one_s = 4 * model.dims["h"] * masked / one.chips.chip.peak(model.dtype) + tiles * _TILE_STEP_S
+  return 3 * again * rows * model.layers * model.heads * one_s
+
+
+@functools.cache
+def _bubble(kind: str, stages: int, parts: int, chunks: int) -> float:
+  """Idle share of the stages; the gradient by the input takes two, as the forward is done again."""
+  if stages == 1:
+    return 0.0
+  return make_schedule(kind, stages, parts, chunks).bubble_fraction(forward=1, backward=2, weight=1)
