@@ -8,6 +8,9 @@
 `original/`) of huggingface.co/meta-llama/Llama-3.1-405B where `tokenizer.path` says. Rates, rows of
 8,192, 16 M tokens a step and 15.6 T in all are those of Grattafiori et al. 2024, arXiv:2407.21783,
 sec. 3.4.1; there is no Llama 3 of this size before 3.1, whose stretch of rope the preset has.
+
+The compiler's estimate: 44 of 95 GiB, 73 s a step of which 10.9 wait for links, 62 % MFU, 10,396
+dollars a billion tokens at the list price.
 """
 
 from llmjax.core.config import defaults, editable

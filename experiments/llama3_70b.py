@@ -7,6 +7,9 @@
 `plan` and `check` need no file. A run wants `original/tokenizer.model` (a tiktoken rank file) of
 huggingface.co/meta-llama/Meta-Llama-3-70B where `tokenizer.path` says. Rate, warm-up and the 15 T
 tokens are those of Grattafiori et al. 2024, arXiv:2407.21783, table 3 and sec. 3.4.
+
+The compiler's estimate: 35 of 95 GiB, 25.2 s a step of which 2.4 wait for links, 64 % MFU, 1,792
+dollars a billion tokens at the list price.
 """
 
 from llmjax.core.config import defaults, editable

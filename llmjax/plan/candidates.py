@@ -19,7 +19,7 @@ from llmjax.parallel.rules import WEIGHTS, ZERO, check_layout, weight_shardings
 from llmjax.parallel.schedules import make_schedule
 from llmjax.plan.chips import Topology
 from llmjax.plan.formulas import roofline, sent_s, slow_axes, tile_of
-from llmjax.plan.traffic import traffic
+from llmjax.plan.traffic import Sent, traffic
 from llmjax.train.config import Config
 
 _TENSOR, _PARTS, _POSITIONS = 16, 64, 1024  # most ways, most micro-batches, least of a device
@@ -30,9 +30,11 @@ _REMAT = (
   *("query+key+value", "query+key+value+gate", "query+key+value+gate+up"),
 )
 _BLOCKS = (64, 128, 256, 512)
-_SHARE = 0.8  # of the peak that large products reach
+_SHARE = 0.92  # of the peak that large products reach, with the elementwise work between them;
+_TOKENS = 500  # half of it where a device has so many tokens of a micro-batch
 _TILE_STEP_S = 0.35e-6  # of a kernel's step over one tile, whatever it holds
-_HIDDEN = {"tensor": 0.3, "expert": 0.0}  # share of sending that work hides; of other axes 0.7
+_HIDDEN = {"tensor": 0.3, "expert": 0.0}  # share of sending that work hides; of other axes 0.9,
+_SUMS = ("reduce-scatter", "all-reduce")  # but all wait for sums of gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,25 +184,36 @@ class Estimate:
 def estimate(one: Candidate) -> Estimate:
   """Estimates a step's seconds, to put candidates in order; never below the roofline.
 
-  Assumed: products reach 0.8 of peak, less where a device's part of the feed-forward width is
-  narrow; attention does whole tiles, and each costs 0.35 µs more; what `roofline` has pass through
-  memory comes on top; stages wait for the fullest, and the last has the head. Of what is sent, work
-  hides 0.7, of tensor's sums 0.3, of rows on their way to experts nothing.
+  Assumed: products reach 0.92 of peak, less where a device's part of the feed-forward width is
+  narrow or its tokens are few; attention does whole tiles, and each costs 0.35 µs more; what
+  `roofline` has pass through memory comes on top; stages wait for the fullest, and the last has the
+  head. Of what is sent, work hides 0.9, of tensor's sums 0.3, of gradients' sums and of rows on
+  their way to experts nothing, as the compiler's programs have it (docs/LOG.md).
   """
   config, sizes, model = one.config, one.sizes, one.config.model
   line, stages, chunks = roofline(config, one.chips, sizes), sizes["stage"], config.pipeline.chunks
   width = (model.moe.width or model.mlp_width) / sizes["tensor"]
   head = 2 * model.width * model.vocab_size / forward_flops_per_token(model, model.context)
   each = math.ceil(_stacked(model) / (stages * chunks)) * stages * chunks / _stacked(model)
-  busy_s = line.compute_s / _SHARE * (1 + 128 / width) * (each + head * (stages - 1))
+  ways = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert", "context"))
+  tokens = config.data.batch_size * model.context / ways / config.train.accumulation
+  few = (1 + 128 / width) * (1 + _TOKENS / tokens)
+  busy_s = line.compute_s / _SHARE * few * (each + head * (stages - 1))
   busy_s += _tiles_s(one, line.compute_s / line.model_s)
   idle = _bubble(config.pipeline.schedule, stages, config.train.accumulation, chunks)
   work_s = busy_s / (1 - idle) + line.hbm_s
   slow = slow_axes(config, one.chips, sizes)
-  sending = [(sent.axis, sent_s(sent, one.chips.chip, slow)) for sent in traffic(config, sizes)]
-  hidden_s = sum(_HIDDEN.get(axis, 0.7) * seconds for axis, seconds in sending)
+  sending = [(_hidden(sent), sent_s(sent, one.chips.chip, slow)) for sent in traffic(config, sizes)]
+  hidden_s = sum(share * seconds for share, seconds in sending)
   step_s = work_s + sum(seconds for _, seconds in sending) - min(hidden_s, work_s)
   return Estimate(step_s, line.model_s / step_s)
+
+
+def _hidden(sent: Sent) -> float:
+  """Share of a collective's seconds that work hides."""
+  if sent.axis not in _HIDDEN and sent.kind in _SUMS:
+    return 0.0
+  return _HIDDEN.get(sent.axis, 0.9)
 
 
 def _tiles_s(one: Candidate, again: float) -> float:
