@@ -56,7 +56,7 @@ def compile_and_watch(lowered, limit_bytes: int, options: dict | None = None):
   Raises:
     UserError: this XLA does not write the text that is read here.
   """
-  with tempfile.TemporaryDirectory() as folder, _no_cache():
+  with tempfile.TemporaryDirectory() as folder, no_cache():
     dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partition.*|shardy.*"}
     compiled = lowered.compile(compiler_options={**(options or {}), **dump})
     texts = [path.read_text() for path in Path(folder).glob(f"*{_PASS}*.txt")]
@@ -116,7 +116,7 @@ class Frames:
 
 
 @contextlib.contextmanager
-def _no_cache():
+def no_cache():
   """A program found in the cache is not compiled, and writes nothing."""
   before = jax.config.jax_enable_compilation_cache
   jax.config.update("jax_enable_compilation_cache", False)

@@ -29,7 +29,8 @@ def save(path: str | Path, compiled, config: Config, mesh: Mesh):
 
   Args:
     path: file, overwritten.
-    compiled: of `compile_step(config, mesh).lower(…).compile()`.
+    compiled: of `compile_step(config, mesh).lower(…).compile()`; compiled indeed: what jax found in
+      its cache cannot be kept on a CPU (`no_cache` in `llmjax/parallel/whole.py`).
     config: the experiment, `model.vocab_size` filled in.
     mesh: what it was compiled for.
   """

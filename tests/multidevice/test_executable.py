@@ -11,6 +11,7 @@ from llmjax.core.config import override
 from llmjax.core.errors import UserError
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import batch_sharding
+from llmjax.parallel.whole import no_cache
 from llmjax.plan.plan import with_vocab
 from llmjax.run import train
 from llmjax.train import executable
@@ -57,7 +58,8 @@ def keep(path, config: Config):
   )
   with jax.set_mesh(mesh):
     lowered = compile_step(config, mesh).lower(abstract_state(config, mesh), batch)
-  executable.save(path, lowered.compile(), config, mesh)
+  with no_cache():
+    executable.save(path, lowered.compile(), config, mesh)
 
 
 @pytest.fixture(scope="module")
