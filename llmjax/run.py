@@ -248,7 +248,7 @@ def _check_used(config: Config, mesh):
   """Refuses a choice of how to cut that this mesh would never read."""
   for axis, key in (
     ("stage", "pipeline.schedule"), ("stage", "pipeline.chunks"), ("fsdp", "train.zero"),
-    ("context", "model.attention.context"),
+    ("fsdp", "train.sum_dtype"), ("context", "model.attention.context"),
   ):
     read = operator.attrgetter(key)
     if mesh.shape[axis] == 1 and read(config) != read(Config()):

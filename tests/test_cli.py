@@ -110,6 +110,7 @@ def test_eval_prints_its_scores(setup, capsys):
     ("--config.model.attention.context=gather", "context=gather changes nothing on a mesh of con"),
     ("--config.mesh.across=stage", "mesh.across=stage changes nothing: all devices are of one"),
     ("--config.train.zero=2", "train.zero=2 changes nothing on a mesh of fsdp 1"),
+    ("--config.train.sum_dtype=bfloat16", "sum_dtype=bfloat16 changes nothing on a mesh of fsdp 1"),
     ("--config.pipeline.schedule=zb_h1", "pipeline.schedule=zb_h1 changes nothing on a mesh of s"),
     ("--config.seed=x", "invalid literal for int"),
     ("--config.seed=-1", "seed -1 is negative"),

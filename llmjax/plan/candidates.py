@@ -152,7 +152,8 @@ def _knobs(config: Config, sizes: dict[str, int]) -> Iterator[dict]:
     for zero in ZERO if sizes["fsdp"] > 1 else (config.train.zero,):
       for remat in _REMAT:
         knobs = {"train.accumulation": parts, "train.zero": zero, "model.remat": remat}
-        knobs["train.sum_dtype"] = config.train.sum_dtype if zero == 3 else "float32"
+        summed = zero == 3 and sizes["fsdp"] > 1
+        knobs["train.sum_dtype"] = config.train.sum_dtype if summed else "float32"
         if stages == 1:
           yield knobs
           continue
