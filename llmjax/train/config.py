@@ -26,7 +26,7 @@ class TrainConfig:
     log_every: steps between lines of metrics.
     zero: what mesh axis `fsdp` cuts: 1 optimizer state; 2 gradients too; 3 weights too.
     sum_dtype: of gradients while they are summed over `fsdp`, where that cuts weights: float32, or
-      bfloat16, which sends half as much.
+      bfloat16, which sends half as much. Latent attention's down projections keep float32.
     executable: file of a step compiled by `llmjax plan --keep-executable`; "" compiles here.
   """
 
