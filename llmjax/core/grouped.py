@@ -28,7 +28,8 @@ def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
     kernel: blocks; ragged (`jax.lax.ragged_dot`); megablox (Pallas, TPU; interpreted elsewhere);
       auto is blocks on CPU, megablox on TPU, ragged on GPU.
   Returns:
-    y_tf in the dtype of `x_td`, summed in fp32; zeros in rows that are of no group.
+    y_tf in the dtype of `x_td`, summed in fp32. Rows that are of no group hold anything: so that
+    nothing goes over them all, and neither they nor their gradients reach a weight.
   """
   if kernel == "auto":
     kernel = {"cpu": "blocks", "tpu": "megablox"}.get(platform(), "ragged")
@@ -44,24 +45,17 @@ def _grouped(kernel, place, x_td, w_edf, sizes_e):
 def _forward(kernel, place, x_td, w_edf, sizes_e):
   low_edf = w_edf.astype(x_td.dtype)
   residuals = (x_td, low_edf, sizes_e, jnp.zeros((), w_edf.dtype))
-  y_tf = _MULTIPLY[kernel](x_td, gather(low_edf, place), sizes_e)
-  return _in_runs(y_tf, kernel, sizes_e), residuals
+  return _MULTIPLY[kernel](x_td, gather(low_edf, place), sizes_e), residuals
 
 
 def _backward(kernel, place, residuals, grad_tf):
   """Written out because jax would round a weight's gradient to the dtype of its rows."""
   x_td, low_edf, sizes_e, like = residuals
-  grad_tf = _in_runs(grad_tf.astype(x_td.dtype), kernel, sizes_e)
+  grad_tf = grad_tf.astype(x_td.dtype)
   grad_x = _MULTIPLY[kernel](grad_tf, gather(low_edf, place), sizes_e, transposed=True)
-  grad_w = _OUTER[kernel](x_td, grad_tf, sizes_e)
-  return _in_runs(grad_x, kernel, sizes_e), scatter(grad_w.astype(like.dtype), place), None
-
-
-def _in_runs(y_tf, kernel, sizes_e):
-  """Zeros where a row is of no group, which `blocks` sees to by itself."""
-  if kernel == "blocks":
-    return y_tf
-  return jnp.where(jnp.arange(len(y_tf))[:, None] < sizes_e.sum(), y_tf, 0)
+  sums = place.sums if place else like.dtype  # all devices' are then summed in it
+  grad_w = _OUTER[kernel](x_td, grad_tf, sizes_e, sums)
+  return grad_x, scatter(grad_w.astype(like.dtype), place), None
 
 
 _grouped.defvjp(_forward, _backward)
@@ -74,12 +68,13 @@ def _ragged(x_td, w_edf, sizes_e, transposed: bool = False):
   return y_tf.astype(x_td.dtype)
 
 
-def _ragged_outer(x_td, grad_tf, sizes_e):
+def _ragged_outer(x_td, grad_tf, sizes_e, dtype):
   """As `_outer`: the rows are what is summed over."""
   rows = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-  return jax.lax.ragged_dot_general(
+  made = jax.lax.ragged_dot_general(
     x_td, grad_tf, sizes_e, rows, preferred_element_type=jnp.float32
   )
+  return made.astype(dtype)
 
 
 def _megablox(x_td, w_edf, sizes_e, transposed: bool = False):
@@ -94,13 +89,13 @@ def _megablox(x_td, w_edf, sizes_e, transposed: bool = False):
   return y_tf[: len(x_td)]
 
 
-def _megablox_outer(x_td, grad_tf, sizes_e):
+def _megablox_outer(x_td, grad_tf, sizes_e, dtype):
   """As `_outer`."""
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-  padded_td, tiling, interpret = _tiles(x_td, grad_tf.shape[1], jnp.float32)
+  padded_td, tiling, interpret = _tiles(x_td, grad_tf.shape[1], dtype)
   grad_tf = jnp.pad(grad_tf, ((0, len(padded_td) - len(grad_tf)), (0, 0)))
-  return tgmm(padded_td.T, grad_tf, sizes_e, jnp.float32, tiling, interpret=interpret)
+  return tgmm(padded_td.T, grad_tf, sizes_e, jnp.dtype(dtype), tiling, interpret=interpret)
 
 
 def _tiles(x_td, width: int, made):
@@ -135,8 +130,8 @@ def _multiply(x_td, w_edf, sizes_e, transposed: bool = False):
   return jax.lax.scan(group, y_tf, (w_edf, _starts(sizes_e), sizes_e))[0]
 
 
-def _outer(x_td, grad_tf, sizes_e):
-  """Sums x ⊗ grad over each run: the weights' gradient [e, d, f], fp32."""
+def _outer(x_td, grad_tf, sizes_e, dtype):
+  """Sums x ⊗ grad over each run in fp32: the weights' gradient [e, d, f]."""
   x_dt = jax.lax.optimization_barrier(x_td.T)  # else each block's product turns its own, slowly
 
   def group(_, given):
@@ -151,7 +146,7 @@ def _outer(x_td, grad_tf, sizes_e):
     zeros_df = jnp.zeros((len(x_dt), grad_tf.shape[1]), jnp.float32)
     return None, _over_blocks(step, zeros_df, start, size, len(x_td))
 
-  return jax.lax.scan(group, None, (_starts(sizes_e), sizes_e))[1]
+  return jax.lax.scan(group, None, (_starts(sizes_e), sizes_e))[1].astype(dtype)
 
 
 def _over_blocks(step, carry, start, size, t: int):

@@ -252,7 +252,7 @@ class Attention(nnx.Module):
       Scores(scale, config.softcap, view.bias, sinks_n),
       config.kernel, config.block, config.context,
     )
-    o_btnh = named(shard(o_btnh, "btnh"), "attention")
+    o_btnh = shard(o_btnh, "btnh")
     project = lambda o_btnh, weights: dot("btnh,nhd->btd", o_btnh, weights["out_nhd"])  # noqa: E731
     y_btd = rows(project, o_btnh, {"out_nhd": self.out_nhd}, "btnh")
     return y_btd + self.out_bias_d.astype(y_btd.dtype) if config.bias == "all" else y_btd

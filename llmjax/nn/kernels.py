@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from llmjax.core.dot import contract
 from llmjax.core.errors import UserError
 from llmjax.core.platform import platform
+from llmjax.nn.dropout import named
 from llmjax.nn.mask import Mask
 from llmjax.nn.platform_kernels import cudnn, cudnn_cannot, masked_by_rule, splash, splash_cannot
 from llmjax.nn.scores import Scores
@@ -40,7 +41,8 @@ def attend(
     block: queries a strip of blockwise attention, and the tile of splash.
     table: from letters to mesh axes, for a kernel that runs on each device by itself.
   Returns:
-    o_btnh, dtype of `q_btnh`.
+    o_btnh, dtype of `q_btnh`; `named` attention, as are splash's sums, without which its backward
+    pass would take its forward pass again.
   Raises:
     UserError: a kernel that was asked for by name cannot do this.
   Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped: Ainslie et al. 2023,
@@ -51,14 +53,16 @@ def attend(
   if chosen in ("splash", "cudnn"):
     short = q_btnh.shape[-1] - v_bskh.shape[-1]
     v_bskh = jnp.pad(v_bskh, ((0, 0), (0, 0), (0, 0), (0, short))) if short else v_bskh
-    run, more = (splash, (block, table)) if chosen == "splash" else (cudnn, ())
-    o_btnh = run(q_btnh, k_bskh, v_bskh, mask, scores, *more)
+    if chosen == "splash":
+      o_btnh = splash(q_btnh, k_bskh, v_bskh, mask, scores, block, table)
+    else:
+      o_btnh = named(cudnn(q_btnh, k_bskh, v_bskh, mask, scores), "attention")
     return o_btnh[..., :-short] if short else o_btnh
   if chosen == "direct" or q_btnh.shape[1] <= block:
     run = functools.partial(_strip, mask=mask, scores=scores)
   else:
     run = functools.partial(_blockwise, mask=mask, scores=scores, block=block)
-  return _head_major(run, q_btnh * scores.scale, k_bskh, v_bskh)
+  return named(_head_major(run, q_btnh * scores.scale, k_bskh, v_bskh), "attention")
 
 
 def choose(

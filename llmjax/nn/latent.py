@@ -63,7 +63,7 @@ class LatentAttention(nnx.Module):
       cache = cache.write(KVCache(kept_bsr[:, None]), positions_bt)
       kept_bsr = cache.key_bksh[:, 0]
       attend = self._absorbed if self._few(q_btnh.shape[1]) else self._expanded
-    o_btnh = named(shard(attend(q_btnh, kept_bsr, view), "btnh"), "attention")
+    o_btnh = shard(attend(q_btnh, kept_bsr, view), "btnh")
     project = lambda o_btnh, weights: dot("btnh,nhd->btd", o_btnh, weights["out_nhd"])  # noqa: E731
     return rows(project, o_btnh, {"out_nhd": self.out_nhd}, "btnh"), cache
 

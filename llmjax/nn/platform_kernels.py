@@ -66,6 +66,7 @@ def _splash_local(
     attn_logits_soft_cap=softcap or None,
     head_shards=1,
     q_seq_shards=1,
+    residual_checkpoint_name="attention",  # of its result and of the logs of its sums
     interpret=interpret,
   )
 

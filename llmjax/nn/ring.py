@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from llmjax.nn.dropout import named
 from llmjax.nn.kernels import attend_part
 from llmjax.nn.mask import Mask, Rule
 from llmjax.nn.scores import Scores
@@ -45,7 +46,8 @@ def ring_attend(q_btnh, k_btkh, v_btkh, mask: Mask, scores: Scores, block: int):
   """
   static = _Static(mask.rule, scores.scale, scores.softcap, block)
   rows = (mask.q_positions_bt, mask.q_segments_bt, mask.prefix_bs)
-  return _ring(static, (q_btnh, k_btkh, v_btkh), (scores.bias, scores.sinks_n), rows)
+  o_btnh = _ring(static, (q_btnh, k_btkh, v_btkh), (scores.bias, scores.sinks_n), rows)
+  return named(o_btnh, "attention")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -18,8 +18,9 @@ def by_expert(run: Callable, x_btd, experts_btj, factors_btj, weights: dict, slo
   """Sums what each token's experts make of it.
 
   Args:
-    run: (rows_td, weights, sizes_e) → rows_td; rows stand in runs, one run an expert. Where
-      feed-forward width is cut, each device's part of a sum.
+    run: (rows_td, weights, sizes_e) → rows_td; rows stand in runs, one run an expert, and what
+      stands behind the last is not read. Where feed-forward width is cut, each device's part of a
+      sum.
     x_btd: residual stream, as `shard_stream` lays it out.
     experts_btj: int32; the number of experts where there is none.
     factors_btj: fp32 factors on what `run` returns.
@@ -67,7 +68,7 @@ def _on_device(run, x_btd, experts_btj, factors_btj, weights, experts, ways, slo
   back = jnp.argsort(order)
   places = min(len(numbers), b * experts * slots or len(numbers))
   sizes_e = (numbers[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32)
-  order, back = order[:places], jnp.minimum(back, places)
+  order, back = order[:places], jnp.where(back < sizes_e.sum(), back, places)
   rows_td = _spread(x_btd.reshape(b * t, d), order, back, j)
   if ways == 1:
     made_td = run(rows_td, weights, sizes_e)
@@ -125,7 +126,7 @@ def _ragged(sizes_swe, most: int, places: int):
   out = from_swe[me], sizes_swe[me], to_swe[me], sizes_swe[:, me]
   home = to_swe[:, me], sizes_swe[:, me], from_swe[:, me], sizes_swe[me]
   out, home = ([a.reshape(-1) for a in way] for way in (out, home))
-  away, at_home = (ways * most, jax.lax.empty), (places, jnp.zeros)  # experts skip what is no row
+  away, at_home = ways * most, places
 
   def send(x_td):
     return _travel(away, at_home, x_td, out, home)
@@ -138,9 +139,8 @@ def _ragged(sizes_swe, most: int, places: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _travel(to, fro, x_td, there, back):
-  """Sends each run to its place among `to`: how many rows, and what makes those that none fills."""
-  rows, make = to
-  into_td = make((rows, x_td.shape[1]), x_td.dtype)
+  """Sends each run to its place among `to` rows; those that none fills hold anything."""
+  into_td = jax.lax.empty((to, x_td.shape[1]), x_td.dtype)
   return jax.lax.ragged_all_to_all(x_td, into_td, *there, axis_name="expert")
 
 

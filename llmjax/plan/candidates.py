@@ -5,6 +5,7 @@ And `estimate`, the seconds that put them in order before anything is compiled.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -26,10 +27,12 @@ _TENSOR, _PARTS, _POSITIONS = 16, 64, 1024  # most ways, most micro-batches, lea
 # gpipe has the bubble of 1f1b and keeps more; offload's link to the host is in no table.
 _SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb_h1", 1))
 _REMAT = (
-  *("none", "save_projections", "dots", "full"),
-  *("query+key+value", "query+key+value+gate", "query+key+value+gate+up"),
+  *("none", "dots", "save_projections", "full"),
+  *("query+key+value", "attention+query+key+value", "attention+query+key+value+gate"),
 )
+_SAVED = ("attention", "query", "key+value", "gate", "up")  # one by one, of the best meshes
 _BLOCKS = (64, 128, 256, 512)
+_CHUNKS = (128, 256, 512, 1024, 2048)  # of positions that have logits at a time
 _SHARE = 0.92  # of the peak that large products reach, with the elementwise work between them;
 _TOKENS = 500  # half of it where a device has so many tokens of a micro-batch
 _TILE_STEP_S = 0.35e-6  # of a kernel's step over one tile, whatever it holds
@@ -163,15 +166,24 @@ def _knobs(config: Config, sizes: dict[str, int]) -> Iterator[dict]:
             yield knobs | {"pipeline.schedule": schedule, "pipeline.chunks": chunks}
 
 
-def blocks(one: Candidate) -> Iterator[Candidate]:
-  """Lists a candidate with the other attention blocks that make other tiles of its rows."""
-  seen = {tile_of(one.config.model)}
-  for block in _BLOCKS:
-    other = {"model.attention.block": block}
-    config = change(one.config, other)
-    if tile_of(config.model) not in seen:
-      seen.add(tile_of(config.model))
-      yield dataclasses.replace(one, config=config, changes=one.changes | other)
+def refined(one: Candidate) -> Iterator[Candidate]:
+  """Lists a candidate with attention blocks that make other tiles, other chunks, other saved names.
+
+  The search does it for the best of some meshes alone: of all it would be a hundred times as many.
+  """
+  config, local = one.config, one.config.model.context // one.sizes["context"]
+  tiles = {}
+  for block in (config.model.attention.block, *_BLOCKS):
+    attention = dataclasses.replace(config.model.attention, block=block)
+    tiles.setdefault(tile_of(dataclasses.replace(config.model, attention=attention)), block)
+  chunks = {config.loss.chunk, *(size for size in _CHUNKS if size <= local)}
+  saved = {config.model.remat}
+  if not saved & {"none", "dots", "offload"}:
+    sets = itertools.product(*((name, "") for name in _SAVED))
+    saved |= {"+".join(filter(None, names)) or "full" for names in sets}
+  for block, chunk, remat in itertools.product(tiles.values(), chunks, sorted(saved)):
+    other = {"model.attention.block": block, "loss.chunk": chunk, "model.remat": remat}
+    yield dataclasses.replace(one, config=change(config, other), changes=one.changes | other)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +199,10 @@ def estimate(one: Candidate) -> Estimate:
 
   Assumed: products reach 0.92 of peak, less where a device's part of the feed-forward width is
   narrow or its tokens are few; attention does whole tiles, and each costs 0.35 µs more; what
-  `roofline` has pass through memory comes on top; stages wait for the fullest, and the last has the
-  head. Of what is sent, work hides 0.9, of tensor's sums 0.3, of gradients' sums and of rows on
-  their way to experts nothing, as the compiler's programs have it (docs/LOG.md).
+  `roofline` has pass through memory comes on top, and the head's gradient with each chunk of
+  logits; stages wait for the fullest, and the last has the head. Of what is sent, work hides 0.9,
+  of tensor's sums 0.3, of gradients' sums and of rows on their way to experts nothing, as the
+  compiler's programs have it (docs/LOG.md).
   """
   config, sizes, model = one.config, one.sizes, one.config.model
   line, stages, chunks = roofline(config, one.chips, sizes), sizes["stage"], config.pipeline.chunks
@@ -202,7 +215,7 @@ def estimate(one: Candidate) -> Estimate:
   busy_s = line.compute_s / _SHARE * few * (each + head * (stages - 1))
   busy_s += _tiles_s(one, line.compute_s / line.model_s)
   idle = _bubble(config.pipeline.schedule, stages, config.train.accumulation, chunks)
-  work_s = busy_s / (1 - idle) + line.hbm_s
+  work_s = busy_s / (1 - idle) + line.hbm_s + _head_s(one)
   slow = slow_axes(config, one.chips, sizes)
   sending = [(_hidden(sent), sent_s(sent, one.chips.chip, slow)) for sent in traffic(config, sizes)]
   hidden_s = sum(share * seconds for share, seconds in sending)
@@ -215,6 +228,16 @@ def _hidden(sent: Sent) -> float:
   if sent.axis not in _HIDDEN and sent.kind in _SUMS:
     return 0.0
   return _HIDDEN.get(sent.axis, 0.9)
+
+
+def _head_s(one: Candidate) -> float:
+  """Reading and writing the sum of the head's gradient, fp32, for every chunk but the first."""
+  model, chip = one.config.model, one.chips.chip
+  local = model.context / one.sizes["context"]
+  chunks = math.ceil(local / min(one.config.loss.chunk or local, local))
+  table = 4 * model.width * model.vocab_size / one.sizes["tensor"]
+  again = one.config.train.accumulation * (chunks - 1)
+  return again * 2 * table * chip.devices / chip.hbm_rate
 
 
 def _tiles_s(one: Candidate, again: float) -> float:

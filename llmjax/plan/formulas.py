@@ -106,7 +106,8 @@ def _again(model: ModelConfig, layers: float, scores: float) -> float:
   """FLOPs of one token that `model.remat` does again, of the `layers`' and their `scores`' forward.
 
   A product whose result is only added to the stream is not done again, since no gradient reads it;
-  what saves products does not save kernels' results: attention's, and experts'.
+  what saves products does not save kernels' results: attention's, and experts'. Saved by name,
+  attention's is, as splash's own backward pass reads it; other kernels take their scores again.
   """
   moe, dims = model.moe, model.dims
   sparse = model.layers - moe.dense_first if moe.experts else 0
@@ -123,11 +124,12 @@ def _again(model: ModelConfig, layers: float, scores: float) -> float:
   made = dict.fromkeys(("gate", "up"), one * (model.layers - sparse) * model.mlp_width)
   heads = {"query": dims["n"], "key": dims["k"], "value": dims["k"]}
   made |= {name: one * model.layers * dims["h"] * number for name, number in heads.items()}
+  made["attention"] = scores
   return {
     "none": 0.0,
     "dots": scores + experts,
-    "save_projections": scores + experts + (not beside) * out,
-    "offload": scores + experts + (not beside) * out,
+    "save_projections": experts + (not beside) * out,
+    "offload": experts + (not beside) * out,
   }.get(model.remat, layers - alone * down - beside * out - sum(
     made.get(name, 0) for name in model.remat.split("+")
   ))

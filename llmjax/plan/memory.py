@@ -230,6 +230,7 @@ class _Arrays:
       made["expanded"] = self.of(n * latent.nope_dim, tensor) + made["attention"]
       made["latents"], made["joined"] = self.of(latent.query_rank), key
     if self.lanes > 1:
+      made["attention"] = query  # a kernel's values are as wide as its keys
       made["turned"] = query  # attention's result once by heads for its kernel, once by positions
     if self.short:
       made["scores"] = self.of(n * self.length, tensor, 4 + self.number)

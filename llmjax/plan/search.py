@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from llmjax.core.config import flat
 from llmjax.core.errors import UserError
-from llmjax.plan.candidates import Candidate, Estimate, blocks, candidates, estimate
+from llmjax.plan.candidates import Candidate, Estimate, candidates, estimate, refined
 from llmjax.plan.chips import Topology
 from llmjax.plan.formulas import DAY_S, rent_usd
 from llmjax.plan.limits import Limits
@@ -22,6 +22,8 @@ from llmjax.train.config import Config
 
 _FAR = 1.5  # times the best candidate's seconds; slower ones are not looked at
 _NEAR = 1.15  # times a device's memory, by formula, is still shown to the compiler
+_REFINED = 4  # meshes whose best candidates are varied further,
+_FULL = (1.0, 0.9)  # to fill these shares of a device's memory, as formulas err to both sides
 _SHOWN = 20  # rows by formula alone, of each topology, beside those of the Pareto front
 
 
@@ -111,8 +113,23 @@ def _pool(config: Config, place: Topology, base: dict, limits: Limits) -> tuple[
       least = one, row
   if not pool:
     return [least] if least else [], len(ranked)
-  pool += [(one, _row(one, estimate(one), base, limits)) for one in blocks(pool[0][0])]
+  heads = _heads(pool)[:_REFINED]
+  for one, _ in heads:
+    finer = [(one, _row(one, estimate(one), base, limits)) for one in refined(one)]
+    finer.sort(key=lambda pair: pair[1]["step_s"])
+    for share in _FULL:
+      near = [pair for pair in finer if pair[1]["peak_bytes"] <= share * pair[1]["hbm_bytes"]]
+      have = [one.config for one, _ in pool]
+      pool += [pair for pair in near[:1] if pair[0].config not in have]
   return sorted(pool, key=lambda pair: pair[1]["step_s"]), len(ranked)
+
+
+def _heads(pool: list) -> list:
+  """The fastest of each mesh, in order."""
+  heads = {}
+  for pair in pool:
+    heads.setdefault(str(pair[1]["mesh"]), pair)
+  return list(heads.values())
 
 
 def _row(one: Candidate, said: Estimate, base: dict, limits: Limits) -> dict:
@@ -175,10 +192,7 @@ def _scaled(row: dict, factor: float) -> dict:
 
 def _beam(pool: list, keep: int) -> list:
   """Picks what is compiled: the fastest of each of some meshes, then the fastest of all others."""
-  heads = {}
-  for pair in pool:
-    heads.setdefault(str(pair[1]["mesh"]), pair)
-  chosen = list(heads.values())[: -(-keep // 2)]
+  chosen = _heads(pool)[: -(-keep // 2)]
   return (chosen + [pair for pair in pool if pair not in chosen])[:keep]
 
 

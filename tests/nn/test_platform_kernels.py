@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters.partial_eval import dce_jaxpr
 from numpy.testing import assert_allclose
 
 from llmjax.nn.mask import Rule, self_mask
@@ -74,6 +75,23 @@ def test_splash_and_its_gradient_equal_the_reference(rule, packed, softcap, sink
   # As in test_kernels.py; gradients of keys and sinks are sums over up to 256 queries.
   assert_allclose(mine, slow(wide(inputs)), rtol=1e-5, atol=5e-6)
   assert_pulled(grads, slow, inputs, grad, count=1, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("names", "forward"), [((), 2), (("attention",), 1)])
+def test_a_layer_that_saves_attention_takes_splash_forward_once(names, forward):
+  kernel = functools.partial(
+    _splash_local, rule=Rule(causal=True), scale=1.0, softcap=0.0, block=128, interpret=True
+  )
+
+  def layer(q):
+    return kernel(jnp.sin(q), jnp.sin(q), jnp.sin(q), None, None).sum()
+
+  policy = jax.checkpoint_policies.save_only_these_names(*names)
+  both = jax.value_and_grad(jax.checkpoint(layer, policy=policy))
+  program = jax.make_jaxpr(both)(random(1, 128, 1, 64)).jaxpr
+  made = str(dce_jaxpr(program, [True] * len(program.outvars))[0])  # what nobody reads is not run
+  assert made.count("name=splash_mha_fwd") == forward
+  assert made.count("name=splash_mha_dq") == made.count("name=splash_mha_dkv") == 1
 
 
 T = 12

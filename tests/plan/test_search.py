@@ -11,7 +11,7 @@ import pytest
 from llmjax.core.config import flat, load, override
 from llmjax.core.errors import UserError
 from llmjax.parallel.mesh import AXES
-from llmjax.plan.candidates import blocks, candidates, change, estimate, meshes
+from llmjax.plan.candidates import candidates, change, estimate, meshes, refined
 from llmjax.plan.chips import topology
 from llmjax.plan.formulas import roofline
 from llmjax.plan.limits import Limits, amount
@@ -96,9 +96,20 @@ def test_estimates_are_not_below_the_roofline_and_know_what_costs():
   assert step_s(**piped, **many) < step_s(**piped, **few)
 
 
-def test_blocks_make_other_tiles():
-  one = next(candidates(config(), topology("v5e:2x2")))
-  assert [x.config.model.attention.block for x in blocks(one)] == [64, 256, 512]  # 128 is its own
+def test_what_is_best_is_varied_further():
+  found = {x.changes["model.remat"]: x for x in candidates(config(), topology("v5e:2x2"))}
+  varied = lambda remat, key: {x.changes[key] for x in refined(found[remat])}  # noqa: E731
+  assert varied("full", "model.attention.block") == {64, 128, 256, 512}  # other tiles each
+  assert varied("full", "loss.chunk") == {128, 256, 512, 1024, 2048}
+  assert varied("none", "model.remat") == {"none"}
+  assert len(varied("full", "model.remat")) == 2**5
+  assert "query+key+value+gate" in varied("full", "model.remat")
+  assert len({str(x.config) for x in refined(found["full"])}) == 4 * 5 * 32
+  few, many = (
+    next(estimate(x) for x in refined(found["full"]) if x.config.loss.chunk == chunk)
+    for chunk in (2048, 128)
+  )
+  assert few.step_s < many.step_s
 
 
 class Compiler:
@@ -126,9 +137,10 @@ def test_the_best_by_formula_is_never_pruned():
   result = search(config(), [place], keep=0)
   every = list(candidates(config(), place))
   hbm = place.chip.hbm_bytes
-  fitting = [x for x in every if memory(x.config, x.sizes, place.chip).peak <= hbm]
+  fits = lambda x: memory(x.config, x.sizes, place.chip).peak <= hbm  # noqa: E731
+  fitting = [x for x in every if fits(x)]
   best = min(fitting, key=lambda x: estimate(x).step_s)
-  rest = [estimate(x).step_s for x in blocks(best)]
+  rest = [estimate(x).step_s for x in refined(best) if fits(x)]
   assert result["winner"]["predicted_s"] == min([estimate(best).step_s, *rest])
   assert result["considered"] == len(every) and result["fits"]
 
