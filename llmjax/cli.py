@@ -11,19 +11,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from llmjax import Sampling, convert, generate, load, plan, run
+from llmjax import Sampling, convert, generate, load, run
 from llmjax.bench import suite
 from llmjax.core import config as configs
 from llmjax.core.errors import RunFailed, UserError, nearest
 from llmjax.core.platform import spare_libtpu
 from llmjax.parallel import join, multihost
-from llmjax.plan import report, search_report
-from llmjax.plan.candidates import change
-from llmjax.plan.chips import topology
-from llmjax.plan.limits import Limits, amount
-from llmjax.plan.pareto_plot import plot_pareto
-from llmjax.plan.patch import patch
-from llmjax.plan.search import search
+from llmjax.plan import command
 from llmjax.train import check as checks
 from llmjax.train.config import Config
 
@@ -89,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
   check.add_argument("--config", required=True, metavar="FILE", help="shrunk by rule to fit")
   check.add_argument("--devices", type=int, default=8, help="on a CPU as many are made")
   check.add_argument("--meshes", default="some", help="some (default) or all")
-  _add_plan(verb("plan", "Tell what a run needs and costs, with no chip at hand."))
+  command.add_flags(verb("plan", "Tell what a run needs and costs, with no chip at hand."))
   convert = verb("convert", "Write a model in another format.")
   convert.add_argument(
     "--from", required=True, metavar="PATH", dest="source", help="as generate's --checkpoint"
@@ -99,32 +93,6 @@ def _parser() -> argparse.ArgumentParser:
   convert.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
   convert.add_argument("--family", default="", help="model_type to write; else the one that fits")
   return parser
-
-
-def _add_plan(sub):
-  sub.add_argument("--config", required=True, metavar="FILE", help="Python file, get_config()")
-  sub.add_argument("--topology", required=True, metavar="CHIPS", help="v5p:4x4x4, v5e:8x8, h100:64")
-  sub.add_argument("--slices", type=int, default=1, help="groups with a slow network between them")
-  sub.add_argument("--price", type=float, default=0.0, help="dollars an hour of a chip")
-  sub.add_argument("--decode", action="store_true", help="plan writing text instead of training")
-  sub.add_argument("--keep-hlo", default="", metavar="FILE", help="write the optimized program")
-  sub.add_argument(
-    "--keep-executable", default="", metavar="FILE", help="keep the step for train.executable"
-  )
-  _add_search(sub)
-
-
-def _add_search(sub):
-  sub.add_argument(
-    "--search", action="store_true", help="find mesh and knobs, and where: --topology=A,B,C"
-  )
-  sub.add_argument("--tokens", default="", help="of the whole run, such as 20B")
-  sub.add_argument("--budget", default="", help="dollars for them, such as '$500'")
-  sub.add_argument("--max-days", type=float, default=0.0, metavar="D", help="days for them")
-  sub.add_argument("--compile", type=int, default=8, metavar="N", help="how many are compiled")
-  sub.add_argument("--jobs", type=int, default=0, help="at once; as many as cores by default")
-  sub.add_argument("--patch", default="", metavar="FILE", help="write the winner as a patch")
-  sub.add_argument("--plot", default="", metavar="FILE", help="draw step time against memory")
 
 
 def _train(args, overrides) -> dict:
@@ -214,42 +182,6 @@ def _check(args, overrides) -> dict:
   return result
 
 
-def _plan(args, overrides) -> dict:
-  config = configs.load(args.config, overrides, Config)
-  if args.search:
-    return _search(args, config)
-  for flag in ("tokens", "budget", "max_days", "patch", "plot"):
-    if getattr(args, flag):
-      raise UserError(f"--{flag.replace('_', '-')} goes with --search")
-  result = plan(
-    config, args.topology, args.slices, args.price, args.decode, args.keep_hlo,
-    args.keep_executable,
-  )
-  print(report.show(result))
-  return result
-
-
-def _search(args, config: Config) -> dict:
-  for flag in ("decode", "keep_hlo", "keep_executable"):
-    if getattr(args, flag):
-      raise UserError(f"--{flag.replace('_', '-')} does not go with --search")
-  if args.compile < 0 or args.jobs < 0:
-    raise UserError(f"--compile={args.compile} --jobs={args.jobs}: neither may be negative")
-  places = [topology(where.strip(), args.slices) for where in args.topology.split(",")]
-  tokens = amount(args.tokens, "--tokens", "20B")
-  budget = amount(args.budget, "--budget", "'$500'")
-  limits = Limits(tokens, budget, args.max_days, args.price)
-  tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-  result = search(config, places, limits, args.compile, args.jobs, report=tell)
-  print(search_report.show(result))
-  if args.plot:
-    plot_pareto(result, Path(args.plot))
-  if args.patch and result["winner"]:
-    winning = change(config, result["winner"]["changes"])
-    Path(args.patch).write_text(patch(args.config, winning))
-  return result
-
-
 def _force_devices(count: int):
   """Has a CPU act as so many devices, unless XLA_FLAGS says how many; leaves accelerators alone.
 
@@ -288,7 +220,7 @@ VERBS = {
   "convert": _convert,
   "bench": _bench,
   "check": _check,
-  "plan": _plan,
+  "plan": command.command,
 }
 
 

@@ -1,0 +1,81 @@
+"""`llmjax plan`: its flags, and what it does with them."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from llmjax.core import config as configs
+from llmjax.core.errors import UserError
+from llmjax.plan import report, search_report
+from llmjax.plan.candidates import change
+from llmjax.plan.chips import topology
+from llmjax.plan.limits import Limits, amount
+from llmjax.plan.pareto_plot import plot_pareto
+from llmjax.plan.patch import patch
+from llmjax.plan.plan import plan
+from llmjax.plan.search import search
+from llmjax.train.config import Config
+
+_ALONE = ("decode", "keep_hlo", "keep_executable")
+_SEARCHING = ("tokens", "budget", "max_days", "patch", "plot")
+
+
+def add_flags(parser: argparse.ArgumentParser):
+  """Adds the flags of `llmjax plan`."""
+  add = parser.add_argument
+  add("--config", required=True, metavar="FILE", help="Python file, get_config()")
+  add("--topology", required=True, metavar="CHIPS", help="v5p:4x4x4, v5e:8x8, h100:64")
+  add("--slices", type=int, default=1, help="groups with a slow network between them")
+  add("--price", type=float, default=0.0, help="dollars an hour of a chip")
+  add("--decode", action="store_true", help="plan writing text instead of training")
+  add("--keep-hlo", default="", metavar="FILE", help="write the optimized program")
+  add("--keep-executable", default="", metavar="FILE", help="keep the step for train.executable")
+  add("--search", action="store_true", help="find mesh and knobs, and where: --topology=A,B,C")
+  add("--tokens", default="", help="of the whole run, such as 20B")
+  add("--budget", default="", help="dollars for them, such as '$500'")
+  add("--max-days", type=float, default=0.0, metavar="D", help="days for them")
+  add("--compile", type=int, default=8, metavar="N", help="how many are compiled")
+  add("--jobs", type=int, default=0, help="at once; as many as cores by default")
+  add("--patch", default="", metavar="FILE", help="write the winner as a patch")
+  add("--plot", default="", metavar="FILE", help="draw step time against memory")
+
+
+def command(args: argparse.Namespace, overrides: list[str]) -> dict:
+  """Plans or searches, and prints the answer for people.
+
+  Returns:
+    What `plan` or `search` returns.
+  Raises:
+    UserError: flags that do not go together, and what these two raise.
+  """
+  config = configs.load(args.config, overrides, Config)
+  for flag in _ALONE if args.search else _SEARCHING:
+    if getattr(args, flag):
+      goes = "does not go" if args.search else "goes"
+      raise UserError(f"--{flag.replace('_', '-')} {goes} with --search")
+  if args.search:
+    return _search(args, config)
+  result = plan(
+    config, args.topology, args.slices, args.price, args.decode, args.keep_hlo,
+    args.keep_executable,
+  )
+  print(report.show(result))
+  return result
+
+
+def _search(args, config: Config) -> dict:
+  if args.compile < 0 or args.jobs < 0:
+    raise UserError(f"--compile={args.compile} --jobs={args.jobs}: neither may be negative")
+  places = [topology(where.strip(), args.slices) for where in args.topology.split(",")]
+  tokens = amount(args.tokens, "--tokens", "20B")
+  budget = amount(args.budget, "--budget", "'$500'")
+  limits = Limits(tokens, budget, args.max_days, args.price)
+  tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+  result = search(config, places, limits, args.compile, args.jobs, report=tell)
+  print(search_report.show(result))
+  if args.plot:
+    plot_pareto(result, Path(args.plot))
+  if args.patch and result["winner"]:
+    winning = change(config, result["winner"]["changes"])
+    Path(args.patch).write_text(patch(args.config, winning))
+  return result
