@@ -186,7 +186,7 @@ def roofline(config: Config, topology: Topology, sizes: dict[str, int]) -> Roofl
   rate = chip.peak(config.model.dtype) * topology.chips
   held, parts = memory(config, sizes, chip), config.train.accumulation
   moved = 2 * (held.weights + held.optimizer)
-  moved += 2 * parts * (held.weights + held.gradients + held.activations)
+  moved += 2 * parts * (held.weights + held.gradients + held.sums + held.activations)
   sent = traffic(config, sizes)
   slow = slow_axes(config, topology, sizes)
   return Roofline(

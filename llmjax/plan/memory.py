@@ -50,18 +50,20 @@ class Memory:
   Attributes:
     weights: fp32 masters.
     optimizer: its state.
-    gradients: fp32 sums, of a micro-batch beside those so far where there are several; the head's
-      whole, since it is cut after the layers' backward pass.
+    gradients: fp32, of one micro-batch, which its layers' backward pass makes.
+    sums: of those before it; of a pipeline all are added up in place.
     activations: what all layers keep for the backward pass, of one micro-batch.
     waiting: inputs of a pipeline's chunks and what lies between its stages.
     layer: inside one layer's backward pass: its arrays, gathered weights and their gradients.
-    head: in the output head: its gathered weights, logits of one chunk, the stream.
+    head: in the output head: its gathered weights and their gradient, logits of one chunk, the
+      stream.
     host: what `remat=offload` keeps in the host's memory; not of the device.
   """
 
   weights: float
   optimizer: float
   gradients: float
+  sums: float
   activations: float
   waiting: float
   layer: float
@@ -71,8 +73,8 @@ class Memory:
   @property
   def peak(self) -> float:
     """All that is alive at the worst moment: in the head, or going back through the last layer."""
-    kept = self.gradients + self.activations + self.waiting
-    return self.weights + self.optimizer + kept + max(self.head, self.layer)
+    kept = self.sums + self.activations + self.waiting
+    return self.weights + self.optimizer + kept + max(self.head, self.gradients + self.layer)
 
 
 def memory(config: Config, sizes: dict[str, int], chip: Chip | None = None) -> Memory:
@@ -96,15 +98,14 @@ def memory(config: Config, sizes: dict[str, int], chip: Chip | None = None) -> M
   layers = math.ceil((model.layers - dense) / (stages * chunks))
   kept, host = arrays.kept(moe=bool(model.moe.experts))
   first, first_host = arrays.kept(moe=False)
-  table = 4 * model.vocab_size * model.width / sizes["tensor"]
-  table *= 1 - 1 / sizes["fsdp"] if config.train.zero == 3 else 0
   waiting = 0
   if stages > 1:
     waiting = arrays.stream * _slots(config.pipeline.schedule, stages, parts, chunks)
   return Memory(
     weights=weights,
     optimizer=state_bytes(model, config.optim, cut),
-    gradients=gradients * (2 if parts > 1 and stages == 1 else 1) + table,
+    gradients=gradients * (stages == 1),
+    sums=gradients * (parts > 1 or stages > 1),
     activations=layers * kept + dense * first,
     waiting=waiting,
     layer=arrays.layer(bool(model.moe.experts)) + _passing(model, cut, config.train.zero),
@@ -271,5 +272,5 @@ class _Arrays:
     model, tensor = self.config.model, self.sizes["tensor"]
     chunk = min(self.config.loss.chunk or self.length, self.length)
     logits = self.rows * chunk * model.vocab_size * 4 / tensor
-    low = model.width * model.vocab_size * self.number / tensor
-    return low + 2 * logits + 3 * self.whole
+    table = model.width * model.vocab_size / tensor
+    return table * (self.number + 4) + 2 * logits + 3 * self.whole

@@ -49,7 +49,7 @@ def search(
     keep: how many are compiled, over all topologies at least one each; 0 compiles none.
     jobs: compiler processes at once; 0 means as many as there are cores.
     compile: `plan`, or what answers like it.
-    report: called with a line for every topology and every compiled candidate.
+    report: called with two lines for every topology and one for every compiled candidate.
   Returns:
     `rows`, best first; `winner`, the first if it fits and is within limits, else None; `fits`;
     `says`, the answer in one line; `considered`, how many had their seconds estimated; `unpriced`,
@@ -63,6 +63,7 @@ def search(
   limits, report = limits or Limits(), report or (lambda line: None)
   filled, rows, considered = with_vocab(config), [], 0
   for place in places:
+    report(f"{place.name}: estimating meshes and knobs by formula")
     pool, count = _pool(filled, place, flat(config), limits)
     considered += count
     fit = sum(row["fits"] for _, row in pool)

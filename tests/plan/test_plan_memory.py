@@ -46,8 +46,7 @@ def test_state_of_llama_7b_is_twelve_bytes_a_weight_and_zero_says_which_are_cut(
   )
   for zero, cut in ((3, (64, 64, 64)), (2, (1, 64, 64)), (1, (1, 64, 1))):
     made = held(zero)
-    head = 4 * 32_000 * 4096 * 63 / 64 if zero == 3 else 0  # whole until the layers are done
-    found = made.weights, made.optimizer / 2, made.gradients - head
+    found = made.weights, made.optimizer / 2, made.gradients
     # Counters of the optimizer are whole everywhere.
     assert found == pytest.approx([4 * weights / ways for ways in cut], rel=1e-6)
 
@@ -62,7 +61,16 @@ def test_full_remat_keeps_each_layers_input_alone():
   assert made.activations == 32 * 4 * 2048 * 4096 * 2
   parts = memory(config_of(*LLAMA_7B, "train.accumulation=4"), sizes_of(fsdp=64), CHIPS["v5e"])
   assert parts.activations == made.activations / 4
-  assert parts.gradients - made.gradients == made.weights  # a micro-batch's beside the sum
+  assert made.sums == 0 and parts.sums == parts.gradients == made.gradients == made.weights
+
+
+def test_the_heads_gradient_is_whole_while_logits_are():
+  first, second = (
+    memory(config_of(*LLAMA_7B, f"model.vocab_size={v}", "loss.chunk=128"), sizes_of(fsdp=64)).head
+    for v in (32_000, 32_001)
+  )
+  # A column more: in the compute dtype, its gradient, logits of 4 rows and theirs.
+  assert second - first == 4096 * (2 + 4) + 2 * 4 * 4 * 128
 
 
 def test_a_pipeline_keeps_a_stages_layers_of_one_microbatch_and_what_waits():
