@@ -180,7 +180,9 @@ def refined(one: Candidate) -> Iterator[Candidate]:
   saved = {config.model.remat}
   if not saved & {"none", "dots", "offload"}:
     sets = itertools.product(*((name, "") for name in _SAVED))
-    saved |= {"+".join(filter(None, names)) or "full" for names in sets}
+    special = {(): "full", _SAVED: "save_projections"}
+    sets = (tuple(filter(None, names)) for names in sets)
+    saved |= {special.get(names, "+".join(names)) for names in sets}
   for block, chunk, remat in itertools.product(tiles.values(), chunks, sorted(saved)):
     other = {"model.attention.block": block, "loss.chunk": chunk, "model.remat": remat}
     yield dataclasses.replace(one, config=change(config, other), changes=one.changes | other)
