@@ -184,12 +184,12 @@ def compile_step(config: Config, mesh: Mesh, with_grads: bool = False):
   )
 
 
-_GATHERS = (
-  "xla_enable_async_all_gather",
-  "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-  "xla_tpu_prefer_async_allgather_to_allreduce",
-  "xla_enable_all_gather_3d_emitter",
-)
+_GATHERS = {
+  "xla_enable_async_all_gather": "true",
+  "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+  "xla_tpu_prefer_async_allgather_to_allreduce": "true",
+  "xla_enable_all_gather_3d_emitter": "true",
+}
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
@@ -203,5 +203,5 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
   device = mesh.abstract_mesh.abstract_device
   if device is None or device.platform != "tpu" or device.device_kind == "TPU v4":
     return {}
-  beside = device.device_kind != "TPU v5 lite"
-  return {"xla_tpu_scoped_vmem_limit_kib": "24576"} | (dict.fromkeys(_GATHERS, "true") if beside else {})
+  more = {} if device.device_kind == "TPU v5 lite" else _GATHERS
+  return {"xla_tpu_scoped_vmem_limit_kib": "24576", **more}
