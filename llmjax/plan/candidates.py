@@ -36,8 +36,9 @@ _CHUNKS = (128, 256, 512, 1024, 2048)  # of positions that have logits at a time
 _SHARE = 0.92  # of the peak that large products reach, with the elementwise work between them;
 _TOKENS = 500  # half of it where a device has so many tokens of a micro-batch
 _TILE_STEP_S = 0.35e-6  # of a kernel's step over one tile, whatever it holds
-_HIDDEN = {"tensor": 0.3, "expert": 0.0}  # share of sending that work hides; of other axes 0.9,
-_SUMS = ("reduce-scatter", "all-reduce")  # but all wait for sums of gradients
+_HIDDEN = 0.9  # share of sending that work hides, but all wait
+_AWAITED = ("tensor", "expert")  # along these axes
+_SUMS = ("reduce-scatter", "all-reduce")  # and for sums of gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,8 +204,8 @@ def estimate(one: Candidate) -> Estimate:
   narrow or its tokens are few; attention does whole tiles, and each costs 0.35 µs more; what
   `roofline` has pass through memory comes on top, and the head's gradient with each chunk of
   logits; stages wait for the fullest, and the last has the head. Of what is sent, work hides 0.9,
-  of tensor's sums 0.3, of gradients' sums and of rows on their way to experts nothing, as the
-  compiler's programs have it (docs/LOG.md).
+  of streams between `tensor`'s halves, rows on their way to experts and sums of gradients nothing,
+  as the compiler's programs have it (docs/LOG.md).
   """
   config, sizes, model = one.config, one.sizes, one.config.model
   line, stages, chunks = roofline(config, one.chips, sizes), sizes["stage"], config.pipeline.chunks
@@ -227,9 +228,7 @@ def estimate(one: Candidate) -> Estimate:
 
 def _hidden(sent: Sent) -> float:
   """Share of a collective's seconds that work hides."""
-  if sent.axis not in _HIDDEN and sent.kind in _SUMS:
-    return 0.0
-  return _HIDDEN.get(sent.axis, 0.9)
+  return 0.0 if sent.axis in _AWAITED or sent.kind in _SUMS else _HIDDEN
 
 
 def _head_s(one: Candidate) -> float:
