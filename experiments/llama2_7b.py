@@ -8,8 +8,8 @@ huggingface.co/meta-llama/Llama-2-7b where `tokenizer.path` says. Rates and toke
 Touvron et al. 2023, arXiv:2307.09288, sec. 2.2; rows and batch are what docs/plan.md compares with,
 where theirs were 1,024 × 4,096.
 
-The compiler's estimate: 11.3 of 16 GiB, 2.74 s a step of which 0.19 wait for links, 63 % MFU, 111
-dollars a billion tokens at the list price. With remat full 5.3 GiB, 2.86 s.
+The compiler's estimate: 14.4 of 16 GiB, 2.68 s a step of which 0.19 wait for links, 64 % MFU, 109
+dollars a billion tokens at the list price. With remat full and chunks of 128, 5.3 GiB and 2.86 s.
 """
 
 from llmjax.core.config import defaults, editable
@@ -25,11 +25,12 @@ def get_config():
   config.data.batch_size = 256
   config.tokenizer.path = "tokenizers/llama2/tokenizer.model"
 
-  # 12 bytes of state a weight: 1.3 GB a chip. Queries, keys and values of all layers are 6 more;
-  # all that projections leave would be 20.
+  # What `--search` found. 12 bytes of state a weight: 1.3 GB a chip; keys, values and gates of all
+  # layers are 10 more; all that projections leave would be 20.
   config.mesh.data = 1
   config.mesh.fsdp = 64
-  config.model.remat = "query+key+value"
+  config.model.remat = "key+value+gate"
+  config.loss.chunk = 2048
 
   config.train.steps = 2_000_000_000_000 // (256 * 2048)
   config.optim.learning_rate = 3e-4
