@@ -20,6 +20,7 @@ from llmjax.parallel.rules import WEIGHTS, ZERO, check_layout, weight_shardings
 from llmjax.parallel.schedules import make_schedule
 from llmjax.plan.chips import Topology
 from llmjax.plan.formulas import roofline, sent_s, slow_axes, tile_of
+from llmjax.plan.memory import dispatched_bytes
 from llmjax.plan.traffic import Sent, traffic
 from llmjax.train.config import Config
 
@@ -36,6 +37,9 @@ _CHUNKS = (128, 256, 512, 1024, 2048)  # of positions that have logits at a time
 _SHARE = 0.92  # of the peak that large products reach, with the elementwise work between them;
 _TOKENS = 500  # half of it where a device has so many tokens of a micro-batch
 _TILE_STEP_S = 0.35e-6  # of a kernel's step over one tile, whatever it holds
+# What goes through memory of the rows of experts, in times of each array: where tokens are, of the
+# room where experts are, of what is as wide as an expert; and at what share of memory's rate.
+_PASSES, _PASS_SHARE = (16, 9, 12), 0.35
 _HIDDEN = 0.9  # share of sending that work hides, but all wait
 _AWAITED = ("tensor", "expert")  # along these axes
 _SUMS = ("reduce-scatter", "all-reduce")  # and for sums of gradients
@@ -202,10 +206,10 @@ def estimate(one: Candidate) -> Estimate:
 
   Assumed: products reach 0.92 of peak, less where a device's part of the feed-forward width is
   narrow or its tokens are few; attention does whole tiles, and each costs 0.35 µs more; what
-  `roofline` has pass through memory comes on top, and the head's gradient with each chunk of
-  logits; stages wait for the fullest, and the last has the head. Of what is sent, work hides 0.9,
-  of streams between `tensor`'s halves, rows on their way to experts and sums of gradients nothing,
-  as the compiler's programs have it (docs/LOG.md).
+  `roofline` has pass through memory comes on top, the head's gradient with each chunk of logits,
+  and elementwise work on the rooms for experts' rows; stages wait for the fullest, and the last has
+  the head. Of what is sent, work hides 0.9, of streams between `tensor`'s halves, rows on their way
+  to experts and sums of gradients nothing, as the compiler's programs have it (docs/LOG.md).
   """
   config, sizes, model = one.config, one.sizes, one.config.model
   line, stages, chunks = roofline(config, one.chips, sizes), sizes["stage"], config.pipeline.chunks
@@ -218,7 +222,7 @@ def estimate(one: Candidate) -> Estimate:
   busy_s = line.compute_s / _SHARE * few * (each + head * (stages - 1))
   busy_s += _tiles_s(one, line.compute_s / line.model_s)
   idle = _bubble(config.pipeline.schedule, stages, config.train.accumulation, chunks)
-  work_s = busy_s / (1 - idle) + line.hbm_s + _head_s(one)
+  work_s = busy_s / (1 - idle) + line.hbm_s + _head_s(one) + _rows_s(one)
   slow = slow_axes(config, one.chips, sizes)
   sending = [(_hidden(sent), sent_s(sent, one.chips.chip, slow)) for sent in traffic(config, sizes)]
   hidden_s = sum(share * seconds for share, seconds in sending)
@@ -239,6 +243,17 @@ def _head_s(one: Candidate) -> float:
   table = 4 * model.width * model.vocab_size / one.sizes["tensor"]
   again = one.config.train.accumulation * (chunks - 1)
   return again * 2 * table * chip.devices / chip.hbm_rate
+
+
+def _rows_s(one: Candidate) -> float:
+  """Elementwise work on rows of experts, which goes over the whole room for them."""
+  config, chip = one.config, one.chips.chip
+  if not config.model.moe.experts:
+    return 0.0
+  layers = _stacked(config.model) / one.sizes["stage"] * config.train.accumulation
+  arrays = zip(_PASSES, dispatched_bytes(config, one.sizes), strict=True)
+  moved = layers * sum(times * size for times, size in arrays)
+  return moved * chip.devices / chip.hbm_rate / _PASS_SHARE
 
 
 def _tiles_s(one: Candidate, again: float) -> float:

@@ -114,6 +114,19 @@ def memory(config: Config, sizes: dict[str, int], chip: Chip | None = None) -> M
   )
 
 
+def dispatched_bytes(config: Config, sizes: dict[str, int]) -> tuple[float, float, float]:
+  """Counts the rows of one layer's experts on a device, of one micro-batch.
+
+  Returns:
+    Bytes of (rows where tokens are, room for them where experts are, one array of the room's rows
+    as wide as an expert).
+  """
+  arrays, moe = _Arrays(config, sizes, None), config.model.moe
+  there, room = arrays._rows()
+  wide = (moe.width or config.model.mlp_width) / config.model.width / sizes["tensor"]
+  return there, room, room * wide
+
+
 @functools.cache
 def held_bytes(model: ModelConfig, mesh: AbstractMesh, whole: bool = False) -> int:
   """Counts the bytes of a model's fp32 weights on a device, or of anything shaped like them.

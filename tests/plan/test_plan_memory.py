@@ -14,7 +14,7 @@ from llmjax.nn.attention import AttentionConfig, LatentConfig
 from llmjax.nn.router import MoeConfig
 from llmjax.parallel.mesh import AXES
 from llmjax.plan.chips import CHIPS
-from llmjax.plan.memory import memory
+from llmjax.plan.memory import dispatched_bytes, memory
 from llmjax.train.config import Config
 
 LENGTH, ROWS = 131, 3  # a prime, by which arrays of positions are told from weights
@@ -71,6 +71,15 @@ def test_the_heads_gradient_is_whole_while_logits_are():
   )
   # A column more: in the compute dtype, its gradient, logits of 4 rows and theirs.
   assert second - first == 4096 * (2 + 4) + 2 * 4 * 4 * 128
+
+
+def test_experts_have_room_for_every_row_that_could_come():
+  config = config_of(*LLAMA_7B, "model.moe.experts=8", "model.moe.top_k=2", "model.moe.width=512")
+  tokens = 256 // 8 * 2048 * 4096 * 2  # bytes of a device's tokens
+  assert dispatched_bytes(config, sizes_of(fsdp=8)) == (2 * tokens, 2 * tokens, tokens / 4)
+  # One of its two experts may be all tokens' first, the other all tokens' second: of four devices.
+  there, room, _ = dispatched_bytes(config, sizes_of(fsdp=2, expert=4))
+  assert (there, room) == (2 * tokens, 4 * 2 * tokens)
 
 
 def test_a_pipeline_keeps_a_stages_layers_of_one_microbatch_and_what_waits():
