@@ -25,6 +25,7 @@ HOUR_S, DAY_S = 3600, 86_400
 # Going back, splash attention's two kernels work out scores and their gradients each for itself:
 # seven products, in units of the two of the forward pass. Tiles that a mask touches are done whole.
 _BACK = 7 / 2
+_BACK_BLOCKS = 5 / 2  # blockwise: scores again, then four products
 
 
 def training_flops(weights: float, tokens: float) -> float:
@@ -88,12 +89,14 @@ def step_flops(config: Config) -> tuple[float, float]:
   tokens = config.data.batch_size * model.context
   forward = forward_flops_per_token(model, model.context)
   scores = scores_flops_per_token(model, model.context)
-  tiled = scores_flops_per_token(model, model.context, tile_of(model))
+  gathered = config.mesh.context > 1 and model.attention.context == "gather"
+  tile = model.context if gathered else tile_of(model)  # a device's queries may stand anywhere
+  tiled = scores_flops_per_token(model, model.context, tile)
   layers = forward - 2 * model.width * model.vocab_size - scores + tiled
   again = _again(model, layers, tiled)
   if config.mesh.stage > 1:  # each computes its chunk again for the gradient, then what remat says
     again = layers + (again if config.pipeline.schedule != "zb_h1" else 0)
-  again += (1 + _BACK) * tiled - 3 * scores
+  again += (1 + (_BACK_BLOCKS if gathered else _BACK)) * tiled - 3 * scores
   return 3 * forward * tokens, again * tokens
 
 

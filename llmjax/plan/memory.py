@@ -224,7 +224,7 @@ class _Arrays:
     made["norms"] += 3 * made.get("latents", 0) * 4 / self.number
     if moe:
       there, sent = self._rows()
-      made["dispatched"] = sent + there * 4 / self.number  # rows in; what became of them, in fp32
+      made["dispatched"] = sent + there  # rows in, and what became of them
       width = (model.moe.width or model.mlp_width) / model.width / self.sizes["tensor"]
       made |= dict.fromkeys((f"expert_{name}" for name in gates), sent * width)
     wide = model.moe.shared * (model.moe.width or model.mlp_width) if moe else model.mlp_width
@@ -273,12 +273,26 @@ class _Arrays:
     """What is alive inside one layer's backward pass beside what is kept."""
     made = self.layer_arrays(moe)
     total = lambda names: sum(made.get(name, 0) for name in names)  # noqa: E731
-    ring = 0.0  # its gradients of queries, keys and values in fp32: those summed, those just made
-    if self.sizes["context"] > 1 and self.config.model.attention.context == "ring":
-      ring = 2 * 4 / self.number * total(("query", "key", "value"))
+    apart = self._context(made)
     if self.config.model.remat == "none":
-      return ring + max(total(_HEADS), total(_HIDDEN)) + 3 * self.stream
-    return ring + total((*_HEADS, *_HIDDEN, *_MORE)) + self.stream
+      return apart + max(total(_HEADS), total(_HIDDEN)) + 3 * self.stream
+    return apart + total((*_HEADS, *_HIDDEN, *_MORE)) + self.stream
+
+  def _context(self, made: dict[str, float]) -> float:
+    """What attention takes more where positions are cut: gradients in fp32, and what it gathers.
+
+    Of a ring those of queries, keys and values, summed and just made. Of gathered keys their
+    gradients, and a strip's scores and weights with theirs.
+    """
+    model, ways = self.config.model, self.sizes["context"]
+    pair = (made["key"] + made["value"]) / self.number  # numbers
+    if ways == 1 or model.attention.context == "all_to_all":
+      return 0.0
+    if model.attention.context == "ring":
+      return 2 * 4 * (pair + made["query"] / self.number)
+    heads = self.rows * model.heads / self.sizes["tensor"]
+    strip = heads * min(model.attention.block, self.length) * model.context
+    return ways * pair * (self.number + 4) + 4 * 4 * strip
 
   def head(self) -> float:
     """What is alive while logits are: the gathered head, a chunk of them twice, the stream."""
