@@ -50,7 +50,8 @@ class Memory:
   Attributes:
     weights: fp32 masters.
     optimizer: its state.
-    gradients: fp32, of one micro-batch, which its layers' backward pass makes.
+    gradients: fp32, of one micro-batch, which its layers' backward pass makes: whole where weights
+      are, whatever is cut of them afterwards.
     sums: of those before it; of a pipeline all are added up in place.
     activations: what all layers keep for the backward pass, of one micro-batch.
     waiting: inputs of a pipeline's chunks and what lies between its stages.
@@ -89,7 +90,7 @@ def memory(config: Config, sizes: dict[str, int], chip: Chip | None = None) -> M
   """
   model, parts, stages = config.model, config.train.accumulation, sizes["stage"]
   cut = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
-  weights, gradients = (
+  weights, sums = (
     held_bytes(model, cut, whole) for whole in (config.train.zero < 3, config.train.zero == 1)
   )
   arrays = _Arrays(config, sizes, chip)
@@ -104,8 +105,8 @@ def memory(config: Config, sizes: dict[str, int], chip: Chip | None = None) -> M
   return Memory(
     weights=weights,
     optimizer=state_bytes(model, config.optim, cut),
-    gradients=gradients * (stages == 1),
-    sums=gradients * (parts > 1 or stages > 1),
+    gradients=weights * (stages == 1),
+    sums=sums * (parts > 1 or stages > 1),
     activations=layers * kept + dense * first,
     waiting=waiting,
     layer=arrays.layer(bool(model.moe.experts)) + _passing(model, cut, config.train.zero),

@@ -42,11 +42,13 @@ LLAMA_7B = (
 def test_state_of_llama_7b_is_twelve_bytes_a_weight_and_zero_says_which_are_cut():
   weights = 6_738_415_616
   held = lambda zero: memory(  # noqa: E731
-    config_of(*LLAMA_7B, f"train.zero={zero}"), sizes_of(fsdp=64), CHIPS["v5e"]
+    config_of(*LLAMA_7B, f"train.zero={zero}", "train.accumulation=2"), sizes_of(fsdp=64),
+    CHIPS["v5e"],
   )
   for zero, cut in ((3, (64, 64, 64)), (2, (1, 64, 64)), (1, (1, 64, 1))):
     made = held(zero)
-    found = made.weights, made.optimizer / 2, made.gradients
+    assert made.gradients == made.weights  # made whole where weights are, then cut
+    found = made.weights, made.optimizer / 2, made.sums
     # Counters of the optimizer are whole everywhere.
     assert found == pytest.approx([4 * weights / ways for ways in cut], rel=1e-6)
 
