@@ -11,7 +11,7 @@ balance and the 14.8 T tokens are those of DeepSeek-AI 2024, arXiv:2412.19437, s
 stayed at its peak longer, and their batch was 3,072 to 15,360 rows. The layer that predicts one
 token further is not in the model.
 
-The compiler's estimate: 55 of 95 GiB, 61 s a step of which 14 wait for links, 15 % MFU, 4,335
+The compiler's estimate: 59 of 95 GiB, 51 s a step of which 13 wait for links, 18 % MFU, 3,625
 dollars a billion tokens at the list price: its rooms for rows that come are eight times what comes
 on average, and all of them are read and written.
 """

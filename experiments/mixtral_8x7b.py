@@ -9,8 +9,8 @@ huggingface.co/mistralai/Mixtral-8x7B-v0.1 where `tokenizer.path` says. Jiang et
 arXiv:2401.04088, give no rates: the weight of the balance is that of their `config.json`, the rest
 is Llama 2's, over a trillion tokens.
 
-The compiler's estimate: 24 of 95 GiB, 6.4 s a step of which 1.1 wait for links, 44 % MFU, 459
-dollars a billion tokens at the list price.
+The compiler's estimate: 23 of 95 GiB, 6.1 s a step of which 1.1 wait for links, 47 % MFU, 434
+dollars a billion tokens at the list price. `--search` finds nothing faster.
 """
 
 from llmjax.core.config import defaults, editable

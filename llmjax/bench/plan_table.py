@@ -128,8 +128,7 @@ def measure(options) -> dict:
     f"of {len(rows)}: {near['flops']} within 3 % of the program's FLOPs, {near['bytes']} within "
     f"15 % of the compiler's peak; {PICTURE}",
     "exceptions in FLOPs: of a pipeline (stage) the program's are those of the longest branch in "
-    "every tick; blockwise attention (context) takes other tiles than the kernel; a rotation of "
-    "positions, some 1 %, and what Muon multiplies are in no formula",
+    "every tick; a rotation of positions, some 1 %, and what Muon multiplies are in no formula",
   ]
   title = "formulas and the TPU's compiler, a device's"
   cpu = {"title": "formulas and this CPU", "rows": cpu_rows(options.rounds)}
@@ -154,5 +153,6 @@ def draw(rows: list[dict], path: Path):
     shown = {"tflops": "TFLOPs of a device and step", "bytes": "GiB of a device at the peak"}[name]
     axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, title=f"{shown}; grey: ±{most:.0%}")
     axis.set(xlabel="by formula", ylabel="by the compiler's program")
+    axis.minorticks_off()  # their labels would overlap
   figure.tight_layout()
   figure.savefig(path, dpi=90)
