@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 
-from llmjax.core.errors import UserError, nearest
+from llmjax.core.errors import UserError
 
 GB, TB, TERA = 1e9, 1e12, 1e12
 GIB = 2**30
@@ -145,7 +145,7 @@ def topology(text: str, slices: int = 1) -> Topology:
   """
   name, _, shape = text.partition(":")
   if name not in CHIPS:
-    raise UserError(f"unknown chip {name!r} in {text!r}; {nearest(name, CHIPS)}")
+    raise UserError(f"unknown chip {name!r} in {text!r}; known: {', '.join(sorted(CHIPS))}")
   chip = CHIPS[name]
   wanted = "x".join("N" * (len(chip.sizes) or 1))
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") != wanted.count("x"):
