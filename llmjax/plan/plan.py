@@ -155,16 +155,19 @@ def _peak(config: Config, chips: Topology) -> float:
 
 
 def _costs(chips: Topology, step_s: float | None, tokens: int) -> dict:
-  """What a number of tokens a step comes to; nothing where the step's time is not known."""
+  """What a number of tokens a step comes to; nothing where the step's time is not known.
+
+  None stands for a cost whose rate, dollars or watts, is not published.
+  """
   if not step_s:
     return {}
   said = bill(chips, 1e9, tokens / step_s)
   return {
     "tokens_per_s": tokens / step_s,
     "tokens_per_day": said.tokens_per_day,
-    "cost_usd_per_btokens": said.usd,
-    "cost_usd_per_mtokens": said.usd / 1000,
-    "kwh_per_btokens": said.kwh,
+    "cost_usd_per_btokens": said.usd or None,
+    "cost_usd_per_mtokens": said.usd / 1000 or None,
+    "kwh_per_btokens": said.kwh or None,
   }
 
 

@@ -64,6 +64,7 @@ def test_without_the_compiler_formulas_answer_and_say_where_it_is(plan, monkeypa
   monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: None)
   status, said, _ = plan("--topology=v5e:2x2", "--decode")
   assert status == 0 and "pip install 'llmjax[plan]'" in said["compiler"]
+  assert said["kwh_per_btokens"] is None  # Google publishes no watts of a chip
   # A row's keys and values: two layers of two heads of 128, in bfloat16.
   assert said["cache_bytes"] == 8 * 512 * 2 * 2 * 2 * 128 * 2
   assert said["prefill"]["tokens_per_step"] == 8 * 512 and said["tokens_per_step"] == 8
