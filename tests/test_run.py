@@ -242,6 +242,7 @@ def test_accumulation_unrolling_remat_and_scan_do_not_change_the_run(finished, t
   assert made["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=2e-3)
 
 
+@pytest.mark.slow
 def test_bf16_compute_learns_too(finished, text, tmp_path):
   _, _, result = finished
   made = llmjax.train(tiny(text, model__dtype="bfloat16"), tmp_path / "bf16")

@@ -90,8 +90,9 @@ def memory(config: Config, sizes: dict[str, int], chip: Chip | None = None) -> M
   """
   model, parts, stages = config.model, config.train.accumulation, sizes["stage"]
   cut = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+  held = _alike(model)
   weights, sums = (
-    held_bytes(model, cut, whole) for whole in (config.train.zero < 3, config.train.zero == 1)
+    held_bytes(held, cut, whole) for whole in (config.train.zero < 3, config.train.zero == 1)
   )
   arrays = _Arrays(config, sizes, chip)
   dense = model.moe.dense_first if model.moe.experts else 0
@@ -104,12 +105,12 @@ def memory(config: Config, sizes: dict[str, int], chip: Chip | None = None) -> M
     waiting = arrays.stream * _slots(config.pipeline.schedule, stages, parts, chunks)
   return Memory(
     weights=weights,
-    optimizer=state_bytes(model, config.optim, cut),
+    optimizer=state_bytes(held, config.optim, cut),
     gradients=weights * (stages == 1),
     sums=sums * (parts > 1 or stages > 1),
     activations=layers * kept + dense * first,
     waiting=waiting,
-    layer=arrays.layer(bool(model.moe.experts)) + _passing(model, cut, config.train.zero),
+    layer=arrays.layer(bool(model.moe.experts)) + _passing(held, cut, config.train.zero),
     head=arrays.head(),
     host=layers * host + dense * first_host,
   )
@@ -126,6 +127,13 @@ def dispatched_bytes(config: Config, sizes: dict[str, int]) -> tuple[float, floa
   there, room = arrays._rows()
   wide = (moe.width or config.model.mlp_width) / config.model.width / sizes["tensor"]
   return there, room, room * wide
+
+
+def _alike(model: ModelConfig) -> ModelConfig:
+  """The same for models that differ in nothing but how they are run, so that caches know them."""
+  plain = ModelConfig()
+  attention = dataclasses.replace(model.attention, block=plain.attention.block)
+  return dataclasses.replace(model, remat=plain.remat, attention=attention)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ device without a mesh in scope, so no constraint, collective or schedule is part
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from llmjax.parallel.rules import ACTIVATIONS, LayoutError, axes_of, batch_shard
 from llmjax.parallel.whole import compile_and_watch
 from llmjax.train.config import Config
 from llmjax.train.shrink import made_up_batch, shrink
-from llmjax.train.state import TrainState, init_sharded, init_state
+from llmjax.train.state import TrainState, abstract_state, init_state
 from llmjax.train.step import advance, compile_step
 
 STEPS = 3
@@ -119,7 +120,7 @@ def on_one_device(config: Config, batch: Batch) -> Observed:
   """
   if not config.model.dropout and not config.model.moe.experts:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=1))
-  state = jax.jit(lambda: init_state(config))()
+  state = jax.device_put(_start(config), jax.devices()[0])
   step = jax.jit(lambda state, batch: advance(state, batch, config), compiler_options=_quick())
   compiled = step.lower(state, batch).compile()
   return _steps(compiled, state, batch)
@@ -131,7 +132,8 @@ def on_mesh(config: Config, mesh: Mesh, batch: Batch, watch: bool = False) -> Ob
   Raises:
     LayoutError: with `watch`, if an activation lives whole on every device.
   """
-  state = init_sharded(config, mesh)
+  places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+  state = jax.device_put(_start(config), places)
   placed = place(batch, batch_sharding(mesh))
   step = compile_step(config, mesh, with_grads=True)
   with jax.set_mesh(mesh):
@@ -148,6 +150,20 @@ def on_mesh(config: Config, mesh: Mesh, batch: Batch, watch: bool = False) -> Ob
     peak_bytes=peak - memory.alias_size_in_bytes,
     traffic=describe(collectives(compiled.as_text(), mesh)),
   )
+
+
+def _start(config: Config) -> TrainState:
+  """The state of step 0 in the host's memory, as `init_sharded` makes it on any mesh."""
+  given = {key: getattr(config, key) for key in ("seed", "model", "optim")}
+  train = dataclasses.replace(Config().train, steps=config.train.steps)
+  return _made(dataclasses.replace(Config(), train=train, **given))
+
+
+@functools.cache
+def _made(config: Config) -> TrainState:
+  """Made once for all meshes, since on a CPU it takes longer to compile than a step."""
+  make = jax.jit(lambda: init_state(config), compiler_options=_quick())
+  return jax.tree.map(np.asarray, make())
 
 
 def _watched(lowered, config: Config, state: TrainState, mesh: Mesh):

@@ -34,10 +34,10 @@ def test_a_shard_alone_has_the_bits_it_has_in_the_whole(function):
     np.testing.assert_array_equal(compiled(x_ldkh[part]), want[part])
 
 
-def test_options_are_for_cpu_on_new_releases_alone():
-  assert same_bits_options("cpu", "0.10.2") == {}
+def test_options_are_for_cpu_alone_and_stricter_on_new_releases():
+  assert same_bits_options("cpu", "0.10.2") == {"xla_backend_optimization_level": 1}
   for newer in ("0.11.0", "0.12.0.1", "1.0", "0.13.0.dev20270101"):
-    assert same_bits_options("cpu", newer)
+    assert same_bits_options("cpu", newer) == {"xla_backend_optimization_level": 0}
   assert same_bits_options("tpu", "0.12.0.1") == {}
 
 

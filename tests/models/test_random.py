@@ -211,7 +211,7 @@ def check(values, muon):
   hypothesis.event("refused" if config is None else config.kind)
 
 
-@settings(max_examples=25, **COMMON)
+@settings(max_examples=8, **COMMON)
 @given(keys(), st.sampled_from((False, False, False, True)))
 def test_any_legal_config_trains_and_does_not_leak(values, muon):
   check(values, muon)
@@ -303,7 +303,7 @@ def test_the_draws_reach_every_kind():
 
 
 def _first():
-  """The configs of a run, without training them."""
+  """The first configs of a run, without training them."""
   seen = []
 
   @settings(max_examples=25, **COMMON)
