@@ -94,7 +94,9 @@ def ragged(monkeypatch):
   monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
 
 
-@pytest.mark.parametrize("sizes", [MESHES[1], {"expert": 4, "fsdp": 2}], ids=named)
+@pytest.mark.parametrize(
+  "sizes", [pytest.param(MESHES[1], marks=pytest.mark.slow), {"expert": 4, "fsdp": 2}], ids=named
+)
 def test_the_ragged_exchange_gives_the_same(sizes, ragged):
   prove(sizes, *ROUTED)
 

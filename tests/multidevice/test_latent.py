@@ -13,7 +13,12 @@ LATENT = (
 
 
 @pytest.mark.parametrize(
-  "sizes", [{"fsdp": 2, "tensor": 2, "context": 2}, {"fsdp": 4, "expert": 2}], ids=named
+  "sizes",
+  [
+    pytest.param({"fsdp": 2, "tensor": 2, "context": 2}, marks=pytest.mark.slow),
+    {"fsdp": 4, "expert": 2},
+  ],
+  ids=named,
 )
 def test_latents_and_experts_equal_one_device(sizes):
   prove(sizes, *LATENT)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,22 @@ CHANGES = (
   "model.layers=4", "model.width=256", "model.heads=8", "model.kv_heads=4", "model.mlp_width=512",
   "model.vocab_size=512", "model.context=2048", "data.batch_size=24", "model.remat=full",
 )
+
+
+@pytest.fixture(autouse=True)
+def remembered(monkeypatch):
+  """Searches here look at the same candidates again and again; each is estimated once."""
+  monkeypatch.setattr(sys.modules["llmjax.plan.search"], "estimate", _estimate)
+
+
+_SEEN = {}
+
+
+def _estimate(one):
+  key = (one.config, one.chips.name, one.chips.slices, *one.sizes.items())
+  if key not in _SEEN:
+    _SEEN[key] = estimate(one)
+  return _SEEN[key]
 
 
 def config(*more):
