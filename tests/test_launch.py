@@ -155,6 +155,7 @@ def test_two_processes_make_the_run_of_one(config, alone, tmp_path):
   assert load_model(tmp_path / "run")[1]["step"] == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_a_killed_process_stops_the_others_and_one_alone_goes_on(config, alone, tmp_path):
   workdir = tmp_path / "run"

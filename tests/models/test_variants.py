@@ -42,7 +42,14 @@ def run(model, batch):
   return logits_btv, total, grads
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# Each is close to another that `make test` has.
+ALIKE = {"rope_t5", "llava_plain", "vit_mean", "vmoe", "hash", "both_ways", "untied", "mixtral"}
+
+
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in VARIANTS],
+)
 def test_logits_loss_and_gradients_equal_the_reference(name, quick_compile):
   config = VARIANTS[name]
   model, given = weights_of(config), inputs(config)

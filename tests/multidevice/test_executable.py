@@ -76,6 +76,7 @@ def test_a_new_process_runs_the_kept_step_to_the_same_bits(kept):
   assert done.stdout.splitlines()[-1] == str(losses(configured()))
 
 
+@pytest.mark.slow
 def test_a_run_trains_with_the_kept_step_as_without(tmp_path):
   config = tiny(write_text(tmp_path / "text"), steps=3, mesh__fsdp=4, mesh__data=2)
   keep(tmp_path / "step", with_vocab(config))

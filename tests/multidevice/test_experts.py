@@ -40,7 +40,9 @@ MESHES = (
 )
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=named)
+@pytest.mark.parametrize(
+  "sizes", [MESHES[0], pytest.param(MESHES[1], marks=pytest.mark.slow), MESHES[2]], ids=named
+)
 def test_loss_gradients_and_steps_equal_one_device(sizes):
   seen = prove(sizes, *ROUTED)
   biases = seen.weights["decoder/blocks/moe/bias_e"]
