@@ -1,5 +1,6 @@
 """Shared by all tests: CPU, a persistent compilation cache, a tiny model, the real data's place."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -52,6 +53,19 @@ def tiny_decoder(tiny_config):
 @pytest.fixture
 def quick_compile():
   """Compiles without most optimizations, for what runs once and is compared with an oracle."""
+  with _quickly():
+    yield
+
+
+@pytest.fixture(scope="module")
+def quick_module():
+  """As `quick_compile`, for all of a file, what its fixtures run included."""
+  with _quickly():
+    yield
+
+
+@contextlib.contextmanager
+def _quickly():
   before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)
   yield

@@ -19,6 +19,8 @@ from llmjax.train.metrics import read_metrics
 from llmjax.train.state import abstract_state
 from tests.runs import tiny, write_text
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):

@@ -16,6 +16,8 @@ from llmjax.models.model import Model
 from llmjax.models.upcycle import InitConfig, begin_from
 from llmjax.nn.router import MoeConfig
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
 EXPERTS = MoeConfig(experts=4, top_k=2)
 
 

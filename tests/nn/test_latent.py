@@ -21,6 +21,8 @@ from llmjax.serve.generate import _run, generate_ids
 from llmjax.serve.sample import Sampling
 from tests.models.variants import VARIANTS, make_config, weights_of
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
 CONFIG = VARIANTS["mla"]
 LATENT = CONFIG.attention.latent
 ROWS = np.random.default_rng(0).integers(0, 38, (2, 12)).astype(np.int32)

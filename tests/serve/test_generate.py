@@ -16,6 +16,8 @@ from llmjax.serve.sample import Sampling
 from llmjax.text.base import NONE, Settings
 from llmjax.text.sentencepiece import SentencePiece
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
 CONTEXT = 40
 TEXT = "the quick brown fox jumps over the lazy dög\n"
 GREEDY = Sampling(temperature=0, max_tokens=12)

@@ -22,6 +22,8 @@ from llmjax.serve.prompt import Prompts, encode_prompts
 from llmjax.serve.sample import Sampling
 from llmjax.text.base import Settings
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
 CONTEXT = 24
 GREEDY = Sampling(temperature=0, max_tokens=6)
 IMAGE = 90  # the image token of `seeing`

@@ -13,6 +13,8 @@ from llmjax.core.errors import UserError
 from llmjax.serve.sample import Sampling, draw, filter_logits
 from tests.reference.sampling import distribution
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
 DRAWS = 40_000
 LOGITS = np.array([1.2, -0.3, 2.0, 0.1, 1.9, -1.5, 0.6, -2.0, 1.0, 0.0], np.float32)
 

@@ -18,6 +18,8 @@ from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
 from llmjax.text.fast import WordPiece
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs", "run", "over", "hills"]
 CONFIG = ModelConfig(
   kind="encoder",
