@@ -153,7 +153,7 @@ def on_mesh(config: Config, mesh: Mesh, batch: Batch, watch: bool = False) -> Ob
 
 
 def _start(config: Config) -> TrainState:
-  """The state of step 0 in the host's memory, as `init_sharded` makes it on any mesh."""
+  """The state of step 0 in the host's memory: but for rounding, what `init_sharded` makes."""
   given = {key: getattr(config, key) for key in ("seed", "model", "optim")}
   train = dataclasses.replace(Config().train, steps=config.train.steps)
   return _made(dataclasses.replace(Config(), train=train, **given))
@@ -163,7 +163,7 @@ def _start(config: Config) -> TrainState:
 def _made(config: Config) -> TrainState:
   """Made once for all meshes, since on a CPU it takes longer to compile than a step."""
   make = jax.jit(lambda: init_state(config), compiler_options=_quick())
-  return jax.tree.map(np.asarray, make())
+  return jax.tree.map(np.array, make())  # copies, since a step takes its state's memory
 
 
 def _watched(lowered, config: Config, state: TrainState, mesh: Mesh):
