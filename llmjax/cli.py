@@ -29,70 +29,93 @@ class _Parser(argparse.ArgumentParser):
     raise UserError(f"{message} (see {self.prog} --help)")
 
 
+# Of each verb: what it does, and its flags as (name, default, help, placeholder): no default means
+# it must be given, False a switch, () what may be repeated; other defaults say the type.
+_CONFIG = ("--config", None, "Python file, get_config()", "FILE")
+_RUN = (_CONFIG, ("--workdir", None, "folder of the run", "DIR"))
+_FLAGS = {
+  "train": ("Run or resume an experiment: --config.section.key=value overrides.", _RUN),
+  "launch": (
+    "Run or resume an experiment in several processes.",
+    (
+      *_RUN,
+      ("--on", None, "local:N: N processes, here", "WHERE"),
+      ("--devices", 1, "CPU devices of a process"),
+    ),
+  ),
+  "generate": (
+    "Continue a prompt.",
+    (
+      ("--checkpoint", None, "workdir, checkpoint, Hugging Face folder or GGUF file", "PATH"),
+      ("--prompt", None, "what comes before", "TEXT"),
+      ("--temperature", 0.8, "0 is greedy"),
+      ("--top_k", 0, "0 keeps all"),
+      ("--top_p", 0.95, "the fewest tokens of so much probability"),
+      ("--max_tokens", 128, "how many to write at most"),
+      ("--seed", 0, "of the draws"),
+      ("--chat", False, "the prompt is a message, put into the chat template"),
+      ("--image", (), "an image; may be repeated", "FILE"),
+    ),
+  ),
+  "eval": (
+    "Measure loss and bits per byte: --config.data.sources=FOLDER for text.",
+    (("--checkpoint", None, "workdir or checkpoint", "DIR"),),
+  ),
+  "convert": (
+    "Write a model in another format.",
+    (
+      ("--from", None, "as generate's --checkpoint", "PATH"),
+      ("--to", None, "folder, empty or not there", "DIR"),
+      ("--format", "huggingface", "huggingface or checkpoint"),
+      ("--dtype", "float32", "float32, bfloat16 or float16"),
+      ("--family", "", "model_type to write; else the one that fits"),
+    ),
+  ),
+  "bench": (
+    "Measure against peers; --config.section.key=value tunes llmjax.",
+    (
+      ("name", None, "train, moe, decode, data, attention or plan", "NAME"),
+      ("--size", "L", "L (35.7 M parameters), S (4.5 M) or tiny"),
+      ("--dtype", "float32", "float32 or bfloat16"),
+      ("--peers", "", "all by default", "A,B"),
+      ("--rounds", 5, "times round all peers"),
+      ("--seconds", 5.0, "least length of a peer's turn"),
+    ),
+  ),
+  "check": (
+    "Prove that every mesh gives the loss and gradients of one device.",
+    (
+      ("--config", None, "shrunk by rule to fit", "FILE"),
+      ("--devices", 8, "on a CPU as many are made"),
+      ("--meshes", "some", "some or all"),
+    ),
+  ),
+  "plan": ("Tell what a run needs and costs, with no chip at hand.", (_CONFIG, *command.FLAGS)),
+}
+_JSON = ("--json", False, "last line of standard output: the result as JSON")
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = _Parser(prog="llmjax", description="Train, sample and evaluate language models.")
   verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-
-  def verb(name, text):
-    sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
-    sub.add_argument(
-      "--json", action="store_true", help="last line of standard output: the result as JSON"
-    )
-    return sub
-
-  train = verb("train", "Run or resume an experiment: --config.section.key=value overrides.")
-  launch = verb("launch", "Run or resume an experiment in several processes.")
-  for sub in (train, launch):
-    sub.add_argument("--config", required=True, metavar="FILE", help="Python file, get_config()")
-    sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
-  launch.add_argument("--on", required=True, metavar="WHERE", help="local:N: N processes, here")
-  launch.add_argument("--devices", type=int, default=1, help="CPU devices of a process")
-
-  generate = verb("generate", "Continue a prompt.")
-  generate.add_argument(
-    "--checkpoint",
-    required=True,
-    metavar="PATH",
-    help="workdir, checkpoint, Hugging Face folder or GGUF file",
-  )
-  generate.add_argument("--prompt", required=True, metavar="TEXT")
-  generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
-  generate.add_argument("--top_k", type=int, default=0, help="0 keeps all")
-  generate.add_argument("--top_p", type=float, default=0.95)
-  generate.add_argument("--max_tokens", type=int, default=128)
-  generate.add_argument("--seed", type=int, default=0)
-  generate.add_argument(
-    "--chat", action="store_true", help="the prompt is a message, put into the chat template"
-  )
-  generate.add_argument(
-    "--image", action="append", default=[], metavar="FILE", help="an image; may be repeated"
-  )
-
-  evaluate = verb("eval", "Measure loss and bits per byte: --config.data.sources=FOLDER for text.")
-  evaluate.add_argument("--checkpoint", required=True, metavar="DIR")
-
-  bench = verb("bench", "Measure against peers; --config.section.key=value tunes llmjax.")
-  bench.add_argument("name", metavar="NAME", help="train, moe, decode, data, attention or plan")
-  bench.add_argument("--size", default="L", help="L (35.7 M parameters), S (4.5 M) or tiny")
-  bench.add_argument("--dtype", default="float32", help="float32 or bfloat16")
-  bench.add_argument("--peers", default="", metavar="A,B", help="all by default")
-  bench.add_argument("--rounds", type=int, default=5, help="times round all peers")
-  bench.add_argument("--seconds", type=float, default=5.0, help="least length of a peer's turn")
-
-  check = verb("check", "Prove that every mesh gives the loss and gradients of one device.")
-  check.add_argument("--config", required=True, metavar="FILE", help="shrunk by rule to fit")
-  check.add_argument("--devices", type=int, default=8, help="on a CPU as many are made")
-  check.add_argument("--meshes", default="some", help="some (default) or all")
-  command.add_flags(verb("plan", "Tell what a run needs and costs, with no chip at hand."))
-  convert = verb("convert", "Write a model in another format.")
-  convert.add_argument(
-    "--from", required=True, metavar="PATH", dest="source", help="as generate's --checkpoint"
-  )
-  convert.add_argument("--to", required=True, metavar="DIR", help="folder, empty or not there")
-  convert.add_argument("--format", default="huggingface", help="huggingface (default), checkpoint")
-  convert.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-  convert.add_argument("--family", default="", help="model_type to write; else the one that fits")
+  for name, (text, flags) in _FLAGS.items():
+    verb = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+    for flag in (_JSON, *flags):
+      _add(verb, *flag)
   return parser
+
+
+def _add(verb: argparse.ArgumentParser, name, default, text, placeholder=None):
+  if default is False:
+    verb.add_argument(name, action="store_true", help=text)
+  elif default == ():
+    verb.add_argument(name, action="append", default=[], help=text, metavar=placeholder)
+  elif default is None:
+    must = {"required": True} if name.startswith("-") else {}
+    verb.add_argument(name, help=text, metavar=placeholder, **must)
+  else:
+    said = f"{text} (default {default})" if default else text
+    verb.add_argument(name, type=type(default), default=default, help=said, metavar=placeholder)
 
 
 def _train(args, overrides) -> dict:
@@ -199,7 +222,7 @@ def _force_devices(count: int):
 
 def _convert(args, overrides) -> dict:
   _no_overrides(overrides)
-  result = convert(args.source, args.to, args.format, args.dtype, args.family)
+  result = convert(getattr(args, "from"), args.to, args.format, args.dtype, args.family)
   print(
     f"{result['path']}: {result['parameters']:,} parameters as {result['family']}, "
     f"{result['bytes']:,} bytes"

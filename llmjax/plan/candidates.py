@@ -18,9 +18,9 @@ from llmjax.models.formulas import forward_flops_per_token
 from llmjax.parallel.mesh import AXES
 from llmjax.parallel.rules import WEIGHTS, ZERO, check_layout, weight_shardings
 from llmjax.parallel.schedules import make_schedule
+from llmjax.plan.arrays import dispatched_bytes
 from llmjax.plan.chips import Topology
 from llmjax.plan.formulas import roofline, sent_s, slow_axes, tile_of
-from llmjax.plan.memory import dispatched_bytes
 from llmjax.plan.traffic import Sent, traffic
 from llmjax.train.config import Config
 

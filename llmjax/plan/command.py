@@ -20,24 +20,23 @@ _ALONE = ("decode", "keep_hlo", "keep_executable")
 _SEARCHING = ("tokens", "budget", "max_days", "patch", "plot")
 
 
-def add_flags(parser: argparse.ArgumentParser):
-  """Adds the flags of `llmjax plan`."""
-  add = parser.add_argument
-  add("--config", required=True, metavar="FILE", help="Python file, get_config()")
-  add("--topology", required=True, metavar="CHIPS", help="v5p:4x4x4, v5e:8x8, h100:64")
-  add("--slices", type=int, default=1, help="groups with a slow network between them")
-  add("--price", type=float, default=0.0, help="dollars an hour of a chip")
-  add("--decode", action="store_true", help="plan writing text instead of training")
-  add("--keep-hlo", default="", metavar="FILE", help="write the optimized program")
-  add("--keep-executable", default="", metavar="FILE", help="keep the step for train.executable")
-  add("--search", action="store_true", help="find mesh and knobs, and where: --topology=A,B,C")
-  add("--tokens", default="", help="of the whole run, such as 20B")
-  add("--budget", default="", help="dollars for them, such as '$500'")
-  add("--max-days", type=float, default=0.0, metavar="D", help="days for them")
-  add("--compile", type=int, default=8, metavar="N", help="how many are compiled")
-  add("--jobs", type=int, default=0, help="at once; as many as cores by default")
-  add("--patch", default="", metavar="FILE", help="write the winner as a patch")
-  add("--plot", default="", metavar="FILE", help="draw step time against memory")
+# Beside --config: name, default, help and placeholder, as `llmjax/cli.py` says.
+FLAGS = (
+  ("--topology", None, "v5p:4x4x4, v5e:8x8, h100:64", "CHIPS"),
+  ("--slices", 1, "groups with a slow network between them"),
+  ("--price", 0.0, "dollars an hour of a chip"),
+  ("--decode", False, "plan writing text instead of training"),
+  ("--keep-hlo", "", "write the optimized program", "FILE"),
+  ("--keep-executable", "", "keep the step for train.executable", "FILE"),
+  ("--search", False, "find mesh and knobs, and where: --topology=A,B,C"),
+  ("--tokens", "", "of the whole run, such as 20B"),
+  ("--budget", "", "dollars for them, such as '$500'"),
+  ("--max-days", 0.0, "days for them", "D"),
+  ("--compile", 8, "how many are compiled", "N"),
+  ("--jobs", 0, "at once; as many as cores by default"),
+  ("--patch", "", "write the winner as a patch", "FILE"),
+  ("--plot", "", "draw step time against memory", "FILE"),
+)
 
 
 def command(args: argparse.Namespace, overrides: list[str]) -> dict:

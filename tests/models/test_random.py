@@ -211,7 +211,7 @@ def check(values, muon):
   hypothesis.event("refused" if config is None else config.kind)
 
 
-@settings(max_examples=4, **COMMON)
+@settings(max_examples=2, **COMMON)
 @given(keys(), st.sampled_from((False, False, False, True)))
 def test_any_legal_config_trains_and_does_not_leak(values, muon):
   check(values, muon)

@@ -1,8 +1,10 @@
 """`llmjax check` passes what is right and names the leaf of what is wrong: four bugs put in."""
 
+import functools
 import json
 
 import jax
+import pytest
 
 from llmjax import cli
 from llmjax.core.config import override
@@ -10,17 +12,33 @@ from llmjax.nn import norm, ring
 from llmjax.parallel import rules
 from llmjax.train import check as checks
 from llmjax.train import step as steps
+from llmjax.train.check import on_one_device
 from llmjax.train.config import Config
+from llmjax.train.shrink import made_up_batch
 from tests.multidevice.test_step import BASE
 
 
-def config(*changes) -> Config:
-  values = (*BASE, "train.accumulation=1", "model.layers=2", "model.remat=none", *changes)
+def config() -> Config:
+  values = (
+    *BASE, "train.accumulation=1", "model.layers=2", "model.remat=none",
+    "model.attention.sinks=True",
+  )
   return override(Config(), [f"--config.{value}" for value in values])
 
 
-def row(sizes, *changes) -> dict:
-  return checks.check(config(*changes), 8, [sizes])["meshes"][0]
+def row(sizes) -> dict:
+  return checks.check(config(), 8, [sizes])["meshes"][0]
+
+
+@functools.cache
+def truth(config):
+  """What one device makes of a config: the bugs below are those of meshes alone."""
+  return on_one_device(config, made_up_batch(config))
+
+
+@pytest.fixture(autouse=True)
+def one_truth(monkeypatch):
+  monkeypatch.setattr(checks, "on_one_device", lambda config, batch: truth(config))
 
 
 CUT = {"context": 4, "data": 2}
@@ -38,10 +56,9 @@ def test_a_mask_off_by_one_at_a_shard_border_is_caught(monkeypatch):
 
 
 def test_a_missing_psum_is_caught_and_its_leaf_named(monkeypatch):
-  sinks = "model.attention.sinks=True"
-  assert row(CUT, sinks)["ok"]
+  assert row(CUT)["ok"]
   monkeypatch.setattr(ring.jax.lax, "psum", lambda x, axis: x)
-  found = row(CUT, sinks)
+  found = row(CUT)
   assert not found["ok"] and "sinks_n" in found["worst_leaf"]
 
 

@@ -9,6 +9,7 @@ LATENT = (
   "model.attention.latent.query_rank=48", "model.attention.latent.rope_dim=8",
   "model.attention.latent.nope_dim=8", "model.attention.latent.value_dim=8",
   "model.moe.experts=8", "model.moe.shared=1", "model.moe.dense_first=1",
+  "model.attention.pattern=('full',)", "model.attention.window=0",
 )
 
 

@@ -96,12 +96,12 @@ ODD = ("model.width=60", "model.heads=30", "model.kv_heads=30", "model.mlp_width
 @pytest.mark.parametrize(
   ("devices", "sizes"),
   [
-    (3, {"stage": 3}), (5, {"tensor": 5}),
+    (3, {"stage": 3}),
     *(
       pytest.param(*mesh, marks=pytest.mark.slow)
       for mesh in (
         (6, {"fsdp": 3, "context": 2}), (6, {"data": 2, "tensor": 3}), (3, {"fsdp": 3}),
-        (5, {"context": 5}),
+        (5, {"context": 5}), (5, {"tensor": 5}),
       )
     ),
   ],

@@ -13,8 +13,9 @@ from llmjax.models.config import ModelConfig
 from llmjax.nn.attention import AttentionConfig, LatentConfig
 from llmjax.nn.router import MoeConfig
 from llmjax.parallel.mesh import AXES
+from llmjax.plan.arrays import dispatched_bytes
 from llmjax.plan.chips import CHIPS
-from llmjax.plan.memory import dispatched_bytes, memory
+from llmjax.plan.memory import memory
 from llmjax.train.config import Config
 
 LENGTH, ROWS = 131, 3  # a prime, by which arrays of positions are told from weights
