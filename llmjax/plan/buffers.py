@@ -40,7 +40,7 @@ def largest_buffers(hlo_text: str, most: int = MOST) -> list[Buffer]:
     hlo_text: optimized HLO.
     most: how many of the program's arguments, and of what it makes.
   Returns:
-    Both, the largest first.
+    Both, the largest first; none that is less than a thousandth of it.
   """
   frames, found = Frames(hlo_text), {}
   for run in walk(hlo_text):
@@ -52,7 +52,8 @@ def largest_buffers(hlo_text: str, most: int = MOST) -> list[Buffer]:
     frame = op.find(r"stack_frame_id=(\d+)")
     source = frames.source(int(frame)) if frame else ""
     shape = op.shape.partition("{")[0]
-    one = Buffer(size_bytes(shape), shape, argument or run.origin or op.code, source)
+    name = (argument or run.origin or op.code).replace("\\'", "'")
+    one = Buffer(size_bytes(shape), shape, name, source)
     found.setdefault((shape, source, argument), one)
   known = {shape for shape, source, _ in found if source}
   given, made = [], []
@@ -60,4 +61,5 @@ def largest_buffers(hlo_text: str, most: int = MOST) -> list[Buffer]:
     if argument or source or shape not in known:
       (given if argument else made).append(one)
   ranked = (sorted(kind, key=lambda one: -one.bytes)[:most] for kind in (given, made))
-  return sorted(itertools.chain(*ranked), key=lambda one: -one.bytes)
+  both = sorted(itertools.chain(*ranked), key=lambda one: -one.bytes)
+  return [one for one in both if 1000 * one.bytes >= both[0].bytes]

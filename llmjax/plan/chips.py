@@ -29,7 +29,7 @@ class Chip:
     usd_per_hour: list price on demand; 0 where none is published.
     watts: of the chip at work, 0 where none is published.
     hosts: chips of one host, or node.
-    sizes: most chips along each dimension of a slice; () for GPUs, which count chips only.
+    sizes: chips along each dimension of the largest slice; () for GPUs, which count chips only.
     clock_hz: of its cores, for the compiler's estimated cycles; 0 where unknown. The peak divided
       by what a device multiplies in a cycle: 4 arrays of 128 × 128 (v5p: 8) or of 256 × 256 (v6e,
       tpu7x). At it the compiler puts its best product of 2k to 16k a side at 98 % of the peak on
@@ -106,6 +106,12 @@ _ROWS = (
 )
 CHIPS = {chip.name: chip for chip in _ROWS}
 
+# Slices that are rented: of flat tori all, of cubes those within one of 4x4x4, of which larger ones
+# are built (docs.cloud.google.com/tpu/docs, each chip's page). The compiler would take others.
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_WITHIN = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+_EDGE = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -147,9 +153,29 @@ def topology(text: str, slices: int = 1) -> Topology:
   if name not in CHIPS:
     raise UserError(f"unknown chip {name!r} in {text!r}; known: {', '.join(sorted(CHIPS))}")
   chip = CHIPS[name]
-  wanted = "x".join("N" * (len(chip.sizes) or 1))
-  if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") != wanted.count("x"):
-    raise UserError(f"topology {text!r}: {name} comes as {name}:{wanted}")
+  numbers = shape.split("x")
+  built = all(re.fullmatch(r"[1-9]\d{0,5}", one) for one in numbers)
+  if not built or not _is_built(chip, tuple(map(int, numbers))):
+    raise UserError(f"no {name} is built as {shape!r}: {name} comes as {_shapes(chip)}")
   if slices < 1:
     raise UserError(f"slices {slices} is less than 1")
-  return Topology(chip, tuple(map(int, shape.split("x"))), slices)
+  return Topology(chip, tuple(map(int, numbers)), slices)
+
+
+def _is_built(chip: Chip, shape: tuple[int, ...]) -> bool:
+  if not chip.sizes or len(shape) != len(chip.sizes):
+    return not chip.sizes and len(shape) == 1
+  dims = sorted(shape)
+  if dims in [sorted(map(int, text.split("x"))) for text in _FLAT + _WITHIN]:
+    return True
+  within = all(n % _EDGE == 0 and n <= most for n, most in zip(dims, chip.sizes, strict=True))
+  return len(dims) == 3 and within
+
+
+def _shapes(chip: Chip) -> str:
+  if not chip.sizes:
+    return "a number of chips, as h100:64"
+  if len(chip.sizes) == 2:
+    return ", ".join(_FLAT)
+  largest = "x".join(map(str, chip.sizes))
+  return f"{', '.join(_WITHIN)}, or multiples of {_EDGE} up to {largest}"

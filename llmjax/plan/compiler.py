@@ -72,9 +72,10 @@ def _compile(task) -> tuple[dict, str]:
 def _devices(name: str, slices: int):
   from jax.experimental import topologies
 
+  alone = {"chips_per_host_bounds": (1, 1, 1)} if name.endswith(":1x1") else {}
   try:
     described = topologies.get_topology_desc(
-      platform="tpu", topology_name=name, num_slices=slices
+      platform="tpu", topology_name=name, num_slices=slices, **alone
     )
   except jax.errors.JaxRuntimeError as error:
     line = str(error).splitlines()[0]

@@ -74,7 +74,7 @@ def test_without_the_compiler_formulas_answer_and_say_where_it_is(plan, monkeypa
   ("argv", "says"),
   [
     (["--topology=mine:2x2"], "known: a100, b200, h100, h200, tpu7x, v4, v5e, v5p, v6e"),
-    (["--topology=v5p:4x4"], "v5p comes as v5p:NxNxN"),
+    (["--topology=v5p:4x4"], "v5p comes as 2x2x1, 2x2x2"),
     (["--topology=v5e:2x2", "--config.mesh.fsdp=8"], "does not divide the 4 devices"),
     (
       ["--topology=h100:8", "--slices=3", "--config.mesh.data=4", "--config.mesh.fsdp=6"],
@@ -138,12 +138,13 @@ def test_largest_buffers_are_named_by_path_or_line():
   text = jax.jit(double).lower(shapes).compile().as_text()
   found = largest_buffers(text)
   argument = next(one for one in found if "left" in one.operation and one.shape == "f32[64,8]")
-  assert argument.bytes == 64 * 8 * 4
+  assert argument.bytes == 64 * 8 * 4 and argument.operation.endswith("['left']")
   product = next(one for one in found if "dot_general" in one.operation)
   assert product.bytes == 64 * 64 * 4 and product.shape == "f32[64,64]"
   line = double.__code__.co_firstlineno + 1
   assert product.source == f"{__file__}:{line}"
-  assert [one.bytes for one in found] == sorted((one.bytes for one in found), reverse=True)
+  sizes = [one.bytes for one in found]
+  assert sizes == sorted(sizes, reverse=True) and min(sizes) >= 64 * 64 * 4 / 1000  # no scalar
 
 
 def test_every_change_that_is_advised_is_one_the_config_takes():
@@ -210,7 +211,10 @@ def test_a_refusal_that_is_not_about_memory_is_an_error():
     compiler.read_full("INTERNAL: Mosaic failed\nand more", [])
 
 
-ON_FOUR = ("--topology=v5e:2x2", "--config.mesh.data=1", "--config.mesh.fsdp=4")
+ON_FOUR = (
+  "--topology=v5e:2x2", "--config.mesh.data=1", "--config.mesh.fsdp=4",
+  "--config.data.batch_size=128",  # of less, all that the program makes is in fast memory
+)
 
 
 @needs_compiler
@@ -219,8 +223,9 @@ def test_the_compiler_is_asked_once(plan, tmp_path):
   status, said, _ = plan(*ON_FOUR, f"--keep-hlo={kept}", f"--keep-executable={program}")
   assert status == 0 and said["fits"] and not said["cached"] and said.keys() >= KEYS
   assert kept.read_text().startswith("HloModule") and program.stat().st_size > 1_000_000
-  # Weights and two moments in fp32 on four devices, and padding of small ones.
-  assert 0 < said["memory"]["arguments"] / (3 * said["parameters"]) - 1 < 0.1
+  # On four devices weights, two moments and a token's four integers; and padding of small ones.
+  held = 3 * said["parameters"] + 4 * said["tokens_per_step"]
+  assert 0 < said["memory"]["arguments"] / held - 1 < 0.1
   assert {one["axis"] for one in said["collectives"]} == {"fsdp"}
   assert 0 < said["mfu"] < 1 and said["est_step_s"] > said["roofline"]["compute_s"]
   assert any("llmjax/" in one["source"] for one in said["largest_buffers"])
@@ -250,7 +255,6 @@ def test_writing_is_planned_by_its_two_programs(plan):
 @pytest.mark.parametrize(
   ("argv", "says"),
   [
-    (["--topology=v5e:3x3", "--config.data.batch_size=9"], "knows no topology v5e:3x3"),
     (["--topology=v5e:2x2", "--config.data.batch_size=6"], "does not divide"),
     (["--topology=v5e:2x2", "--config.model.kind=encoder", "--decode"], "model.kind=decoder"),
   ],

@@ -118,13 +118,26 @@ def test_a_ring_sends_what_compiled_steps_were_seen_to_send():
   ("text", "says"),
   [
     ("v9:2x2", "unknown chip 'v9' in 'v9:2x2'; known: a100, b200, h100, .* v5p, v6e"),
-    ("v5p:4x4", "v5p comes as v5p:NxNxN"),
-    ("v5e:0x4", "v5e comes as v5e:NxN"), ("h100", "h100 comes as h100:N"),
+    ("v5p:4x4", "v5p comes as 2x2x1, 2x2x2, .*, or multiples of 4 up to 16x20x28"),
+    ("v5p:4x4x6", "no v5p is built as '4x4x6'"), ("v5p:16x24x28", "up to 16x20x28"),
+    ("v5e:0x4", "v5e comes as 1x1, 2x2, .*, 16x16"), ("v5e:3x3", "no v5e is built as '3x3'"),
+    ("v6e:32x32", "no v6e is built"), ("h100", "h100 comes as a number of chips, as h100:64"),
   ],
 )
 def test_a_topology_that_is_not_built_is_told_with_those_that_are(text, says):
   with pytest.raises(UserError, match=says):
     topology(text)
+
+
+@pytest.mark.parametrize(
+  ("text", "chips"),
+  [
+    ("v5e:1x1", 1), ("v6e:4x2", 8), ("v4:2x2x1", 4), ("v5p:4x4x2", 32), ("v5p:8x4x4", 128),
+    ("v5p:16x16x24", 6144), ("tpu7x:16x24x24", 9216), ("b200:72", 72),
+  ],
+)
+def test_slices_that_are_rented_are_known_whatever_the_order(text, chips):
+  assert topology(text).chips == chips
 
 
 @pytest.mark.parametrize(
