@@ -125,13 +125,15 @@ def test_a_mesh_that_does_not_divide_the_experts_names_array_and_sizes():
     weight_shardings(mesh, model)
 
 
+# No relu: a hidden number within rounding of its kink has one gradient on one mesh and another on
+# the next, and Adam makes whole steps of it.
 OTHERS = {
   "softmax": ("model.moe.top_k=3", "model.moe.renormalize=False", "train.accumulation=1"),
   "groups": ("model.moe.groups=4", "model.moe.top_groups=2", "model.remat=full"),
   "lightest": ("model.moe.capacity=0.7", "model.moe.drop=lightest"),
   "noisy": ("model.moe.noisy=True", "model.dropout=0.1"),
   "expert_choice": ("model.moe.router=expert_choice",),
-  "hash": ("model.moe.router=hash", "model.moe.capacity=0.5", "model.activation=relu"),
+  "hash": ("model.moe.router=hash", "model.moe.capacity=0.5", "model.activation=gelu"),
   "encoder": ("model.kind=encoder",),
   "muon": ("optim.kind=muon", "model.scan=False"),
   "windows": ("model.attention.pattern=('full','window')", "model.attention.window=9"),
