@@ -58,21 +58,16 @@ def test_loss_and_gradients_are_those_of_scan_without_remat(plain, scan, remat):
   assert_same(loss_and_grad(*of(CONFIG, scan=scan, remat=remat), KEY), plain)
 
 
-@pytest.mark.parametrize(
-  ("scan", "remat"),
-  [pytest.param(False, "none", marks=pytest.mark.slow), (True, "save_projections")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("scan", "remat"), [(False, "none"), (True, "save_projections")])
 def test_two_stacks_are_run_alike(scan, remat):
   plain = loss_and_grad(*of(CROSSED), KEY)
   assert_same(loss_and_grad(*of(CROSSED, scan=scan, remat=remat), KEY), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  ("scan", "remat"),
-  [
-    (False, "save_projections"),
-    *(pytest.param(*how, marks=pytest.mark.slow) for how in ((False, "none"), (True, "full"))),
-  ],
+  ("scan", "remat"), [(False, "save_projections"), (False, "none"), (True, "full")]
 )
 def test_experts_are_run_alike(scan, remat):
   found, plain = (
