@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from llmjax.parallel.rules import (
   spec,
   stream_spec,
 )
+
+_PIECE = 8192  # rows whose gradients are added up at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +159,7 @@ def look_up(table, ids_bt, letter: str, dtype):
   Source: vocabulary parallel embedding, Shoeybi et al. 2019, arXiv:1909.08053, sec. 3.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  # Rows are cast when taken, so that their gradients are added up in fp32.
-  take = lambda rows, ids_bt: jnp.take(rows, ids_bt, axis=0).astype(dtype)  # noqa: E731
+  take = functools.partial(take_rows, jnp.dtype(dtype).name)
   if mesh.empty or mesh.size == 1:
     return take(table, ids_bt)
   check_divides(mesh, "tokens of a micro-batch", "bt", ids_bt.shape, ACTIVATIONS)
@@ -194,3 +196,45 @@ def _own_rows(rows, ids_bt, axes, stream, take, all_ids: bool):
   if axes in stream[1]:  # each device keeps its positions of the sum
     return jax.lax.psum_scatter(x_btd, axes, scatter_dimension=1, tiled=True)
   return jax.lax.psum(x_btd, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def take_rows(dtype: str, table, ids):
+  """Takes rows by number and casts them; their gradients are added up in the table's dtype.
+
+  That goes 8,192 rows at a time: a TPU's compiler sorts them by number first, and a program that
+  sorts two million at once takes a tenth of a whole step's compilation.
+
+  Args:
+    dtype: of the result.
+    table: [rows, d], float.
+    ids: int32 of any shape, each a row's number.
+  Returns:
+    [*ids.shape, d].
+  """
+  return jnp.take(table, ids, axis=0).astype(dtype)
+
+
+def _take_forward(dtype, table, ids):
+  return take_rows(dtype, table, ids), (ids, jnp.zeros((len(table), 0), table.dtype))
+
+
+def _take_backward(dtype, residuals, grad):
+  ids, like = residuals
+  ids, grad = ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
+  whole = len(ids) // _PIECE
+
+  def add(total, piece):
+    numbers, rows = piece
+    return total.at[numbers].add(rows.astype(total.dtype)), None
+
+  total = jnp.zeros((len(like), grad.shape[-1]), like.dtype)
+  if whole:
+    cut = lambda a: a[: whole * _PIECE].reshape(whole, _PIECE, *a.shape[1:])  # noqa: E731
+    total, _ = jax.lax.scan(add, total, (cut(ids), cut(grad)))
+  if len(ids) % _PIECE:
+    total, _ = add(total, (ids[whole * _PIECE :], grad[whole * _PIECE :]))
+  return total, None
+
+
+take_rows.defvjp(_take_forward, _take_backward)

@@ -30,6 +30,7 @@ _SET = {
   "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu",
   "TPU_ACCELERATOR_TYPE": "",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # without it a second compiler at the same time is refused
+  "MALLOC_ARENA_TEST": "8",  # as it is; told, so that `tune_allocator` leaves each thread its heap
 }
 
 

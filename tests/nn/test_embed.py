@@ -9,7 +9,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from llmjax.core.errors import UserError
-from llmjax.nn.embed import Embed, EmbedConfig
+from llmjax.nn import embed as embed_module
+from llmjax.nn.embed import Embed, EmbedConfig, take_rows
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
 from tests.reference import layers
@@ -150,6 +151,19 @@ def test_the_compute_dtype_is_that_asked_for_and_logits_are_fp32():
   )
   # Three vectors of magnitude up to 4 are rounded to bf16, and their two sums: 2^-9 of at most 8.
   assert_allclose(np.asarray(x, np.float32), exact, rtol=0, atol=5 * 8 * 2**-9)
+
+
+@pytest.mark.parametrize("piece", [3, 5, 10, 100])
+def test_gradients_of_rows_are_added_up_in_fp32_piece_by_piece(monkeypatch, piece):
+  monkeypatch.setattr(embed_module, "_PIECE", piece)
+  ids = np.array([[1, 0, 1, 1, 6], [6, 1, 1, 2, 1]])
+  pull = random(*ids.shape, 4).astype(jnp.bfloat16)
+  rows, back = jax.vjp(lambda table: take_rows("bfloat16", table, ids), random(7, 4, seed=1))
+  assert rows.dtype == jnp.bfloat16
+  assert_array_equal(rows, random(7, 4, seed=1).astype(jnp.bfloat16)[ids])
+  wanted = np.zeros((7, 4))
+  np.add.at(wanted, ids, np.asarray(pull, np.float64))
+  assert_allclose(back(pull)[0], wanted, **FP32)
 
 
 def test_tokens_with_one_id_and_place_have_one_vector():
