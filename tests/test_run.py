@@ -229,7 +229,7 @@ def test_a_checkpoint_holds_the_step_it_says_though_buffers_are_donated(text, tm
 
 def test_two_runs_of_one_config_are_the_same_and_another_seed_is_not(finished, text, tmp_path):
   _, _, result = finished
-  same = llmjax.train(tiny(text, data__read_ahead=1), tmp_path / "same")
+  same = llmjax.train(tiny(text, data__cache=str(tmp_path / "cache")), tmp_path / "same")
   assert same["bits_per_byte"] == result["bits_per_byte"]
   import dataclasses
 

@@ -149,7 +149,7 @@ def load(spec: Spec):
     jax.block_until_ready(next(feed))
 
   def measure(request: dict) -> dict:
-    for _ in range(config.data.read_ahead + 2):  # what was made while another one computed
+    for _ in range(loader.READ_AHEAD + 2):  # what was made while another one computed
       next(feed)
     return timed_steps(run_step, size * config.model.context, request["seconds"])
 

@@ -23,6 +23,8 @@ from llmjax.data.tasks import Task
 from llmjax.parallel import multihost
 from llmjax.text.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
+READ_AHEAD = 8  # batches made in advance
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -33,14 +35,12 @@ class DataConfig:
     held_out: share of the text that is kept for evaluation, in (0, 1).
     batch_size: rows of the global batch, over all hosts.
     cache: folder for tokenized text; empty means `data/` in the workdir.
-    read_ahead: batches made in advance.
   """
 
   sources: str = "stdlib"
   held_out: float = 0.05
   batch_size: int = 16
   cache: str = ""
-  read_ahead: int = 8
 
   def __post_init__(self):
     if not 0 < self.held_out < 1:
@@ -77,7 +77,7 @@ def batches(
   start: int,
   stop: int,
   seed: int = 0,
-  read_ahead: int = 8,
+  read_ahead: int = READ_AHEAD,
 ) -> Iterator[Batch]:
   """Yields the global batches of steps `start` to `stop - 1`, placed on the devices.
 

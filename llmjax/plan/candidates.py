@@ -34,6 +34,7 @@ _REMAT = (
 _SAVED = ("attention", "query", "key+value", "gate", "up")  # one by one, of the best meshes
 _BLOCKS = (64, 128, 256, 512)
 _CHUNKS = (128, 256, 512, 1024, 2048)  # of positions that have logits at a time
+_VMEM_MIB = (32, 48)  # of fast memory for a fusion: no formula knows what it gains
 _SHARE = 0.92  # of the peak that large products reach, with the elementwise work between them;
 _TOKENS = 500  # half of it where a device has so many tokens of a micro-batch
 _TILE_STEP_S = 0.35e-6  # of a kernel's step over one tile, whatever it holds
@@ -191,6 +192,18 @@ def refined(one: Candidate) -> Iterator[Candidate]:
   for block, chunk, remat in itertools.product(tiles.values(), chunks, sorted(saved)):
     other = {"model.attention.block": block, "loss.chunk": chunk, "model.remat": remat}
     yield dataclasses.replace(one, config=change(config, other), changes=one.changes | other)
+
+
+def with_vmem(one: Candidate) -> list[Candidate]:
+  """Lists a candidate with other amounts of fast memory for a fusion; nothing for GPUs and a v4."""
+  if not one.chips.chip.sizes or one.chips.chip.name == "v4":
+    return []
+  sizes = [size for size in _VMEM_MIB if size != one.config.train.vmem_mib]
+  changes = [{"train.vmem_mib": size} for size in sizes]
+  return [
+    dataclasses.replace(one, config=change(one.config, other), changes=one.changes | other)
+    for other in changes
+  ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from llmjax.core.config import flat
 from llmjax.core.errors import UserError
-from llmjax.plan.candidates import Candidate, Estimate, candidates, estimate, refined
+from llmjax.plan.candidates import (
+  Candidate,
+  Estimate,
+  candidates,
+  estimate,
+  refined,
+  with_vmem,
+)
 from llmjax.plan.chips import Topology
 from llmjax.plan.formulas import DAY_S, rent_usd
 from llmjax.plan.limits import Limits
@@ -46,7 +53,8 @@ def search(
       pipeline are what is searched.
     places: topologies to choose from.
     limits: tokens, dollars and days.
-    keep: how many are compiled, over all topologies at least one each; 0 compiles none.
+    keep: how many are compiled, over all topologies at least one each; 0 compiles none. The best
+      of each topology is compiled again with other amounts of fast memory.
     jobs: compiler processes at once; 0 means as many as there are cores.
     compile: `plan`, or what answers like it.
     report: called with two lines for every topology and one for every compiled candidate.
@@ -166,7 +174,7 @@ def _compiled(pool, keep: int, jobs: int, compile, report, limits: Limits) -> li
   """The rows of a pool, the best of them by the compiler's estimate.
 
   Where none of these fits, formulas' bytes are scaled by what the compiler wanted, and there is one
-  more round.
+  more round. The last goes over what no formula knows, the fast memory of the best.
   """
   run = lambda pairs: _compile_all(pairs, jobs, compile, report, limits)  # noqa: E731
   near = [pair for pair in pool if pair[1]["peak_bytes"] <= _NEAR * pair[1]["hbm_bytes"]]
@@ -178,12 +186,27 @@ def _compiled(pool, keep: int, jobs: int, compile, report, limits: Limits) -> li
       for new, (_, old) in zip(told, tried, strict=True) if "error" not in new
     ]
     rest = [(one, _scaled(row, max([1.0, *wanted]))) for one, row in rest]
-    tried = _beam([pair for pair in rest if pair[1]["fits"]], keep)
-    told, rest = told + run(tried), [pair for pair in rest if pair not in tried]
+    smaller = _beam([pair for pair in rest if pair[1]["fits"]], keep)
+    told, rest = told + run(smaller), [pair for pair in rest if pair not in smaller]
+    tried = tried + smaller
+  told += run(_with_vmem(tried, told))
   outdone = any(row["by"] == "compiler" and row["fits"] for row in told)
   others = [row | {"outdone": outdone} for _, row in rest]
   front = [row for row in pareto(others) if row not in others[:_SHOWN]]
   return told + others[:_SHOWN] + front
+
+
+def _with_vmem(tried: list, told: list[dict]) -> list:
+  """The fastest that was compiled, with other amounts of fast memory."""
+  good = [pair for pair in zip(tried, told, strict=True) if pair[1]["by"] == "compiler"]
+  good = [pair for pair in good if pair[1]["fits"]]
+  if not good:
+    return []
+  (best, row), _ = min(good, key=lambda pair: pair[1]["step_s"])
+  return [
+    (one, row | {"changes": row["changes"] | {"train.vmem_mib": one.config.train.vmem_mib}})
+    for one in with_vmem(best)
+  ]
 
 
 def _scaled(row: dict, factor: float) -> dict:

@@ -27,6 +27,8 @@ class TrainConfig:
     zero: what mesh axis `fsdp` cuts: 1 optimizer state; 2 gradients too; 3 weights too.
     sum_dtype: of gradients while they are summed over `fsdp`, where that cuts weights: float32, or
       bfloat16, which sends half as much. Latent attention's down projections keep float32.
+    vmem_mib: MiB of a TPU's fast memory that one fusion may use: more makes large products faster,
+      and compiling slower. 0 takes 20, of a v4 what XLA takes.
     executable: file of a step compiled by `llmjax plan --keep-executable`; "" compiles here.
   """
 
@@ -35,6 +37,7 @@ class TrainConfig:
   log_every: int = 1
   zero: int = 3
   sum_dtype: str = "float32"
+  vmem_mib: int = 0
   executable: str = ""
 
   def __post_init__(self):
@@ -43,7 +46,7 @@ class TrainConfig:
     check_choice("train.sum_dtype", self.sum_dtype, ("float32", "bfloat16"))
     if self.sum_dtype != "float32" and self.zero != 3:
       raise UserError(f"train.sum_dtype={self.sum_dtype} changes nothing with train.zero below 3")
-    check_least("train", self, steps=1, accumulation=1, log_every=1)
+    check_least("train", self, steps=1, accumulation=1, log_every=1, vmem_mib=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,12 +181,12 @@ _FREE = (
   "pipeline.",
   "train.zero",
   "train.executable",
+  "train.vmem_mib",
   "model.attention.context",
   "checkpoint.",
   "eval.",
   "sample.",
   "data.cache",
-  "data.read_ahead",
   "train.log_",
 )
 

@@ -114,7 +114,6 @@ def _feed(config: Config, tokenizer: Tokenizer, store: TokenStore, mesh: Mesh, s
     start,
     config.train.steps,
     seed=config.seed,
-    read_ahead=config.data.read_ahead,
   )
 
 

@@ -1,6 +1,7 @@
 """Proves that micro-batches add up to the batch, and that a step is the optimizer's on its mean."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.train.config import Config, TrainConfig
 from llmjax.train.optim import OptimConfig
 from llmjax.train.state import abstract_state, init_sharded
-from llmjax.train.step import compile_step, loss_and_grad, micro_batches
+from llmjax.train.step import compile_step, compiler_options, loss_and_grad, micro_batches
 from tests.models.variants import VARIANTS, batch_of, inputs, scored_places, weights_of
 
 ROWS = 4
@@ -152,3 +153,17 @@ def test_images_without_tokens_train_too(quick_compile):
   loss, grads, count, routing = micro(weights_of(config), batch, 2)
   assert routing is None and np.isfinite(loss) and float(count) == float(weights.sum())
   assert all(np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_a_tpus_fast_memory_is_the_configs():
+  def options(kind, platform="tpu", **more):
+    device = SimpleNamespace(device_kind=kind, platform=platform)
+    return compiler_options(
+      SimpleNamespace(size=4, abstract_mesh=SimpleNamespace(abstract_device=device)), **more
+    )
+
+  key = "xla_tpu_scoped_vmem_limit_kib"
+  assert options("TPU v5 lite") == {key: "20480"}
+  assert options("TPU v5", vmem_mib=48)[key] == "49152"
+  assert options("TPU v4") == {} and options("TPU v4", vmem_mib=8) == {key: "8192"}
+  assert key not in options("cpu", "cpu", vmem_mib=48) and options("H100", "cuda") == {}
