@@ -18,6 +18,7 @@ from llmjax.plan.chips import Topology, topology
 from llmjax.plan.formulas import bill, roofline, serving
 from llmjax.plan.memory import memory
 from llmjax.plan.recount import recount
+from llmjax.plan.traffic import traffic
 from llmjax.train.config import Config
 
 
@@ -72,7 +73,8 @@ def plan(
   else:
     flops = result["model_flops_per_step"]
     said = _said("train", config, chips, sizes, flops, keep_hlo, keep_executable)
-  return result | said | _costs(chips, said.get("est_step_s"), result["tokens_per_step"])
+  steps = 0 if decode else config.train.steps
+  return result | said | _costs(chips, said.get("est_step_s"), result["tokens_per_step"], steps)
 
 
 def _lacking(chips: Topology) -> str:
@@ -115,11 +117,13 @@ def _trained(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
     "memory_by_formula": dataclasses.asdict(held),
     "tokens_per_step": tokens,
     "model_flops_per_step": line.model_s * _peak(config, chips),
+    "repeated_flops_per_step": (line.compute_s - line.model_s) * _peak(config, chips),
+    "sends_by_formula": [dataclasses.asdict(one) for one in traffic(config, sizes)],
     "roofline": dataclasses.asdict(line),
     "bound": line.bound,
     "ideal_step_s": line.step_s,
     "ideal_mfu": line.mfu,
-    **_costs(chips, line.step_s, tokens),
+    **_costs(chips, line.step_s, tokens, config.train.steps),
   }
 
 
@@ -154,15 +158,18 @@ def _peak(config: Config, chips: Topology) -> float:
   return chips.chip.peak(config.model.dtype) * chips.chips
 
 
-def _costs(chips: Topology, step_s: float | None, tokens: int) -> dict:
-  """What a number of tokens a step comes to; nothing where the step's time is not known.
+def _costs(chips: Topology, step_s: float | None, tokens: int, steps: int = 0) -> dict:
+  """What a number of tokens a step comes to, and all steps of a run if there are some.
 
-  None stands for a cost whose rate, dollars or watts, is not published.
+  None stands for a cost whose rate, dollars or watts, is not published. Nothing is said where the
+  step's time is not known.
   """
   if not step_s:
     return {}
   said = bill(chips, 1e9, tokens / step_s)
-  return {
+  run = bill(chips, steps * tokens, tokens / step_s)
+  whole = {"run_days": run.days, "run_cost_usd": run.usd or None, "run_kwh": run.kwh or None}
+  return (whole if steps else {}) | {
     "tokens_per_s": tokens / step_s,
     "tokens_per_day": said.tokens_per_day,
     "cost_usd_per_btokens": said.usd or None,

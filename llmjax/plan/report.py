@@ -32,6 +32,8 @@ def _program(said: dict, hbm_bytes: float) -> list[str]:
   lines = _memory(said, hbm_bytes) if "fits" in said else []
   if "collectives" in said:
     lines.append(f"sends: {_sent(said['collectives'])}")
+  elif "sends_by_formula" in said:
+    lines.append(f"sends by formula: {_sent(said['sends_by_formula'])}")
   if "est_step_s" in said:
     count = said["recount"]
     lines += [
@@ -80,10 +82,10 @@ def _sent(collectives: list[dict]) -> str:
   total, count = Counter(), Counter()
   for one in collectives:
     key = one["kind"], one["axis"]
-    total[key] += one["bytes"] * one["count"]
-    count[key] += one["count"]
+    total[key] += one["bytes"] * one.get("count", 1)
+    count[key] += one.get("count", 0)
   parts = [
-    f"{kind} {axis} {_gib(size)} in {count[kind, axis]:,}"
+    f"{kind} {axis} {_gib(size)}" + (f" in {count[kind, axis]:,}" if count[kind, axis] else "")
     for (kind, axis), size in total.most_common(_MOST)
   ]
   return ", ".join(parts) or "nothing"
@@ -97,7 +99,10 @@ def _money(plan: dict) -> str:
   dollars = f"{plan['cost_usd_per_btokens']:,.2f} dollars a billion tokens"
   if "prefill" in plan:
     dollars = f"{plan['cost_usd_per_mtokens']:,.4g} dollars a million tokens written"
-  return f"{text}; {dollars} at {plan['usd_per_chip_hour']:.2f} a chip and hour"
+  text += f"; {dollars} at {plan['usd_per_chip_hour']:.2f} a chip and hour"
+  if "run_days" in plan:
+    text += f"; the whole run {plan['run_days']:,.3g} days, {plan['run_cost_usd']:,.0f} dollars"
+  return text
 
 
 def _gib(size: float) -> str:

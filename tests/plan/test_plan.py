@@ -62,6 +62,22 @@ def test_gpus_are_planned_by_formula_alone(plan):
   usd = 8 * 2 / 3600 * said["ideal_step_s"] / (8 * 512) * 1e9
   assert said["cost_usd_per_btokens"] == pytest.approx(usd)
   assert said["tokens_per_day"] == pytest.approx(8 * 512 / said["ideal_step_s"] * 86_400)
+  steps = Config().train.steps
+  assert said["run_days"] == pytest.approx(steps * said["ideal_step_s"] / 86_400)
+  assert said["run_cost_usd"] == pytest.approx(usd * steps * 8 * 512 / 1e9)
+  held, sent = said["memory_by_formula"], said["sends_by_formula"]
+  assert held["weights"] == held["gradients"] == 4 * said["parameters"]
+  assert 0 < held["optimizer"] - 2 * held["weights"] <= 8  # two counts of steps
+  # Whole copies of fp32 gradients are added up: 7/8 of them there, 7/8 back.
+  (one,) = [one for one in sent if one["axis"] == "data"]
+  assert one["kind"] == "all-reduce"
+  assert one["bytes"] == pytest.approx(2 * 7 / 8 * 4 * said["parameters"], rel=0.01)
+  # Of two layers all is done again but the product down, which no gradient reads; a tile of 512 is
+  # the whole square of scores, of which the kernels take 2 products forward, twice, and 7 back.
+  products = 2 * 2 * (4 * 256**2 + 2 * 256 * 512)
+  square, seen = (2 * 4 * 256 * keys for keys in (512, 513 / 2))
+  again = products + (2 + 7 / 2) * square - 3 * seen
+  assert said["repeated_flops_per_step"] == pytest.approx(8 * 512 * again)
 
 
 def test_without_the_compiler_formulas_answer_and_say_where_it_is(plan, monkeypatch):
