@@ -94,15 +94,15 @@ def _sent(collectives: list[dict]) -> str:
 def _money(plan: dict) -> str:
   rate = "by the compiler's estimate" if "est_step_s" in plan else "at best"
   text = f"{plan['tokens_per_day']:,.0f} tokens a day {rate}"
+  if "run_days" in plan:
+    text += f", the whole run in {plan['run_days']:,.3g} days"
   if not plan["cost_usd_per_btokens"]:
     return f"{text}; no price is known, see --price"
   dollars = f"{plan['cost_usd_per_btokens']:,.2f} dollars a billion tokens"
   if "prefill" in plan:
     dollars = f"{plan['cost_usd_per_mtokens']:,.4g} dollars a million tokens written"
   text += f"; {dollars} at {plan['usd_per_chip_hour']:.2f} a chip and hour"
-  if "run_days" in plan:
-    text += f"; the whole run {plan['run_days']:,.3g} days, {plan['run_cost_usd']:,.0f} dollars"
-  return text
+  return text + (f", {plan['run_cost_usd']:,.0f} in all" if "run_days" in plan else "")
 
 
 def _gib(size: float) -> str:
