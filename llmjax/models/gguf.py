@@ -12,7 +12,7 @@ import numpy as np
 
 from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig
-from llmjax.models.gguf_config import Metadata, config_of, with_divisors
+from llmjax.models.gguf_config import config_of, with_divisors
 from llmjax.models.hf_layout import Tensors, from_tensors
 from llmjax.models.model import Model
 from llmjax.text.gguf import from_gguf
@@ -67,7 +67,7 @@ def load_file(path) -> Model:
   """
   values, stored = _read(path)
   shapes = {name: tuple(int(n) for n in reversed(each.shape)) for name, each in stored.items()}
-  config = config_of(Metadata(values), shapes)
+  config = config_of(values, shapes)
   readers = {name: functools.partial(_dequantize, tensor) for name, tensor in stored.items()}
   if "rope_freqs.weight" in readers:
     divisors = readers.pop("rope_freqs.weight")().astype(np.float64)
