@@ -5,7 +5,7 @@ input was wrong (one line), 1 anything else.
 """
 
 import argparse
-import json
+import math
 import os
 import shutil
 import sys
@@ -15,6 +15,7 @@ from llmjax import Sampling, convert, generate, load, run
 from llmjax.bench import suite
 from llmjax.core import config as configs
 from llmjax.core.errors import RunFailed, UserError, nearest
+from llmjax.core.files import to_json
 from llmjax.core.platform import spare_libtpu
 from llmjax.parallel import join, multihost
 from llmjax.plan import command
@@ -115,7 +116,18 @@ def _add(verb: argparse.ArgumentParser, name, default, text, placeholder=None):
     verb.add_argument(name, help=text, metavar=placeholder, **must)
   else:
     said = f"{text} (default {default})" if default else text
-    verb.add_argument(name, type=type(default), default=default, help=said, metavar=placeholder)
+    kind = _finite if isinstance(default, float) else type(default)
+    verb.add_argument(name, type=kind, default=default, help=said, metavar=placeholder)
+
+
+def _finite(text: str) -> float:
+  value = float(text)
+  if not math.isfinite(value):
+    raise argparse.ArgumentTypeError(f"{value} is not a finite number")
+  return value
+
+
+_finite.__name__ = "float"  # what argparse calls it where the text is no number
 
 
 def _train(args, overrides) -> dict:
@@ -268,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     join.leave(1)
     raise
   if args.json and (args.verb != "train" or multihost.is_writer()):
-    print(json.dumps(result))
+    print(to_json(result))
   return 0 if result.get("ok", True) else 1
 
 

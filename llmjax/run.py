@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools
-import json
 import math
 import operator
-import os
 import statistics
 import sys
 import time
@@ -16,6 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from llmjax.core import config as configs
+from llmjax.core import files
 from llmjax.core.errors import UserError
 from llmjax.data.loader import make_store, make_tokenizer, read_split
 from llmjax.data.prepare import store_key
@@ -134,7 +133,7 @@ def _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s) -> di
     model = Model(config.model, fitted.model, tokenizer)
     _write_samples(model, config.sample.prompts, _sampling(config), workdir)
   result["total_seconds"] = round(time.perf_counter() - began_s, 2)
-  _write(workdir / "result.json", json.dumps(result, indent=1) + "\n")
+  files.replace(workdir / "result.json", files.to_json(result, indent=1) + "\n")
   return result
 
 
@@ -289,14 +288,7 @@ def _write_samples(model: Model, prompts, sampling: Sampling, workdir: Path):
     f"--- prompt: {prompt!r}\n{prompt}{made.text}\n"
     for prompt, made in zip(prompts, generate(model, prompts, sampling), strict=True)
   ]
-  _write(workdir / "samples.txt", "\n".join(texts))
-
-
-def _write(path: Path, text: str):
-  """Replaces a file as a whole: a reader sees the old one or the new one."""
-  partial = path.with_name(f".{path.name}.partial")
-  partial.write_text(text)
-  os.replace(partial, path)
+  files.replace(workdir / "samples.txt", "\n".join(texts))
 
 
 def _say(text: str):

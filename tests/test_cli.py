@@ -115,6 +115,7 @@ def test_eval_prints_its_scores(setup, capsys):
     ("--config.seed=x", "invalid literal for int"),
     ("--config.seed=-1", "seed -1 is negative"),
     ("--config.eval.batch_size=0", "batch_size 0 must be ≥ 1"),
+    ("--config.optim.learning_rate=nan", "optim.learning_rate nan is not a finite number"),
     ("--config.optim.beta1=2.0", r"optim.beta1 2.0 is not in \[0, 1\)"),
     ("--config.optim.kind=lion9", "optim.kind 'lion9' is unknown"),
     ("--config.sample.max_tokens=0", "max_tokens 0 is less than 1"),
@@ -195,6 +196,8 @@ def test_bad_input_to_generate_and_eval(setup, tmp_path, capsys):
   assert "takes from 1 to 31" in fails(capsys, "generate", here, long)
   for flag, message in {
     "--temperature=-1": "temperature -1.0 is negative",
+    "--temperature=nan": "argument --temperature: nan is not a finite number",
+    "--top_p=1e999": "argument --top_p: inf is not a finite number",
     "--top_p=0": "top_p 0.0 is not in (0, 1]",
     "--top_k=-2": "top_k -2 is negative",
     "--max_tokens=0": "max_tokens 0 is less than 1",

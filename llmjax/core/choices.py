@@ -1,4 +1,7 @@
-"""Checks shared by the config sections: a word out of a list, a number in a range."""
+"""Checks shared by the config sections: a word out of a list, a number in a range, a finite one."""
+
+import dataclasses
+import math
 
 from llmjax.core.errors import UserError, nearest
 
@@ -14,3 +17,20 @@ def check_least(section: str, config, **least: float):
   for name, bound in least.items():
     if getattr(config, name) < bound:
       raise UserError(f"{section}.{name} {getattr(config, name)} is less than {bound}")
+
+
+def check_finite(name: str, value):
+  """Raises a `UserError` where a number is NaN or infinite.
+
+  Args:
+    name: of the value, for the message.
+    value: anything: numbers are looked for in tuples, lists and the fields of dataclasses, too.
+  """
+  if dataclasses.is_dataclass(value):
+    for field in dataclasses.fields(value):
+      check_finite(f"{name}.{field.name}".lstrip("."), getattr(value, field.name))
+  elif isinstance(value, (tuple, list)):
+    for each in value:
+      check_finite(name, each)
+  elif isinstance(value, float) and not math.isfinite(value):
+    raise UserError(f"{name} {value} is not a finite number")

@@ -17,6 +17,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from llmjax.core.choices import check_finite
 from llmjax.core.errors import UserError, nearest
 
 
@@ -134,6 +135,7 @@ def _coerce(value, kind, key):
     raise UserError(
       f"config key {key!r} wants {kind.__name__}, got {value!r} ({type(value).__name__})"
     )
+  check_finite(key, value)
   return value
 
 

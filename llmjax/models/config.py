@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llmjax.core.choices import check_choice, check_least
+from llmjax.core.choices import check_choice, check_finite, check_least
 from llmjax.core.errors import UserError
 from llmjax.nn.attention import AttentionConfig
 from llmjax.nn.dropout import NAMES
@@ -121,6 +121,7 @@ class ModelConfig:
   moe: MoeConfig = MoeConfig()
 
   def __post_init__(self):
+    check_finite("model", self)
     for key, known in (
       ("kind", KINDS), ("activation", ACTIVATIONS), ("block", BLOCKS), ("dtype", DTYPES),
     ):

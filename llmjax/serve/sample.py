@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from llmjax.core.choices import check_finite
 from llmjax.core.errors import UserError
 
 
@@ -28,6 +29,7 @@ class Sampling:
   seed: int = 0
 
   def __post_init__(self):
+    check_finite("", self)
     for name in ("temperature", "top_k", "seed"):
       if getattr(self, name) < 0:
         raise UserError(f"{name} {getattr(self, name)} is negative")

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llmjax.core.choices import check_choice, check_least
+from llmjax.core.choices import check_choice, check_finite, check_least
 from llmjax.core.errors import UserError
 from llmjax.data.loader import DataConfig
 from llmjax.data.tasks import Task, TaskConfig
@@ -133,6 +133,7 @@ class Config:
   sample: SampleConfig = SampleConfig()
 
   def __post_init__(self):
+    check_finite("", self)
     if self.seed < 0:
       raise UserError(f"seed {self.seed} is negative")
     name, suits = self.task.name, SUITABLE[self.model.kind]

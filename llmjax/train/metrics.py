@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from llmjax.core.files import replace, to_json
 from llmjax.train.experts import Starving
 
 _EVERY_S = 10.0  # between plain lines of progress
@@ -47,7 +48,7 @@ class MetricsWriter:
   def __init__(self, workdir: Path, step: int):
     path = Path(workdir, "metrics.jsonl")
     kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    replace(path, "".join(to_json(line) + "\n" for line in kept))
     self._file = path.open("a", buffering=1)
     from tensorboardX import SummaryWriter  # here, because it imports torch wherever there is one
 
@@ -55,7 +56,7 @@ class MetricsWriter:
 
   def write(self, step: int, values: dict):
     """Writes one step's values; `step` comes first in the line."""
-    self._file.write(json.dumps({"step": step, **values}) + "\n")
+    self._file.write(to_json({"step": step, **values}) + "\n")
     for name, value in values.items():
       if not isinstance(value, list):  # a figure of each layer or expert is for metrics.jsonl
         self._board.add_scalar(name, value, step)

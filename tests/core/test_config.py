@@ -7,7 +7,11 @@ import pytest
 
 from llmjax.core import config as configs
 from llmjax.core.errors import UserError
+from llmjax.models.config import ModelConfig
+from llmjax.nn.norm import NormConfig
+from llmjax.serve.sample import Sampling
 from llmjax.train.config import Config
+from llmjax.train.optim import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,3 +201,32 @@ def test_overriding_leaves_the_config_it_came_from_alone():
   before = Outer()
   assert configs.override(before, ["--config.steps=8"]).steps == 8
   assert before == Outer()
+
+
+NOT_FINITE = pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e999"])
+
+
+@NOT_FINITE
+@pytest.mark.parametrize("key", ["optim.learning_rate", "optim.beta1", "model.norm.eps"])
+def test_a_number_that_is_not_finite_is_refused_wherever_a_config_is_read(key, number):
+  with pytest.raises(UserError, match=rf"{key} (nan|-?inf) is not a finite number"):
+    configs.override(Config(), [f"--config.{key}={number}"])
+  section, *middle, last = key.split(".")
+  values = configs.to_dict(Config())
+  inner = values[section]
+  for name in middle:
+    inner = inner[name]
+  inner[last] = float(number)  # as a checkpoint's JSON may hold it
+  with pytest.raises(UserError, match="is not a finite number"):
+    configs.freeze(values, Config)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_refused_where_dataclasses_are_made_in_python(number):
+  with pytest.raises(UserError, match=f"optim.weight_decay {number} is not a finite number"):
+    Config(optim=OptimConfig(weight_decay=number))
+  with pytest.raises(UserError, match=f"model.norm.eps {number} is not a finite number"):
+    ModelConfig(norm=NormConfig(eps=number))
+  for name in ("temperature", "top_p"):
+    with pytest.raises(UserError, match=f"{name} {number} is not a finite number"):
+      Sampling(**{name: number})
