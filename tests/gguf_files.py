@@ -120,8 +120,11 @@ def llama_tensors(tensors: dict, config: dict) -> dict:
   return made
 
 
-def write(path: Path, arch: str, metadata: dict, tensors: dict, types: dict | None = None):
-  """Writes a file.
+def write(
+  path: Path, arch: str, metadata: dict, tensors: dict, types: dict | None = None, split: int = 0,
+  first_small: bool = False,
+):
+  """Writes a file, or several.
 
   Args:
     path: of the file.
@@ -129,8 +132,10 @@ def write(path: Path, arch: str, metadata: dict, tensors: dict, types: dict | No
     metadata: values by key: int, float, bool, str or a list of one of them.
     tensors: arrays by name; float32 and float16 as they are, uint8 as blocks of `types[name]`.
     types: quantization of the uint8 ones.
+    split: tensors of a file; 0 writes one file.
+    first_small: the first of several files holds no tensor.
   """
-  writer = gguf.GGUFWriter(path, arch)
+  writer = gguf.GGUFWriter(path, arch, split_max_tensors=split, small_first_shard=first_small)
   for key, value in metadata.items():
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     add |= {str: writer.add_string, list: writer.add_array}

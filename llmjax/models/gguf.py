@@ -5,6 +5,7 @@ Parsing and dequantizing are the `gguf` package's; here is which tensor becomes 
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 
 import gguf
@@ -13,9 +14,11 @@ import numpy as np
 from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig
 from llmjax.models.gguf_config import config_of, with_divisors
+from llmjax.models.hf_family import note
 from llmjax.models.hf_layout import Tensors, from_tensors
 from llmjax.models.model import Model
 from llmjax.text.gguf import from_gguf
+from llmjax.text.tokenizer import Tokenizer
 
 # Their name → ours, as in `hf_layout`; `@` is the stack's name.
 _ROWS = {
@@ -57,40 +60,80 @@ def load_file(path) -> Model:
   """Loads a GGUF file; weights are dequantized to fp32.
 
   Args:
-    path: of the file.
+    path: of the file, or of the first where a model is split into several.
   Returns:
-    The model, with the tokenizer the file describes, if it does.
+    The model, with the tokenizer the file describes; where that is not known here a note says why
+    there is none.
   Raises:
-    UserError: not a whole GGUF file, or an architecture, a type of tensor or a tokenizer that is
-      not known here.
+    UserError: not a whole GGUF file, or an architecture, a key or a type of tensor that is not
+      known here.
   Source: ggml's docs/gguf.md, and the names in llama.cpp's convert_hf_to_gguf.py.
   """
   values, stored = _read(path)
   shapes = {name: tuple(int(n) for n in reversed(each.shape)) for name, each in stored.items()}
   config = config_of(values, shapes)
+  if config.layers > len(shapes):
+    raise UserError(f"{str(path)!r} says {config.layers} layers, but holds {len(shapes)} tensors")
   readers = {name: functools.partial(_dequantize, tensor) for name, tensor in stored.items()}
-  if "rope_freqs.weight" in readers:
+  if "rope_freqs.weight" in readers and config.position.kind == "rope":
     divisors = readers.pop("rope_freqs.weight")().astype(np.float64)
     position = with_divisors(config.position, config.dims["h"], divisors)
     config = dataclasses.replace(config, position=position)
   made = from_tensors(config, Tensors(readers), _table(config, shapes), optional=_ABSENT)
-  tokenizer = from_gguf(values) if "tokenizer.ggml.model" in values else None
-  return Model(config, made, tokenizer)
+  return Model(config, made, _tokenizer(values, config.vocab_size))
+
+
+def _tokenizer(values: dict, vocab_size: int) -> Tokenizer | None:
+  """The tokenizer; one that is not known does not keep the weights from being used."""
+  try:
+    made = from_gguf(values)
+    if made.vocab_size > vocab_size:
+      raise UserError(f"it has {made.vocab_size:,} tokens, the embedding {vocab_size:,} rows")
+    return made
+  except UserError as error:
+    note(f"the model has no tokenizer: {error}")
+    return None
 
 
 def _read(path) -> tuple[dict, dict]:
-  """Parses a file: (metadata, tensors as they are stored)."""
+  """Parses a file, and those that belong to it: (metadata, tensors as they are stored)."""
+  values, tensors = _parse(path)
+  count, wanted = values.get("split.count", 1), values.get("split.tensors.count", len(tensors))
+  if count <= 1:
+    return values, tensors
+  name = re.fullmatch(r"(.*-)\d{5}(-of-\d{5}\.gguf)", Path(path).name)
+  if not name:
+    raise UserError(f"{str(path)!r} is one of {count} files, but not called …-00001-of-0000N.gguf")
+  names = [Path(path).with_name(f"{name[1]}{i + 1:05}{name[2]}") for i in range(count)]
+  if values.get("split.no", 0):
+    raise UserError(f"{str(path)!r} is one of {count} files; load the first, {str(names[0])!r}")
+  for i, other in enumerate(names[1:], 1):
+    more, added = _parse(other)
+    if (more.get("split.no"), more.get("split.count")) != (i, count):
+      raise UserError(f"{str(other)!r} says that it is not file {i + 1} of {count}")
+    tensors |= added
+  if len(tensors) != wanted:
+    raise UserError(f"the {count} files of {str(path)!r} hold {len(tensors)} tensors, not {wanted}")
+  return values, tensors
+
+
+def _parse(path) -> tuple[dict, dict]:
+  """Parses one file."""
   try:
     reader = gguf.GGUFReader(path)
     values = {name: field.contents() for name, field in reader.fields.items()}
-    return values, {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
   except OSError as error:
     raise UserError(f"GGUF file {str(path)!r}: {error.strerror or error}") from error
   except Exception as error:  # the reader takes bytes for what they may not be, and trips anywhere
     reason = " ".join(str(error).split())[:100]
+    reason = f"{type(error).__name__}: {reason}"
     raise UserError(
-      f"{str(path)!r} is not a whole GGUF file ({type(error).__name__}: {reason})"
+      f"{str(path)!r} is not a whole GGUF file, or of a later kind ({reason})"
     ) from error
+  if reader.byte_order == "S":
+    raise UserError(f"{str(path)!r} is a GGUF file for machines of the other byte order")
+  return values, tensors
 
 
 def _dequantize(tensor) -> np.ndarray:

@@ -67,7 +67,6 @@ def from_tensors(
     if missing:
       raise UserError(f"tensor {missing[0]!r} (for {', '.join(paths)}) is missing")
     left -= names.keys()
-    made |= {path: np.empty(shapes[path], np.float32) for path in paths}
     for name, index in names.items():
       array = tensors[name]
       if array.shape != layout.shape:
@@ -75,6 +74,8 @@ def from_tensors(
           f"tensor {name!r} has shape {array.shape}, which is not {layout.letters} = {layout.shape}"
         )
       for number, path in enumerate(paths):
+        if path not in made:
+          made[path] = np.empty(shapes[path], np.float32)
         made[path][index] = layout.view(array, number)
   if left:
     shown = ", ".join(sorted(left)[:4])

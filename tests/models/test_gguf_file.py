@@ -217,15 +217,76 @@ def test_a_damaged_file_is_one_clear_sentence(file, tmp_path):
   whole = file.read_bytes()
   for cut in (0, 3, 4, 20, 100, 600, len(whole) // 2, len(whole) - 1):
     (tmp_path / "cut.gguf").write_bytes(whole[:cut])
-    with pytest.raises(UserError, match=r"cut.gguf' is not a whole GGUF file \(\w+: .*\)$"):
+    with pytest.raises(UserError, match=r"cut.gguf' is not a whole GGUF file, .* \(\w+: .*\)$"):
       llmjax.load(tmp_path / "cut.gguf")
   (tmp_path / "text.gguf").write_text("this is a story\n" * 9)
-  with pytest.raises(UserError, match=r"text.gguf' is not a whole GGUF file .*magic"):
+  with pytest.raises(UserError, match=r"text.gguf' is not a whole GGUF file, .*magic"):
     llmjax.load(tmp_path / "text.gguf")
   at = whole.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16
   (tmp_path / "odd.gguf").write_bytes(whole[:at] + bytes([99]) + whole[at + 1 :])
   with pytest.raises(UserError, match=r"99\)? is not a valid GGMLQuantizationType"):
     llmjax.load(tmp_path / "odd.gguf")
+
+
+def test_a_model_split_into_files_loads_from_the_first(file, tmp_path):
+  tensors = llama_tensors(draw(), CONFIG)
+  path = tmp_path / "model.gguf"
+  write(path, "llama", llama_metadata(CONFIG), tensors, split=8, first_small=True)
+  names = [f"model-0000{i}-of-00004.gguf" for i in (1, 2, 3, 4)]  # the first holds no tensor
+  assert sorted(each.name for each in tmp_path.iterdir()) == names
+  one, two, three, four = (tmp_path / name for name in names)
+  found, want = (tree.flatten(llmjax.load(each).parameters) for each in (one, file))
+  assert found.keys() == want.keys()
+  for name, array in want.items():
+    np.testing.assert_array_equal(found[name], array, err_msg=name)
+  with pytest.raises(UserError, match=r"of 4 files; load the first, '.*-00001-of-00004.gguf'$"):
+    llmjax.load(two)
+  content, last = three.read_bytes(), four.read_bytes()
+  three.write_bytes(last)
+  with pytest.raises(UserError, match=r"00003-of-00004.gguf' says that it is not file 3 of 4$"):
+    llmjax.load(one)
+  three.write_bytes(content[:-200])
+  with pytest.raises(UserError, match=r"00003-of-00004.gguf' is not a whole GGUF file"):
+    llmjax.load(one)
+  three.unlink()
+  with pytest.raises(UserError, match=r"00003-of-00004.gguf': No such file"):
+    llmjax.load(one)
+  with pytest.raises(UserError, match=r"is one of 4 files, but not called"):
+    llmjax.load(one.rename(tmp_path / "other.gguf"))
+
+
+def test_a_type_that_is_not_dequantized_and_a_tensor_that_is_not_read_are_named(tmp_path):
+  tensors = llama_tensors(draw(), CONFIG)
+
+  def load(**more):
+    write(tmp_path / "a.gguf", "llama", llama_metadata(CONFIG), tensors | more)
+    return llmjax.load(tmp_path / "a.gguf")
+
+  bytes_of = tensors["blk.0.ffn_up.weight"].astype(np.int8)
+  with pytest.raises(UserError, match=r"tensor 'blk.0.ffn_up.weight' is of type I8, which is not"):
+    load(**{"blk.0.ffn_up.weight": bytes_of})
+  with pytest.raises(UserError, match=r"1 tensors have no place in the model: blk.1.ffn_gate.bias"):
+    load(**{"blk.1.ffn_gate.bias": np.ones(40, np.float32)})
+  divided = load(**{"rope_freqs.weight": np.ones(4, np.float32)})  # a scaling that does nothing
+  assert divided.config.position.scaling == "none"
+  with pytest.raises(UserError, match=r"rope_freqs are no scaling"):
+    load(**{"rope_freqs.weight": np.linspace(1, 9, 4).astype(np.float32)})
+
+
+def test_any_byte_of_the_metadata_may_be_wrong(file, tmp_path):
+  whole = file.read_bytes()
+  end = whole.index(b"token_embd.weight")
+  rng = np.random.default_rng(0)
+  loaded = 0
+  for place in rng.integers(4, end, 20):
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(whole[:place] + bytes([rng.integers(256)]) + whole[place + 1 :])
+    try:
+      llmjax.load(path)
+      loaded += 1
+    except UserError as error:
+      assert "\n" not in str(error)
+  assert loaded < 20
 
 
 def test_what_is_not_known_is_named(tmp_path):
