@@ -35,7 +35,7 @@ from llmjax.text.tokenizer import from_state, to_state
 from llmjax.train.checkpoint import load_model, newest_meta
 from llmjax.train.config import Config, binding
 from llmjax.train.loop import fit
-from llmjax.train.metrics import read_metrics
+from llmjax.train.metrics import rates, read_metrics
 from llmjax.train.plot import plot_experts, plot_loss
 
 _REPORTED = 1000  # held-out documents that the tokenizer is measured on
@@ -53,8 +53,8 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
     workdir: folder of the run, made if it is missing.
   Returns:
     What `result.json` holds: `nats_per_token`, `bits_per_byte` (of language models),
-    `gzip_bits_per_byte`, `xz_bits_per_byte`, `train_seconds`, `tokens_per_s`, `steps`,
-    `parameters`, `tokenizer` (see `text.report`) and more.
+    `gzip_bits_per_byte`, `xz_bits_per_byte`, `train_seconds`, what they went on
+    (see `train.metrics.rates`), `steps`, `parameters`, `tokenizer` (see `text.report`) and more.
   Raises:
     UserError: an ordinary mistake; nothing in the workdir is lost.
     Interrupted: stopped by the user; a checkpoint was saved.
@@ -119,7 +119,7 @@ def _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s) -> di
     **scores,
     **compressor_bits_per_byte(held_out),
     "train_seconds": round(fitted.train_seconds, 2),
-    "tokens_per_s": round(_median_rate(workdir), 1),
+    **rates(workdir),
     "steps": config.train.steps,
     "parameters": count_parameters(config.model),
     "config_hash": configs.config_hash(config),
@@ -213,11 +213,6 @@ def _last_fifth(workdir: Path, name: str) -> float:
   """Mean of a metric over the last fifth of a run's reported steps."""
   values = [line[name] for line in read_metrics(workdir) if name in line]
   return round(statistics.fmean(values[-max(1, len(values) // 5) :]), 4)
-
-
-def _median_rate(workdir: Path) -> float:
-  """Predicted tokens a second at the median step, over all sessions of the run."""
-  return statistics.median(line["tokens_per_s"] for line in read_metrics(workdir) if "loss" in line)
 
 
 def _workdir(checkpoint) -> Path:

@@ -15,12 +15,12 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from llmjax.core.chips import topology
 from llmjax.core.config import flat, load
 from llmjax.core.errors import UserError
 from llmjax.models.build import count_parameters
 from llmjax.models.presets import preset
 from llmjax.parallel.mesh import AXES, axis_sizes
-from llmjax.plan.chips import topology
 from llmjax.plan.formulas import roofline
 from llmjax.train.config import Config
 from llmjax.train.shrink import made_up_batch

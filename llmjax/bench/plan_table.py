@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from llmjax.bench.plan_cpu import cpu_rows
+from llmjax.core.chips import topology
 from llmjax.core.config import override
 from llmjax.core.errors import UserError
 from llmjax.parallel.mesh import axis_sizes
-from llmjax.plan.chips import topology
 from llmjax.plan.formulas import step_flops
 from llmjax.plan.memory import memory
 from llmjax.plan.plan import plan

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator
 
+from llmjax.core.chips import GIB, Topology
 from llmjax.core.config import override
 from llmjax.parallel.mesh import axis_sizes
-from llmjax.plan.chips import GIB, Topology
 from llmjax.plan.memory import memory
 from llmjax.train.config import Config
 

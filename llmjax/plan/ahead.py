@@ -18,10 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from llmjax.core.chips import Topology
 from llmjax.core.config import to_dict
 from llmjax.core.errors import UserError
 from llmjax.plan.buffers import Buffer
-from llmjax.plan.chips import Topology
 from llmjax.train.config import Config
 from llmjax.train.executable import source_hash
 

@@ -6,9 +6,9 @@ and their kin. Tables of positions and copies that only change a layout are left
 
 import math
 
+from llmjax.core.chips import Chip
 from llmjax.nn.dropout import NAMES
 from llmjax.nn.mlp import GATED
-from llmjax.plan.chips import Chip
 from llmjax.plan.traffic import DTYPE_BYTES
 from llmjax.train.config import Config
 

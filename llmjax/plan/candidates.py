@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from jax.sharding import AbstractMesh
 
+from llmjax.core.chips import Topology
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
@@ -19,7 +20,6 @@ from llmjax.parallel.mesh import AXES
 from llmjax.parallel.rules import WEIGHTS, ZERO, check_layout, weight_shardings
 from llmjax.parallel.schedules import make_schedule
 from llmjax.plan.arrays import dispatched_bytes
-from llmjax.plan.chips import Topology
 from llmjax.plan.formulas import roofline, sent_s, slow_axes, tile_of
 from llmjax.plan.traffic import Sent, traffic
 from llmjax.train.config import Config

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 from llmjax.core import config as configs
+from llmjax.core.chips import topology
 from llmjax.core.errors import UserError
 from llmjax.plan import report, search_report
 from llmjax.plan.candidates import change
-from llmjax.plan.chips import topology
 from llmjax.plan.limits import Limits, amount
 from llmjax.plan.pareto_plot import plot_pareto
 from llmjax.plan.patch import patch

@@ -6,6 +6,7 @@ count a multiply-add as two and causal attention by the keys a query sees, not b
 
 import dataclasses
 
+from llmjax.core.chips import Chip, Topology
 from llmjax.models.build import count_parameters
 from llmjax.models.config import ModelConfig
 from llmjax.models.formulas import (
@@ -16,7 +17,6 @@ from llmjax.models.formulas import (
 from llmjax.nn.mlp import GATED
 from llmjax.nn.platform_kernels import splash_tile
 from llmjax.parallel.mesh import AXES
-from llmjax.plan.chips import Chip, Topology
 from llmjax.plan.memory import memory
 from llmjax.plan.traffic import DTYPE_BYTES, Sent, traffic
 from llmjax.train.config import Config

@@ -14,13 +14,13 @@ import jax
 from jax.sharding import AbstractMesh
 
 from llmjax.core import tree
+from llmjax.core.chips import Chip
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.parallel.mesh import AXES
 from llmjax.parallel.rules import REPLICATED, WEIGHTS, optimizer_shardings, weight_shardings
 from llmjax.parallel.schedules import make_schedule, tables
 from llmjax.plan.arrays import Arrays
-from llmjax.plan.chips import Chip
 from llmjax.plan.traffic import DTYPE_BYTES
 from llmjax.train.config import Config
 from llmjax.train.optim import OptimConfig, make_optimizer

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jax.sharding import AbstractMesh
 
+from llmjax.core.chips import Topology, topology
 from llmjax.core.errors import UserError
 from llmjax.data.tasks import Task
 from llmjax.models.build import count_parameters
@@ -14,7 +15,6 @@ from llmjax.parallel.collectives import collectives
 from llmjax.parallel.mesh import AXES, axis_sizes
 from llmjax.plan.advice import changes
 from llmjax.plan.ahead import Compiled, compile_ahead, has_compiler
-from llmjax.plan.chips import Topology, topology
 from llmjax.plan.formulas import bill, roofline, serving
 from llmjax.plan.memory import memory
 from llmjax.plan.recount import recount

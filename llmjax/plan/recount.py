@@ -11,9 +11,9 @@ import math
 import re
 from collections.abc import Callable
 
+from llmjax.core.chips import Chip
 from llmjax.parallel.collectives import Collective
 from llmjax.parallel.hlo import Run, dims, product_flops, walk
-from llmjax.plan.chips import Chip
 
 _NONE = 2**63 - 1  # where the compiler has no estimate
 # Products over (queries' and keys' width, values' width) of a pair of a query and a key. The fused

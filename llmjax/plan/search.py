@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
+from llmjax.core.chips import Topology
 from llmjax.core.config import flat
 from llmjax.core.errors import UserError
 from llmjax.plan.candidates import (
@@ -18,7 +19,6 @@ from llmjax.plan.candidates import (
   refined,
   with_vmem,
 )
-from llmjax.plan.chips import Topology
 from llmjax.plan.formulas import DAY_S, rent_usd
 from llmjax.plan.limits import Limits
 from llmjax.plan.memory import memory

@@ -46,12 +46,15 @@ class Checkpoints:
       self._root, options=options, item_names=("model", "optimizer", "meta")
     )
 
-  def save(self, state: TrainState, meta: dict):
-    """Starts writing a checkpoint of the state's step; returns before it is on disk."""
+  def save(self, state: TrainState, meta: dict, wait: bool = False):
+    """Starts writing a checkpoint of the state's step; returns before it is on disk, unless asked
+    to wait."""
     step = int(state.step)
     if step not in self._manager.all_steps():
       items = _items(meta | {"step": step}, model=state.model, optimizer=state.optimizer)
       self._manager.save(step, args=items)
+    if wait:
+      self._manager.wait_until_finished()
 
   def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
     """Reads the newest whole checkpoint onto the shardings of `like`.

@@ -1,6 +1,7 @@
 """The training loop, top to bottom: restore or make the state, step, report, checkpoint."""
 
 import dataclasses
+import functools
 import signal
 import sys
 import time
@@ -23,7 +24,8 @@ from llmjax.text.tokenizer import Tokenizer
 from llmjax.train.checkpoint import Checkpoints, make_meta
 from llmjax.train.config import Config
 from llmjax.train.executable import make_step
-from llmjax.train.metrics import NoReport, Reporter, matmul_peak_flops
+from llmjax.train.metrics import NoReport, Reporter
+from llmjax.train.rates import peak_of
 from llmjax.train.state import abstract_state, init_sharded
 
 
@@ -79,20 +81,22 @@ def fit(
   began_s = time.perf_counter() - spent_s
 
   with jax.set_mesh(mesh), _Signals() as stop:
-    for step, batch in enumerate(feed, start + 1):
+    for step, batch in enumerate(report.feed(feed), start + 1):
       state, metrics = train_step(state, batch)
       settle(state)
       if step == start + 1:
         give_back()  # what making and loading the state left
       report.add(step, metrics)
       if config.eval.every and step % config.eval.every == 0 and step < steps:
-        report.write(step, evaluate(state.model))
+        report.record(step, "evaluation", functools.partial(evaluate, state.model))
         give_back()
       # Asked once a step: a signal must not come between saving and leaving.
       stopping = votes.add(stop.asked)
       if step % config.checkpoint.every == 0 or step == steps or stopping:
-        report.flush()  # a run that goes on from here must not lack a line before it
-        checkpoints.save(state, meta | {"train_seconds": time.perf_counter() - began_s})
+        saved = meta | {"train_seconds": time.perf_counter() - began_s}
+        last = stopping or step == steps
+        # After all lines of metrics: a run that goes on from here must not lack one before it.
+        report.record(step, "checkpoint", functools.partial(checkpoints.save, state, saved, last))
       if stopping:
         break
   jax.block_until_ready(state)
@@ -139,12 +143,13 @@ def _start(checkpoints, config, mesh, meta, begin):
 
 def _reporter(config: Config, workdir: Path, start: int):
   """The writer's reports; the other processes make none."""
-  flops_per_token = 3 * forward_flops_per_token(config.model, config.model.context)
-  peak_flops = matmul_peak_flops(config.model.dtype)  # of all processes at the same time
+  length = config.model.context
+  flops = 3 * config.data.batch_size * length * forward_flops_per_token(config.model, length)
+  peak = peak_of(config.model.dtype)  # measured, where it is, by all processes at the same time
   if not multihost.is_writer():
     return NoReport()
   steps, every = config.train.steps, config.train.log_every
-  return Reporter(workdir, steps, start, every, flops_per_token, peak_flops)
+  return Reporter(workdir, steps, start, every, flops, peak)
 
 
 class _Signals:

@@ -3,38 +3,24 @@
 import json
 import sys
 import time
-import timeit
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmjax.core.files import replace, to_json
 from llmjax.train.experts import Starving
+from llmjax.train.rates import Peak, StepClock
 
 _EVERY_S = 10.0  # between plain lines of progress
-
-
-def matmul_peak_flops(dtype: str) -> float:
-  """Measures this machine's dense matrix multiplication: the best of a few of two squares.
-
-  Args:
-    dtype: operands' dtype; sums are in fp32.
-  Returns:
-    FLOP/s over the devices of all processes.
-  """
-  a = jnp.ones((1024, 1024), dtype)
-  multiply = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-  run = lambda: multiply(a).block_until_ready()  # noqa: E731
-  run()  # compiles
-  best_s = min(timeit.repeat(run, number=1, repeat=5))
-  devices = 1 if jax.default_backend() == "cpu" else jax.local_device_count()
-  # Processes measure at the same time, so those on one machine each find their share of it.
-  return 2 * len(a) ** 3 / best_s * devices * jax.process_count()
+# What a run's seconds go on, by name: in the loop's lines with `_s` behind it, and what is said.
+_OTHER = {
+  "startup": "start-up", "data_wait": "data", "evaluation": "evaluation",
+  "checkpoint": "checkpoints",
+}
 
 
 class MetricsWriter:
@@ -79,6 +65,24 @@ def read_metrics(workdir: Path) -> list[dict]:
   return out
 
 
+def rates(workdir: Path) -> dict:
+  """Adds up what the lines of `metrics.jsonl` say of time, over all sessions of a run.
+
+  Returns:
+    `steps_s` and the seconds beside them by name; of the seconds of steps: `tokens_per_s`, None if
+    no session got beyond its first step, and `mfu` or `matmul_share`.
+  """
+  lines = read_metrics(workdir)
+  total = {f"{name}_s": sum(line.get(f"{name}_s", 0.0) for line in lines) for name in _OTHER}
+  timed = [line for line in lines if "steps_s" in line]
+  steps_s = sum(line["steps_s"] for line in timed)
+  out = {"tokens_per_s": None, "steps_s": steps_s, **total}
+  for key in ("tokens_per_s", "mfu", "matmul_share"):
+    if values := [line[key] * line["steps_s"] for line in timed if key in line]:
+      out[key] = sum(values) / sum(line["steps_s"] for line in timed if key in line)
+  return {key: value and round(value, 6) for key, value in out.items()}
+
+
 class Pending:
   """Metrics still on the device, taken off only when `depth` later steps are under way."""
 
@@ -86,9 +90,9 @@ class Pending:
     self._depth = depth
     self._queue = deque()
 
-  def add(self, step: int, values):
-    """Queues a step's device values; returns the (step, host values) that are due."""
-    self._queue.append((step, values))
+  def add(self, step: int, values, mark=None):
+    """Queues a step's device values; returns the (step, host values, mark) that are due."""
+    self._queue.append((step, values, mark))
     return self._take(len(self._queue) - self._depth)
 
   def flush(self):
@@ -98,7 +102,7 @@ class Pending:
   def _take(self, count):
     taken = [self._queue.popleft() for _ in range(max(0, count))]
     host = lambda values: {k: np.asarray(v).tolist() for k, v in values.items()}  # noqa: E731
-    return [(step, host(values)) for step, values in taken]
+    return [(step, host(values), mark) for step, values, mark in taken]
 
 
 class ProgressLine:
@@ -145,10 +149,16 @@ class ProgressLine:
 class NoReport:
   """A `Reporter` that says nothing: that of every process but the writer."""
 
+  def feed(self, batches):
+    """Passes batches on."""
+    return batches
+
   def add(self, step: int, values: dict):
     """Drops the values."""
 
-  write = add
+  def record(self, step: int, name: str, call: Callable):
+    """Calls what is to be recorded."""
+    call()
 
   def flush(self):
     """Does nothing."""
@@ -159,67 +169,90 @@ class NoReport:
 class Reporter:
   """Takes each step's device metrics and, a little later, writes and shows them.
 
+  A line of a step has `steps_s`, the seconds of all steps since the line before, and of these
+  `tokens_per_s` and the share of the peak. The first step of a session, which is mostly
+  compilation, is its `startup_s`; `data_wait_s`, `evaluation_s` and `checkpoint_s` are in none.
+
   Args:
     workdir: folder of the run.
     steps: steps of the whole run.
     done: steps already done.
     every: steps between lines of metrics.
-    flops_per_token: model FLOPs of one trained token, forward and backward.
-    peak_flops: FLOP/s that `utilization` is a share of.
+    flops_per_step: model FLOPs of one step, forward and backward.
+    peak: what the rate is a share of.
+    clock: tells what time went on.
   """
 
-  def __init__(self, workdir, steps, done, every, flops_per_token, peak_flops):
+  def __init__(
+    self, workdir, steps, done, every, flops_per_step, peak: Peak, clock: StepClock | None = None
+  ):
     self._writer = MetricsWriter(workdir, done)
     self._line = ProgressLine(steps, done)
     self._pending = Pending()
     self._starving = Starving()
     self._every, self._steps, self._first = every, steps, done + 1
-    self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-    self._seen_s = time.perf_counter()
-    self._since = np.zeros(2)  # (seconds, tokens) since the last line
-    self._whole = np.zeros(2)  # of all lines but the first step's, which is mostly compilation
+    self._flops_per_step, self._peak = flops_per_step, peak
+    self._clock = clock or StepClock()
+    self._since = np.zeros(3)  # (seconds, tokens, steps) since the last line
+    self._whole = np.zeros(3)  # of all lines
+    self._other = dict.fromkeys(_OTHER, 0.0)  # seconds beside
+    self._wait_s = 0.0  # for batches, since the last line
+
+  def feed(self, batches):
+    """Passes batches on, and notes how long each was waited for."""
+    return self._clock.feed(batches)
 
   def add(self, step: int, values: dict):
     """Queues one step's metrics and deals with those that are due."""
-    self._show(self._pending.add(step, values))
+    self._show(self._pending.add(step, values, self._clock.mark(values)))
 
   def _show(self, due):
-    # Several steps read at once have taken the same time each, as far as can be told from here.
-    share_s = (time.perf_counter() - self._seen_s) / max(1, len(due))
-    for step, values in due:
-      self._seen_s += share_s
-      self._since += share_s, values.pop("tokens")
+    for step, values, mark in due:
+      took_s, wait_s = self._clock.seconds(mark)
+      self._wait_s += wait_s
+      tokens = values.pop("tokens")
+      if step == self._first:
+        values["startup_s"] = self._other["startup"] = took_s
+      else:
+        self._since += took_s, tokens, 1
       if step % self._every == 0 or step in (self._first, self._steps):
         self._report(step, values)
 
   def _report(self, step: int, values: dict):
     """Writes and shows one line, of this step's values and the rate since the last line."""
-    took_s, tokens = self._since
-    if step != self._first:
-      self._whole += self._since
-    self._since = np.zeros(2)
-    values["tokens_per_s"] = tokens / took_s
-    values["utilization"] = self._utilization(tokens / took_s)
+    self._other["data_wait"] += self._wait_s
+    self._whole += self._since
+    values |= {"data_wait_s": self._wait_s, **self._rates(*self._since)}
+    self._since, self._wait_s = np.zeros(3), 0.0
     self._writer.write(step, values)
     for line in self._starving.add(values["moe_load"]) if "moe_load" in values else ():
       print(f"llmjax: warning: step {step}: {line}", file=sys.stderr, flush=True)
-    whole_s, whole_tokens = self._whole
-    rate = whole_tokens / whole_s if whole_s else tokens / took_s
-    self._line.update(
-      step,
-      f"loss {values['loss']:.3f}  {rate:,.0f} tokens/s  "
-      f"{self._utilization(rate):.0%} of matmul peak",
-    )
+    self._line.update(step, f"loss {values['loss']:.3f}  {self._words()}")
 
-  def _utilization(self, tokens_per_s: float) -> float:
-    """Share of the machine's measured matrix-multiply peak that a rate amounts to."""
-    return tokens_per_s * self._flops_per_token / self._peak_flops
+  def _rates(self, seconds: float, tokens: float, steps: float) -> dict:
+    if not steps:
+      return {}
+    share = self._flops_per_step * steps / seconds / self._peak.flops
+    return {"steps_s": seconds, "tokens_per_s": tokens / seconds, self._peak.key: share}
 
-  def write(self, step: int, values: dict):
-    """Writes values that are no step's own, such as an evaluation, after all that is pending."""
+  def _words(self) -> str:
+    """The rate of this session, and what time went on beside its steps."""
+    said = []
+    if rates := self._rates(*self._whole):
+      share = f"{rates[self._peak.key]:.0%} {self._peak.words}"
+      said.append(f"{rates['tokens_per_s']:,.0f} tokens/s  {share}")
+    beside = [f"{_OTHER[name]} {s:.1f} s" for name, s in self._other.items() if s >= 0.05]
+    return "  ".join([*said, *([f"({', '.join(beside)})"] if beside else [])])
+
+  def record(self, step: int, name: str, call: Callable):
+    """Calls what is no step, such as an evaluation, after all that is pending, and times it.
+
+    What it returns, if anything, is written with its seconds, as a line of its own.
+    """
     self.flush()
-    self._writer.write(step, values)
-    self._seen_s = time.perf_counter()
+    made, took_s = self._clock.spend(call)
+    self._other[name] += took_s
+    self._writer.write(step, {**(made or {}), f"{name}_s": took_s})
 
   def flush(self):
     """Deals with all that is pending."""

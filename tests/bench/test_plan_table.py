@@ -7,11 +7,11 @@ import jax
 import pytest
 
 from llmjax.bench import plan_cpu, plan_table
+from llmjax.core.chips import topology
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
 from llmjax.parallel.mesh import AXES, axis_sizes
 from llmjax.parallel.rules import weight_shardings
-from llmjax.plan.chips import topology
 from llmjax.train.step import compile_step
 
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from llmjax.cli import main
+from llmjax.core import chips
 from llmjax.core.config import override
 from llmjax.core.errors import UserError
-from llmjax.plan import advice, ahead, chips, compiler
+from llmjax.plan import advice, ahead, compiler
 from llmjax.plan.buffers import Buffer, largest_buffers
 from llmjax.train.config import Config
 

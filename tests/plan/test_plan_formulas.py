@@ -2,13 +2,13 @@
 
 import pytest
 
+from llmjax.core.chips import CHIPS, topology
 from llmjax.core.config import override
 from llmjax.core.errors import UserError
 from llmjax.models.build import count_parameters
 from llmjax.models.config import ModelConfig
 from llmjax.models.formulas import cache_bytes_per_token
 from llmjax.parallel.mesh import AXES
-from llmjax.plan.chips import CHIPS, topology
 from llmjax.plan.formulas import (
   bill,
   chip_hours,

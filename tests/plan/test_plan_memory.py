@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from llmjax.core.chips import CHIPS
 from llmjax.core.config import override
 from llmjax.data.batch import Batch
 from llmjax.models.build import abstract
@@ -14,7 +15,6 @@ from llmjax.nn.attention import AttentionConfig, LatentConfig
 from llmjax.nn.router import MoeConfig
 from llmjax.parallel.mesh import AXES
 from llmjax.plan.arrays import dispatched_bytes
-from llmjax.plan.chips import CHIPS
 from llmjax.plan.memory import memory
 from llmjax.train.config import Config
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
+from llmjax.core.chips import CHIPS
 from llmjax.parallel.collectives import Collective, collectives
 from llmjax.parallel.hlo import product_flops, walk
-from llmjax.plan.chips import CHIPS
 from llmjax.plan.recount import link_s, recount
 
 # A cycle a second, a byte a second on each of four links, half of one between slices.

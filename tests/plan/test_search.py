@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from llmjax.core.chips import topology
 from llmjax.core.config import flat, load, override
 from llmjax.core.errors import UserError
 from llmjax.parallel.mesh import AXES
 from llmjax.plan.candidates import candidates, change, estimate, meshes, refined
-from llmjax.plan.chips import topology
 from llmjax.plan.formulas import roofline
 from llmjax.plan.limits import Limits, amount
 from llmjax.plan.memory import memory

@@ -36,6 +36,7 @@ class Chip:
       v5e and v5p, 97 % on v4, 89 % on v6e and 93 % on tpu7x.
     source: where the figures are from.
     devices: that JAX sees in one chip.
+    kinds: pattern of the `device_kind`s that JAX calls it by.
   """
 
   name: str
@@ -52,6 +53,7 @@ class Chip:
   clock_hz: float
   source: str
   devices: int = 1
+  kinds: str = ""
 
   def peak(self, dtype: str) -> float:
     """Peak FLOP/s in a dtype."""
@@ -65,46 +67,53 @@ _ROWS = (
   Chip(
     "v4", {"bfloat16": 275 * TERA, "int8": 275 * TERA}, 32 * GIB, 1.2 * TB, 6, 45 * GB, 6.25 * GB,
     3.22, 192, 4, (16, 16, 16), 1.05e9, _GOOGLE + "; watts: Jouppi et al. 2023, arXiv:2304.01433",
-    devices=2,
+    devices=2, kinds="TPU v4",
   ),
   Chip(
     "v5e", {"bfloat16": 197 * TERA, "int8": 393 * TERA}, 16 * GIB, 819 * GB, 4, 45 * GB,
-    3.125 * GB, 1.20, 0, 8, (16, 16), 1.5e9, _GOOGLE,
+    3.125 * GB, 1.20, 0, 8, (16, 16), 1.5e9, _GOOGLE, kinds="TPU v5( lite|e)",
   ),
   Chip(
     "v5p", {"bfloat16": 459 * TERA, "int8": 918 * TERA}, 95 * GIB, 2765 * GB, 6, 90 * GB,
-    6.25 * GB, 4.20, 0, 4, (16, 20, 28), 1.75e9, _GOOGLE,
+    6.25 * GB, 4.20, 0, 4, (16, 20, 28), 1.75e9, _GOOGLE, kinds="TPU v5p?",
   ),
   Chip(
     "v6e", {"bfloat16": 918 * TERA, "int8": 1836 * TERA}, 32 * GIB, 1640 * GB, 4, 90 * GB,
-    12.5 * GB, 2.70, 0, 8, (16, 16), 1.75e9, _GOOGLE,
+    12.5 * GB, 2.70, 0, 8, (16, 16), 1.75e9, _GOOGLE, kinds="TPU v6( lite|e)",
   ),
   Chip(
     "tpu7x", {"bfloat16": 2307 * TERA, "float8": 4614 * TERA}, 192 * GIB, 7380 * GB, 6, 100 * GB,
     12.5 * GB, 0, 0, 4, (16, 24, 24), 2.2e9, "docs.cloud.google.com/tpu/docs/tpu7x; no list price",
-    devices=2,
+    devices=2, kinds="TPU7x",
   ),
   Chip(
     "a100", {"bfloat16": 312 * TERA, "int8": 624 * TERA}, 80 * GB, 2039 * GB, 1, 300 * GB,
     25 * GB, 2.00, 400, 8, (), 0.0, "NVIDIA A100 80GB SXM data sheet; a round market price",
+    kinds="NVIDIA A100.*",
   ),
   Chip(
     "h100", {"bfloat16": 989 * TERA, "float8": 1979 * TERA, "int8": 1979 * TERA}, 80 * GB,
     3350 * GB, 1, 450 * GB, 50 * GB, 3.00, 700, 8, (), 0.0,
-    "NVIDIA H100 SXM data sheet; a round market price",
+    "NVIDIA H100 SXM data sheet; a round market price", kinds="NVIDIA H100 80GB HBM3",
   ),
   Chip(
     "h200", {"bfloat16": 989 * TERA, "float8": 1979 * TERA, "int8": 1979 * TERA}, 141 * GB,
     4800 * GB, 1, 450 * GB, 50 * GB, 3.80, 700, 8, (), 0.0,
-    "NVIDIA H200 SXM data sheet; a round market price",
+    "NVIDIA H200 SXM data sheet; a round market price", kinds="NVIDIA H200",
   ),
   Chip(
     "b200", {"bfloat16": 2250 * TERA, "float8": 4500 * TERA, "int8": 4500 * TERA}, 180 * GB,
     7700 * GB, 1, 900 * GB, 50 * GB, 5.00, 1000, 8, (), 0.0,
-    "NVIDIA DGX B200 data sheet, an eighth; a round market price",
+    "NVIDIA DGX B200 data sheet, an eighth; a round market price", kinds="NVIDIA B200",
   ),
 )
 CHIPS = {chip.name: chip for chip in _ROWS}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+  """Finds the chip that JAX calls `TPU v5 lite` or `NVIDIA H200`; None where no row is of it."""
+  return next((chip for chip in _ROWS if re.fullmatch(chip.kinds, device_kind)), None)
+
 
 # Slices that are rented: of flat tori all, of cubes those within one of 4x4x4, of which larger ones
 # are built (docs.cloud.google.com/tpu/docs, each chip's page). The compiler would take others.
