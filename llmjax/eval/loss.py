@@ -1,5 +1,6 @@
 """Held-out loss: bits per byte of text, beside what general compressors make of the same bytes."""
 
+import functools
 import gzip
 import itertools
 import lzma
@@ -20,6 +21,7 @@ from llmjax.data.sources import Document
 from llmjax.data.tasks import Task, score_only
 from llmjax.parallel.rules import ACTIVATIONS, axes_of, batch_sharding
 from llmjax.train.losses import LossConfig, head_loss
+from llmjax.train.step import compiler_options
 
 
 def evaluate_loss(
@@ -54,10 +56,10 @@ def evaluate_loss(
   ways = math.prod(mesh.shape[axis] for axis in axes_of("b", ACTIVATIONS))
   batch_size = math.ceil(batch_size / ways) * ways
   sharding = batch_sharding(mesh)
-  sums = []
+  sums, loss_sum = [], _compiled_loss_sum(mesh)
   with jax.set_mesh(mesh):
     for batch in _batches(store, None if whole else task, context, stride, batch_size):
-      sums.append(_loss_sum(model, place(batch, sharding)))
+      sums.append(loss_sum(model, place(batch, sharding)))
   totals = [[float(part) for part in pair] for pair in sums]
   nats, tokens = (math.fsum(column) for column in zip(*totals, strict=True))
   scores = {
@@ -71,7 +73,12 @@ def evaluate_loss(
   return scores
 
 
-@jax.jit
+@functools.cache
+def _compiled_loss_sum(mesh: Mesh):
+  """`_loss_sum`, compiled with the options that training has on this mesh."""
+  return jax.jit(_loss_sum, compiler_options=compiler_options(mesh))
+
+
 def _loss_sum(model: nnx.Module, batch: Batch):
   x_btd = model.hidden(batch)[0]
   _, nll = head_loss(LossConfig(), model.head, x_btd, batch.targets_bt, batch.loss_mask_bt)
