@@ -14,6 +14,7 @@ from llmjax.models import hf
 from llmjax.models.model import Model
 from llmjax.run import load
 from llmjax.text.folder import save as save_tokenizer
+from llmjax.text.tokenizer import around
 from llmjax.train.checkpoint import save_model
 
 FORMATS = ("huggingface", "checkpoint")
@@ -75,5 +76,5 @@ def _write(model: Model, folder: Path, format: str, dtype: str, family: str) -> 
     return "llmjax"
   hf.save_folder(model, folder, dtype, family)
   if model.tokenizer is not None:
-    save_tokenizer(model.tokenizer, folder)
+    save_tokenizer(model.tokenizer, folder, around(model.tokenizer, model.config.kind))
   return hf.choose(model.config, family).name

@@ -11,6 +11,7 @@ from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.model import Model
 from llmjax.serve.prompt import bucket, check_lengths, lay_out
+from llmjax.text.tokenizer import framed
 
 _ROWS = 32  # texts a batch
 
@@ -22,7 +23,7 @@ def embed(
 
   Args:
     model: an encoder with a tokenizer.
-    texts: each is framed with BOS and EOS ([CLS] and [SEP]) where the tokenizer has them.
+    texts: each with what the tokenizer puts around a text, as [CLS] and [SEP].
     pooling: mean or max over a text's tokens; first; pooler, BERT's own.
     normalize: vectors of length one, so that their products are cosines.
   Returns:
@@ -52,8 +53,7 @@ def embed(
 
 def _encode(model: Model, texts: Sequence[str]) -> list[list[int]]:
   tokenizer, context = model.tokenizer, model.config.context
-  before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
-  rows = [[*before, *ids, *after] for ids in tokenizer.encode_batch(list(texts))]
+  rows = [framed(tokenizer, model.config.kind, ids) for ids in tokenizer.encode_batch(list(texts))]
   check_lengths("text", rows, context, context)
   return rows
 

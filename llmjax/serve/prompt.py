@@ -13,7 +13,7 @@ from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig
 from llmjax.serve.image import read_image
 from llmjax.text.chat import encode_chat, end_tokens, render
-from llmjax.text.tokenizer import Tokenizer, start_id
+from llmjax.text.tokenizer import Tokenizer, framed, start_id
 
 _ANSWER = "this is what the assistant says"
 
@@ -42,8 +42,8 @@ def encode_prompts(
     images: for each prompt a sequence of image files or open images; None: no images.
     chat: each prompt is a user's message, put into the tokenizer's chat template.
   Returns:
-    The prompts as ids. A decoder's begin with BOS (EOS where there is none), unless the tokenizer
-    was made to go without or a template writes it; a source ends with EOS.
+    The prompts as ids, with what the tokenizer puts around a text (`framed`), or in a chat with
+    what the template writes.
   Raises:
     UserError: a prompt leaves no room in the context, or the model takes no such prompts.
   """
@@ -121,9 +121,7 @@ def _encode(config, tokenizer, text: str, images: int, chat: bool) -> list[int]:
     message = {"role": "user", "content": parts if images else text}
     ids = encode_chat(tokenizer, [message], add_generation_prompt=True)
   else:
-    ids = _with_image_tokens(config, tokenizer, text, images)
-    if config.kind == "decoder" and (tokenizer.settings.add_bos is not False or not ids):
-      ids = [start_id(tokenizer), *ids]
+    ids = framed(tokenizer, config.kind, _with_image_tokens(config, tokenizer, text, images))
   return _expand(config, ids, images)
 
 
@@ -173,5 +171,4 @@ def _patches(config: ModelConfig, images) -> np.ndarray | None:
 def _as_sources(config: ModelConfig, tokenizer: Tokenizer, rows) -> Prompts:
   first = config.embed.start_token
   first = start_id(tokenizer) if first < 0 else first
-  end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-  return Prompts([[first] for _ in rows], [[*row, *end] for row in rows])
+  return Prompts([[first] for _ in rows], rows)

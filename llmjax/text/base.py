@@ -31,7 +31,8 @@ class Settings:
     added: special tokens that the model file does not hold, text → id.
     chat_template: Jinja source that turns messages into text.
     pattern: regular expression that cuts text before tiktoken's ranks are applied.
-    add_bos: whether a prompt begins with BOS; None: it does where there is one.
+    around: ids before and ids after a single text, as the tokenizer's own files say; None: no file
+      says, as for a tokenizer trained here.
   """
 
   bos_id: int | None = None
@@ -40,7 +41,7 @@ class Settings:
   added: Mapping[str, int] = dataclasses.field(default_factory=dict)
   chat_template: str | None = None
   pattern: str | None = None
-  add_bos: bool | None = None
+  around: Sequence[Sequence[int]] | None = None
 
   def to_dict(self) -> dict:
     """What is set, as a JSON value."""
@@ -49,6 +50,11 @@ class Settings:
 
 
 PLAIN = Settings()
+
+
+def ends(bos_id: int | None, eos_id: int | None) -> list[list[int]]:
+  """What `Settings.around` is for a tokenizer that puts these two ids, where they exist."""
+  return [[] if i in (None, NONE) else [i] for i in (bos_id, eos_id)]
 
 
 class Tokenizer:
@@ -69,6 +75,7 @@ class Tokenizer:
   """
 
   kind = ""
+  adds = (False, False)  # whether BOS and EOS stand around a text where no file says
 
   def __init__(
     self,
@@ -109,6 +116,10 @@ class Tokenizer:
     if not 0 <= chosen < self.vocab_size:
       raise UserError(f"{name} is id {chosen}, the tokenizer's run from 0 to {self.vocab_size - 1}")
     return chosen
+
+  def template(self) -> list[list[int]] | None:
+    """The ids that the model file itself puts before and after a text; None: it names none."""
+    return None
 
   def find(self, token: str) -> int | None:
     """The id of a token by its own name, as a model file spells it; None where there is none."""

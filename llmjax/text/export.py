@@ -4,6 +4,7 @@ SentencePiece keeps scores and tiktoken ranks where `tokenizers` wants a list of
 the merges, and the normalisation is spelled out as the steps it consists of.
 """
 
+import json
 import re
 from collections.abc import Sequence
 
@@ -20,12 +21,35 @@ from llmjax.text.sentencepiece import SentencePiece
 _SPACE = "▁"
 
 
-def to_json(tokenizer: Tokenizer) -> bytes:
+def to_json(tokenizer: Tokenizer, around: Sequence[Sequence[int]] | None = None) -> bytes:
   """Writes a tokenizer as a `tokenizer.json`.
 
   Ids are the same for every text with one exception: our own SentencePiece models spell a U+2581
   in three bytes, for which the format has no means; there it comes back as a space.
+
+  Args:
+    around: ids that the file is to put before and after a text; None: no more than it does itself.
   """
+  made = _bare(tokenizer)
+  if around is None or around == (tokenizer.template() or [[], []]):
+    return made
+  written = json.loads(made)
+  written["post_processor"] = _processor(tokenizers.Tokenizer.from_str(made.decode()), around)
+  return json.dumps(written, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _processor(made: tokenizers.Tokenizer, around: Sequence[Sequence[int]]) -> dict:
+  """The post-processor that puts ids around each of one or two texts."""
+  names = {i: made.id_to_token(i) for part in around for i in part}
+  pieces = {i: {"SpecialToken": {"id": name, "type_id": 0}} for i, name in names.items()}
+  before, after = ([pieces[i] for i in ids] for ids in around)
+  one, other = ([*before, {"Sequence": {"id": text, "type_id": 0}}, *after] for text in "AB")
+  special = {name: {"id": name, "ids": [i], "tokens": [name]} for i, name in names.items()}
+  template = {"type": "TemplateProcessing", "single": one, "pair": one + other}
+  return {**template, "special_tokens": special}
+
+
+def _bare(tokenizer: Tokenizer) -> bytes:
   if isinstance(tokenizer, Fast):
     return tokenizer.to_bytes()
   if isinstance(tokenizer, SentencePiece):

@@ -5,11 +5,12 @@ tokens spelled out in text into their ids, so two copies are kept: one that does
 """
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from llmjax.core.errors import UserError
 from llmjax.text.base import PLAIN, Settings, Tokenizer, too_large, too_small
@@ -46,6 +47,16 @@ class Fast(Tokenizer):
   @functools.cached_property
   def _parsing(self) -> tokenizers.Tokenizer:
     return _read(self._model)
+
+  def template(self) -> list[list[int]] | None:
+    tokens = (self._plain.id_to_token(i) or "" for i in range(self.vocab_size))
+    # Some letter that the vocabulary knows, since nothing stands between what is around no text.
+    framed = map(self._plain.encode, itertools.chain("a", tokens))
+    found = next((each for each in framed if 0 in each.special_tokens_mask), None)
+    if found is None or 1 not in found.special_tokens_mask:
+      return None
+    mask = found.special_tokens_mask
+    return [found.ids[: mask.index(0)], found.ids[len(mask) - mask[::-1].index(0) :]]
 
   def find(self, token: str) -> int | None:
     i = self._plain.token_to_id(token)
@@ -98,6 +109,8 @@ class ByteBPE(Fast):
       show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    first = [(token, tokenizer.token_to_id(token)) for token in _SPECIAL[:1]]
+    tokenizer.post_processor = processors.TemplateProcessing(f"{_SPECIAL[0]} $A", None, first)
     return _full(cls.build(tokenizer), vocab_size)
 
 
@@ -150,7 +163,7 @@ def words(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def bert(vocabulary: dict[str, int], lowercase: bool) -> tokenizers.Tokenizer:
-  """Makes BERT's tokenizer: words, then the longest pieces from the left.
+  """Makes BERT's tokenizer: words, then the longest pieces from the left, in [CLS] and [SEP].
 
   Args:
     vocabulary: piece → id; pieces inside a word begin with `##`.
@@ -161,6 +174,9 @@ def bert(vocabulary: dict[str, int], lowercase: bool) -> tokenizers.Tokenizer:
   tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   tokenizer.decoder = decoders.WordPiece(prefix="##")
   tokenizer.add_special_tokens([name for name in _BERT_SPECIAL if name in vocabulary])
+  if {"[CLS]", "[SEP]"} <= vocabulary.keys():
+    ends = ((name, vocabulary[name]) for name in ("[SEP]", "[CLS]"))
+    tokenizer.post_processor = processors.BertProcessing(*ends)
   return tokenizer
 
 

@@ -7,14 +7,15 @@ written; all of that is read here.
 import contextlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from llmjax.core.errors import UserError
 from llmjax.text import fast, sentencepiece
-from llmjax.text.base import NONE, Settings, Tokenizer
+from llmjax.text.base import NONE, Settings, Tokenizer, ends
 from llmjax.text.export import to_json
 from llmjax.text.ranks import Tiktoken
 from llmjax.text.raw import Bytes
@@ -53,8 +54,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     model, kind = _recognize(file, config)
     pattern = config.get("pattern") if kind is Tiktoken else None
     plain = kind(model, Settings(pattern=pattern))
-    settings = _settings(folder, config, plain) if described else plain.settings
-    return plain if settings == plain.settings else kind(model, settings)
+    alone = Settings(pattern=pattern, around=_around({}, plain, (None, None)))
+    return kind(model, _settings(folder, config, plain) if described else alone)
   except (OSError, UserError) as error:
     why = getattr(error, "strerror", error)
     raise UserError(f"tokenizer file {str(file)!r}: {why}") from error
@@ -63,13 +64,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     raise UserError(f"tokenizer file {str(file)!r} cannot be read: {why}") from error
 
 
-def save(tokenizer: Tokenizer, folder: str | Path):
+def save(tokenizer: Tokenizer, folder: str | Path, around: Sequence[Sequence[int]] | None = None):
   """Writes a tokenizer so that `load_tokenizer` gives it back and transformers can read it.
 
   Args:
     folder: made if it is missing. Gets `tokenizer.json` and `tokenizer_config.json`, beside them
       the model in its own format (`tokenizer.model`, `ranks.tiktoken`) and `chat_template.jinja`.
+    around: ids that those who read it are to put before and after a text; None: what the tokenizer
+      puts there itself, BOS before where that is not said.
   """
+  own = tokenizer.settings.around or tokenizer.template()
+  around = around or own or ends(tokenizer.bos_id, None)
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad", "unk")}
@@ -83,9 +88,9 @@ def save(tokenizer: Tokenizer, folder: str | Path):
     },
     "model_file": _FILES.get(tokenizer.kind, "tokenizer.json"),
     **({"pattern": settings.pattern} if settings.pattern else {}),
-    **({} if settings.add_bos is None else {"add_bos_token": settings.add_bos}),
+    "around": around,
   }
-  (folder / "tokenizer.json").write_bytes(to_json(tokenizer))
+  (folder / "tokenizer.json").write_bytes(to_json(tokenizer, around))
   (folder / _CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
   if tokenizer.kind in _FILES:
     (folder / _FILES[tokenizer.kind]).write_bytes(tokenizer.to_bytes())
@@ -129,9 +134,11 @@ def _recognize(file: Path, config: dict) -> tuple[bytes, type[Tokenizer]]:
   if file.name in (*_MERGES, *_MERGES.values()):
     return _gpt2(file, config).to_str().encode(), fast.ByteBPE
   if data[:1] == b"{":
-    if data == to_json(Bytes(b"", Settings(added=_listed(config)))):
+    kind = fast.kind_of(data)
+    ours = json.loads(to_json(Bytes(b"", Settings(added=_listed(config)))))
+    if {**json.loads(data), "post_processor": None} == ours:
       return b"", Bytes
-    return data, fast.kind_of(data)
+    return data, kind
   if _RANK_LINE.match(data):
     return data, Tiktoken
   if {b"[UNK]", b"[CLS]"} <= set(data.splitlines()):
@@ -147,7 +154,10 @@ def _gpt2(file: Path, config: dict) -> tokenizers.Tokenizer:
   model = models.BPE.from_file(str(file.parent / name), str(file.parent / _MERGES[name]))
   cutting = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
   made = fast.byte_level(model, cutting)
-  made.add_special_tokens([name for name in _GPT2_SPECIAL if made.token_to_id(name) is not None])
+  special = {name: made.token_to_id(name) for name in _GPT2_SPECIAL}
+  made.add_special_tokens([name for name, i in special.items() if i is not None])
+  if made_for != "GPT2Tokenizer":
+    made.post_processor = processors.RobertaProcessing(*((t, special[t]) for t in ("</s>", "<s>")))
   return made
 
 
@@ -177,8 +187,18 @@ def _settings(folder: Path, config: dict, made: Tokenizer) -> Settings:
     return None
 
   ids = chosen("bos"), chosen("eos"), chosen("pad")
-  template, pattern = read_template(folder), made.settings.pattern
-  return Settings(*ids, added, template, pattern, config.get("add_bos_token"))
+  around = _around(config, made, ids)
+  return Settings(*ids, added, read_template(folder), made.settings.pattern, around)
+
+
+def _around(config: dict, made: Tokenizer, ids: Sequence[int | None]) -> list[list[int]]:
+  """The ids around a text: the tokenizer's own, else as its configuration or its kind has it."""
+  if "around" in config and "model_file" in config:  # keys of ours
+    return config["around"]
+  own = (made.bos_id, made.eos_id)
+  bos, eos = (there if i is None else i for i, there in zip(ids[:2], own, strict=True))
+  first, last = map(config.get, ("add_bos_token", "add_eos_token"), made.adds)
+  return made.template() or ends(bos if first else None, eos if last else None)
 
 
 def _listed(config: dict) -> dict[str, int]:

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, models, pre_tokenizers
 
 from llmjax.core.errors import UserError, nearest
 from llmjax.text import fast
-from llmjax.text.base import NONE, Settings, Tokenizer
+from llmjax.text.base import NONE, Settings, Tokenizer, ends
 from llmjax.text.ranks import LLAMA3_PATTERN, QWEN_PATTERN
 from llmjax.text.sentencepiece import SentencePiece
 
@@ -58,13 +58,17 @@ class _Values(dict):
 
 
 def _settings(values: _Values) -> Settings:
+  bos_id = values.get("bos_token_id", values.get("cls_token_id", NONE))
+  # "seperator" is the format's own spelling
+  eos_id = values.get("eos_token_id", values.get("seperator_token_id", NONE))
+  first = values.get("add_bos_token", values["model"] != "gpt2")
+  last = values.get("add_eos_token", values["model"] == "bert")
   return Settings(
-    bos_id=values.get("bos_token_id", values.get("cls_token_id", NONE)),
-    # "seperator" is the format's own spelling
-    eos_id=values.get("eos_token_id", values.get("seperator_token_id", NONE)),
+    bos_id=bos_id,
+    eos_id=eos_id,
     pad_id=values.get("padding_token_id", NONE),
     chat_template=values.get("tokenizer.chat_template"),
-    add_bos=values.get("add_bos_token"),
+    around=ends(bos_id if first else NONE, eos_id if last else NONE),
   )
 
 

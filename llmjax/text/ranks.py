@@ -75,6 +75,7 @@ class Tiktoken(Tokenizer):
         f"a rank file of {len(self.ranks):,} tokens is none of the known ones ({lengths}): "
         "how it cuts text must be given as a pattern"
       )
+    self.adds = ("<|begin_of_text|>" in special, False)  # as Llama 3's own code does
     size = 1 + max([*self.ranks.values(), *special.values()])
     super().__init__(model, settings, size, special)
     self._encoding = tiktoken.Encoding(

@@ -34,6 +34,7 @@ class SentencePiece(Tokenizer):
   """
 
   kind = "sentencepiece"
+  adds = (True, False)
   model_type = "bpe"
   # BPE pieces may span words, so indentation and common phrases are one token. Unigram's search
   # over all such pieces takes three times as long and shortens text by 3 % only.
@@ -113,6 +114,7 @@ class Unigram(SentencePiece):
   """A SentencePiece unigram model; arguments and errors are those of `SentencePiece`."""
 
   kind = "unigram"
+  adds = (True, True)
   model_type = "unigram"
   split_by_whitespace = True
 

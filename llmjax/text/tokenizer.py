@@ -8,10 +8,10 @@ import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from llmjax.core.errors import UserError, nearest
-from llmjax.text.base import Settings, Tokenizer
+from llmjax.text.base import Settings, Tokenizer, ends
 from llmjax.text.fast import ByteBPE, Fast, WordPiece
 from llmjax.text.folder import load_tokenizer
 from llmjax.text.ranks import Tiktoken
@@ -69,7 +69,9 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
       than the text supports.
   """
   if config.path:
-    made, where = load_tokenizer(config.path), f"in {config.path!r}"
+    read, where = load_tokenizer(config.path), f"in {config.path!r}"
+    # The run's documents are framed as `frame` says, so its prompts have to be.
+    made = type(read)(read.to_bytes(), dataclasses.replace(read.settings, around=None))
   elif config.kind == "bytes":
     made, where = Bytes(), "of raw bytes"
   else:
@@ -101,6 +103,33 @@ def frame(tokenizer: Tokenizer) -> tuple[int, int]:
   return start_id(tokenizer), tokenizer.eos_id
 
 
+def framed(tokenizer: Tokenizer, kind: str, ids: Sequence[int]) -> list[int]:
+  """Puts around a text's ids what a model was trained to see there.
+
+  That is what the tokenizer's files say. Of one that was trained here they say nothing; texts then
+  begin and end as the training documents of the model's kind do: a decoder is to go on, so it sees
+  no end, and a source of an encoder_decoder has no beginning.
+
+  Args:
+    kind: of the model that reads the ids.
+  Returns:
+    At least one id: where nothing stands around no text, the `start_id`.
+  Raises:
+    UserError: a decoder's prompt, or no text, and the tokenizer has neither BOS nor EOS.
+  """
+  before, after = around(tokenizer, kind)
+  return [*before, *ids, *after] or [start_id(tokenizer)]
+
+
+def around(tokenizer: Tokenizer, kind: str) -> Sequence[Sequence[int]]:
+  """The ids before and after a text, as `framed` puts them."""
+  if tokenizer.settings.around is not None:
+    return tokenizer.settings.around
+  if kind == "decoder":
+    return [[start_id(tokenizer)], []]
+  return ends(tokenizer.bos_id if kind == "encoder" else None, tokenizer.eos_id)
+
+
 def start_id(tokenizer: Tokenizer) -> int:
   """The id before a document or a prompt: BOS, or EOS where there is no BOS.
 
@@ -125,14 +154,16 @@ def to_state(tokenizer: Tokenizer) -> dict:
 
 def from_state(state: dict) -> Tokenizer:
   """Unpacks what `to_state` packed."""
-  settings = Settings(**state.get("settings", {}))
-  return _kind(state["kind"])(base64.b64decode(state["model"]), settings)
+  settings = dict(state.get("settings", {}))
+  if settings.pop("add_bos", None) is False:  # the spelling of older checkpoints
+    settings["around"] = [[], []]
+  return _kind(state["kind"])(base64.b64decode(state["model"]), Settings(**settings))
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
   """Hashes all that decides a text's ids (what is put around it does not): 16 hex digits."""
-  around = ("chat_template", "add_bos")
-  settings = {k: v for k, v in tokenizer.settings.to_dict().items() if k not in around}
+  apart = ("chat_template", "around")
+  settings = {k: v for k, v in tokenizer.settings.to_dict().items() if k not in apart}
   written = json.dumps(settings, sort_keys=True).encode() if settings else b""
   made = hashlib.sha256(tokenizer.kind.encode() + tokenizer.to_bytes() + written)
   return made.hexdigest()[:16]

@@ -1,12 +1,16 @@
 """transformers reads the folders we write and we read the ones it writes; chats render alike."""
 
+import json
+
 import pytest
 
 from llmjax.core.errors import UserError
 from llmjax.text import chat
-from llmjax.text.base import Settings
+from llmjax.text.base import Settings, ends
 from llmjax.text.folder import load_tokenizer, save
+from llmjax.text.tokenizer import framed, start_id
 from tests.text import chats
+from tests.text.test_around import PROCESSORS, write
 from tests.text.test_kinds import EVERY
 
 pytestmark = pytest.mark.oracle
@@ -29,14 +33,16 @@ FIELD = {
 }
 
 
-def same_in_transformers(tokenizer, folder):
+def same_in_transformers(tokenizer, folder, around=None):
   from transformers import AutoTokenizer
 
-  save(tokenizer, folder)
+  save(tokenizer, folder, around)
   theirs = AutoTokenizer.from_pretrained(folder)
   for text in TEXTS:
     ids = tokenizer.encode(text)
     assert theirs.encode(text, add_special_tokens=False) == ids, text
+    before, after = load_tokenizer(folder).settings.around
+    assert theirs.encode(text) == [*before, *ids, *after] and around in (None, [before, after])
     if tokenizer.unk_id not in ids:  # the libraries spell UNK differently
       assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
   for token, i in tokenizer.special_tokens.items():
@@ -52,6 +58,15 @@ def same_in_transformers(tokenizer, folder):
 @pytest.mark.parametrize("kind", EVERY)
 def test_transformers_reads_what_we_trained(kind, tmp_path):
   same_in_transformers(EVERY[kind], tmp_path)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("kind", EVERY)
+def test_transformers_puts_around_a_text_what_we_do(kind, bos, eos, tmp_path):
+  tokenizer = EVERY[kind]
+  first, last = start_id(tokenizer) if bos else None, tokenizer.eos_id if eos else None
+  same_in_transformers(tokenizer, tmp_path, ends(first, last))
 
 
 @pytest.mark.parametrize("name", FIELD)
@@ -97,3 +112,34 @@ def test_chats_render_as_in_transformers(family, conversation, tools, prompt):
       chat.render(template, messages, prompt, **values)
     return
   assert chat.spans(template, messages, prompt, **values) == (texts[0], marks[0])
+
+
+@pytest.mark.parametrize("case", PROCESSORS)
+def test_prompts_are_framed_as_in_transformers(case, tmp_path):
+  from transformers import AutoTokenizer
+
+  processor, flags, _ = PROCESSORS[case]
+  ours = write(tmp_path, processor, {"tokenizer_class": "PreTrainedTokenizerFast", **flags})
+  theirs = AutoTokenizer.from_pretrained(tmp_path)
+  for text in TEXTS[1:]:
+    assert framed(ours, "decoder", ours.encode(text)) == theirs.encode(text)
+
+
+# folder of a tokenizer.json → the config.json that tells transformers which class of its to take
+REAL = {
+  "smollm2-135m": {"model_type": "llama"},
+  "tokenizers/neox": {"model_type": "gpt_neox"},
+  "minilm-l6": {"model_type": "bert"},
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_folders_are_framed_as_in_transformers(name, tmp_path, shared_data):
+  from transformers import AutoTokenizer
+
+  source = next((shared_data / name).glob("*tokenizer.json"))
+  (tmp_path / "tokenizer.json").write_bytes(source.read_bytes())
+  (tmp_path / "config.json").write_text(json.dumps(REAL[name]))
+  theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+  for text in TEXTS[1:]:
+    assert framed(ours, "decoder", ours.encode(text)) == theirs.encode(text)

@@ -67,12 +67,18 @@ def test_smollm2_reads_its_folder(shared_data):
     assert tokenizer.decode(want["ids"]) == want["text"]
 
 
+# What stands around a decoder's prompt; WordPiece has BERT's own.
+AROUND = {"wordpiece": [[2], [3]], "bpe": [[0], []], "bytes": [[256], []], "tiktoken": [[], []]}
+AROUND |= {kind: [[1], []] for kind in ("sentencepiece", "unigram")}
+
+
 @pytest.mark.parametrize("kind", EVERY)
 def test_what_is_saved_comes_back(kind, tmp_path):
   tokenizer = EVERY[kind]
   save(tokenizer, tmp_path / "new")
   again = load_tokenizer(tmp_path / "new")
-  assert to_state(again) == to_state(tokenizer)
+  assert again.settings.around == AROUND[kind]
+  assert fingerprint(again) == fingerprint(tokenizer)
   assert again.chat_template is None
   changed = Settings(
     bos_id=NONE,
@@ -81,10 +87,14 @@ def test_what_is_saved_comes_back(kind, tmp_path):
     chat_template="{{ 'é' }}\n",
     pattern=tokenizer.settings.pattern,
     eos_id=tokenizer.eos_id,
+    around=[[tokenizer.eos_id, 5], [7]],
   )
   other = type(tokenizer)(tokenizer.to_bytes(), changed)
   save(other, tmp_path / "new")
-  assert to_state(load_tokenizer(tmp_path / "new")) == to_state(other)
+  again = load_tokenizer(tmp_path / "new")
+  assert (again.kind, again.settings) == (other.kind, other.settings)
+  if not isinstance(other, Fast):  # what stands around a text is a part of a tokenizer.json
+    assert to_state(again) == to_state(other)
 
 
 @pytest.mark.parametrize("kind", EVERY)
