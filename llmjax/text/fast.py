@@ -156,10 +156,10 @@ def byte_level(model: models.Model, cutting: pre_tokenizers.PreTokenizer) -> tok
   return tokenizer
 
 
-def words(pattern: str) -> pre_tokenizers.PreTokenizer:
-  """Cuts text where a regular expression matches, and turns the pieces into byte letters."""
-  cutting = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-  return pre_tokenizers.Sequence([cutting, LETTERS])
+def words(*patterns: str) -> pre_tokenizers.PreTokenizer:
+  """Cuts text where regular expressions match, each what is left, into pieces of byte letters."""
+  cuts = [pre_tokenizers.Split(tokenizers.Regex(each), "isolated") for each in patterns]
+  return pre_tokenizers.Sequence([*cuts, LETTERS])
 
 
 def bert(vocabulary: dict[str, int], lowercase: bool) -> tokenizers.Tokenizer:

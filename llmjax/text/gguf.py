@@ -4,28 +4,36 @@ Takes a plain dict of the `tokenizer.*` values; reading the file is not this flo
 metadata name a behaviour rather than spell it out, so what the names mean is written down here.
 """
 
+import re
+import sys
 from collections.abc import Mapping
 
 from sentencepiece import sentencepiece_model_pb2 as proto
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, models
 
 from llmjax.core.errors import UserError, nearest
 from llmjax.text import fast
 from llmjax.text.base import NONE, Settings, Tokenizer, ends
-from llmjax.text.ranks import LLAMA3_PATTERN, QWEN_PATTERN
-from llmjax.text.sentencepiece import SentencePiece
+from llmjax.text.cutting import PATTERNS, WHOLE_WORDS, WITH_BOS
+from llmjax.text.sentencepiece import SentencePiece, Unigram
 
 _PREFIX = "tokenizer.ggml."
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types, numbered as SentencePiece's
 _BERT_SPACE = "▁"  # begins the pieces that begin a word
 
-_DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), fast.GPT2_WORDS])
-# tokenizer.ggml.pre → how text is cut; the names are llama.cpp's.
-_CUTTING = {
-  **dict.fromkeys(("gpt-2", "mpt", "olmo"), fast.GPT2_WORDS),
-  **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), _DIGITS),
-  **dict.fromkeys(("llama-bpe", "llama3", "dbrx"), fast.words(LLAMA3_PATTERN)),
-  "qwen2": fast.words(QWEN_PATTERN),
+# Keys that are read, or that name tokens which nothing here needs.
+_KNOWN = re.compile(
+  r"model|pre|tokens|scores|merges|token_type(_count)?|\w+_token(_id)?|add_space_prefix|"
+  r"remove_extra_whitespaces|precompiled_charsmap|normalizer\.(lowercase|strip_accents)|"
+  r"tokenizer\.chat_template"
+)
+# Kind of tokenizer → what llama.cpp takes where the metadata do not say: ids of BOS, EOS and PAD,
+# and whether BOS and EOS stand around a text.
+_USUAL = {
+  "llama": (1, 2, NONE, True, False),
+  "gpt2": (11, 11, NONE, False, False),
+  "bert": (101, 102, 0, True, True),
+  "t5": (NONE, 1, 0, False, True),
 }
 
 
@@ -33,21 +41,40 @@ def from_gguf(metadata: Mapping) -> Tokenizer:
   """Builds the tokenizer that GGUF metadata describe.
 
   Args:
-    metadata: values under their full names: `tokenizer.ggml.model` (`llama`, `gpt2` or `bert`),
-      `.tokens`, `.scores`, `.token_type`, `.merges`, `.pre`, `.bos_token_id` and the like, and
-      `tokenizer.chat_template`.
+    metadata: values under their full names: `tokenizer.ggml.model` (`llama`, `gpt2`, `bert` or
+      `t5`), `.tokens`, `.scores`, `.token_type`, `.merges`, `.pre`, `.bos_token_id` and the like,
+      and `tokenizer.chat_template`.
   Returns:
-    A tokenizer of kind `sentencepiece`, `bpe` or `wordpiece`.
+    A tokenizer of kind `sentencepiece`, `bpe`, `wordpiece` or `unigram`.
   Raises:
     UserError: a value is missing, or names something that is not known here.
   Source: the tokenizer keys of ggml's docs/gguf.md; behaviours as in llama.cpp's src/llama-vocab.
   """
   values = _Values({key.removeprefix(_PREFIX): value for key, value in metadata.items()})
   model = values["model"]
-  kinds = {"llama": _llama, "gpt2": _gpt2, "bert": _bert}
+  kinds = {"llama": _sentencepiece, "gpt2": _gpt2, "bert": _bert, "t5": _sentencepiece}
+  if model in ("none", "no_vocab"):
+    raise UserError("the GGUF file holds no vocabulary")
   if model not in kinds:
     raise UserError(f"GGUF tokenizer model {model!r} is not known; {nearest(str(model), kinds)}")
-  return kinds[model](values, _settings(values))
+  unknown = [name for name in metadata if _is_unknown(name)]
+  if unknown:
+    _say(f"note: nothing reads these keys of the GGUF file: {', '.join(unknown)}")
+  try:
+    return kinds[model](values, _settings(values))
+  except UserError:
+    raise
+  except Exception as error:  # libraries trip anywhere over a vocabulary that contradicts itself
+    why = " ".join(str(error).split())[:100]
+    raise UserError(f"the GGUF metadata's {model} tokenizer cannot be built: {why}") from error
+
+
+def _is_unknown(name: str) -> bool:
+  return name.startswith("tokenizer.") and not _KNOWN.fullmatch(name.removeprefix(_PREFIX))
+
+
+def _say(text: str):
+  print(f"llmjax: {text}", file=sys.stderr)
 
 
 class _Values(dict):
@@ -58,33 +85,50 @@ class _Values(dict):
 
 
 def _settings(values: _Values) -> Settings:
-  bos_id = values.get("bos_token_id", values.get("cls_token_id", NONE))
+  bos_id = _id(values, 0, "bos", "cls")
   # "seperator" is the format's own spelling
-  eos_id = values.get("eos_token_id", values.get("seperator_token_id", NONE))
-  first = values.get("add_bos_token", values["model"] != "gpt2")
-  last = values.get("add_eos_token", values["model"] == "bert")
+  eos_id = _id(values, 1, *(("seperator", "eos") if values["model"] == "bert" else ("eos",)))
+  first, last = _USUAL[values["model"]][3:]
+  first = values.get("add_bos_token", first or values.get("pre") in WITH_BOS)
+  last = values.get("add_eos_token", last)
+  if values["model"] == "bert":
+    first = last = True
+  for name, i in (("bos", bos_id), ("eos", eos_id)):
+    if values.get(f"add_{name}_token") and i == NONE:
+      raise UserError(f"the GGUF metadata have add_{name}_token, but no {name}_token_id")
   return Settings(
     bos_id=bos_id,
     eos_id=eos_id,
-    pad_id=values.get("padding_token_id", NONE),
+    pad_id=_id(values, 2, "padding"),
     chat_template=values.get("tokenizer.chat_template"),
     around=ends(bos_id if first else NONE, eos_id if last else NONE),
   )
+
+
+def _id(values: _Values, place: int, *names: str) -> int:
+  """A special token's id: of the first key that is there, else llama.cpp's, if it is spelled so."""
+  given = next((values[f"{name}_token_id"] for name in names if f"{name}_token_id" in values), None)
+  if given is not None:
+    return given
+  usual, tokens = _USUAL[values["model"]][place], values["tokens"]
+  there = tokens[usual] if 0 <= usual < len(tokens) else ""
+  return usual if re.fullmatch(r"<.*>|\[.*\]", there) else NONE
 
 
 def _types(values: _Values) -> list[int]:
   return values.get("token_type", [1] * len(values["tokens"]))
 
 
-def _llama(values: _Values, settings: Settings) -> SentencePiece:
-  """A SentencePiece BPE model of the same pieces and scores."""
+def _sentencepiece(values: _Values, settings: Settings) -> SentencePiece:
+  """A SentencePiece model of the same pieces and scores, BPE or (`t5`) unigram."""
+  unigram = values["model"] == "t5"
   model = proto.ModelProto()
   for token, score, kind in zip(values["tokens"], values["scores"], _types(values), strict=True):
     model.pieces.add(piece=token, score=float(score), type=kind)
   if _UNKNOWN not in (piece.type for piece in model.pieces):
     model.pieces[int(values.get("unknown_token_id", 0))].type = _UNKNOWN
   trained, normal = model.trainer_spec, model.normalizer_spec
-  trained.model_type = proto.TrainerSpec.BPE
+  trained.model_type = proto.TrainerSpec.UNIGRAM if unigram else proto.TrainerSpec.BPE
   trained.byte_fallback = any(piece.type == piece.BYTE for piece in model.pieces)
   trained.vocab_size = len(model.pieces)
   trained.unk_piece = next(piece.piece for piece in model.pieces if piece.type == _UNKNOWN)
@@ -93,21 +137,28 @@ def _llama(values: _Values, settings: Settings) -> SentencePiece:
   if settings.eos_id != NONE:
     trained.eos_piece = model.pieces[settings.eos_id].piece
   normal.name = "identity"
-  normal.add_dummy_prefix = bool(values.get("add_space_prefix", True))
+  rules = values.get("precompiled_charsmap", ())  # bytes, with a sign or without
+  normal.precompiled_charsmap = bytes(number % 256 for number in rules)
+  normal.add_dummy_prefix = bool(values.get("add_space_prefix", not unigram))
   normal.remove_extra_whitespaces = bool(values.get("remove_extra_whitespaces", False))
-  return SentencePiece(model.SerializeToString(), settings)
+  return (Unigram if unigram else SentencePiece)(model.SerializeToString(), settings)
 
 
 def _gpt2(values: _Values, settings: Settings) -> fast.ByteBPE:
-  pre = values.get("pre", "gpt-2")
-  if pre not in _CUTTING:
-    raise UserError(f"GGUF pre-tokenizer {pre!r} is not known; {nearest(str(pre), _CUTTING)}")
+  pre = values.get("pre", "default")
+  if "pre" not in values:
+    _say(
+      "warning: the GGUF file does not say how its tokenizer cuts text ('tokenizer.ggml.pre' is "
+      "missing); 'default' is taken, and ids may differ from those the model was trained on"
+    )
+  if pre not in PATTERNS:
+    raise UserError(f"GGUF pre-tokenizer {pre!r} is not known; {nearest(str(pre), PATTERNS)}")
   vocabulary = {token: i for i, token in enumerate(values["tokens"])}
+  if len(vocabulary) < len(values["tokens"]):
+    raise UserError("the GGUF metadata's vocabulary holds a token twice")
   merges = [tuple(merge.split(" ", 1)) for merge in values["merges"]]
-  # Llama 3's own tokenizer takes a whole word that is a token before it merges anything.
-  whole_words = pre in ("llama-bpe", "llama3")
-  model = models.BPE(vocabulary, merges, ignore_merges=whole_words)
-  made = fast.byte_level(model, _CUTTING[pre])
+  model = models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS)
+  made = fast.byte_level(model, fast.words(*PATTERNS[pre]))
   both = list(zip(values["tokens"], _types(values), strict=True))
   made.add_special_tokens([token for token, kind in both if kind == _CONTROL])
   own = [AddedToken(token, normalized=False) for token, kind in both if kind == _USER_DEFINED]
@@ -124,5 +175,8 @@ def _bert(values: _Values, settings: Settings) -> fast.WordPiece:
     named = token.startswith("[") and token.endswith("]") and len(token) > 2
     return f"##{token}" if kind == 1 and not named else token
 
+  lower = bool(values.get("normalizer.lowercase", True))
+  if bool(values.get("normalizer.strip_accents", lower)) != lower:
+    raise UserError("a GGUF tokenizer that drops case or accents, but not both, is not known")
   spelled = map(spell, values["tokens"], _types(values))
-  return fast.WordPiece.build(fast.bert({t: i for i, t in enumerate(spelled)}, True), settings)
+  return fast.WordPiece.build(fast.bert({t: i for i, t in enumerate(spelled)}, lower), settings)

@@ -255,6 +255,23 @@ def test_a_model_split_into_files_loads_from_the_first(file, tmp_path):
     llmjax.load(one.rename(tmp_path / "other.gguf"))
 
 
+def test_a_refused_tokenizer_leaves_the_weights(folder, tmp_path, capsys):
+  def load(**tokenizer):
+    keys = {f"tokenizer.ggml.{key}": value for key, value in tokenizer.items()}
+    return llmjax.load(save_gguf(tmp_path / "a.gguf", draw(), CONFIG, **keys))
+
+  pieces = {"tokens": ["<unk>", "<s>", "</s>", *map(str, range(59))], "scores": [0.0] * 62}
+  for tokenizer, why in (
+    ({"model": "rwkv"}, "GGUF tokenizer model 'rwkv' is not known; known: bert, gpt2, llama, t5"),
+    ({"model": "none"}, "the GGUF file holds no vocabulary"),
+    ({"model": "llama"} | pieces, "it has 62 tokens, the embedding 61 rows"),
+  ):
+    model = load(**tokenizer)
+    assert model.tokenizer is None
+    assert capsys.readouterr().err == f"llmjax: note: the model has no tokenizer: {why}\n"
+  same_logits(model, folder)
+
+
 def test_a_type_that_is_not_dequantized_and_a_tensor_that_is_not_read_are_named(tmp_path):
   tensors = llama_tensors(draw(), CONFIG)
 
