@@ -8,7 +8,7 @@ from llmjax.models.model import Model
 from llmjax.plan.plan import plan
 from llmjax.run import evaluate, load, train
 from llmjax.serve.embed import embed
-from llmjax.serve.generate import generate
+from llmjax.serve.generate import generate, stream
 from llmjax.serve.sample import Sampling
 from llmjax.train.config import Config
 
@@ -24,6 +24,7 @@ __all__ = [
   "generate",
   "load",
   "plan",
+  "stream",
   "train",
 ]
 

@@ -5,13 +5,14 @@ input was wrong (one line), 1 anything else.
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import shutil
 import sys
 from pathlib import Path
 
-from llmjax import Sampling, convert, generate, load, run
+from llmjax import Sampling, convert, load, run
 from llmjax.bench import suite
 from llmjax.core import config as configs
 from llmjax.core.errors import RunFailed, UserError, nearest
@@ -19,6 +20,7 @@ from llmjax.core.files import to_json
 from llmjax.core.platform import spare_libtpu
 from llmjax.parallel import join, multihost
 from llmjax.plan import command
+from llmjax.serve.generate import Completion, stream
 from llmjax.train import check as checks
 from llmjax.train.config import Config
 
@@ -52,8 +54,12 @@ _FLAGS = {
       ("--temperature", 0.8, "0 is greedy"),
       ("--top_k", 0, "0 keeps all"),
       ("--top_p", 0.95, "the fewest tokens of so much probability"),
+      ("--min_p", 0.0, "tokens of so much of the likeliest one's probability"),
+      ("--repetition_penalty", 1.0, "lowers tokens that were there already"),
+      ("--stop", (), "ends the text where it would come; may be repeated", "TEXT"),
       ("--max_tokens", 128, "how many to write at most"),
       ("--seed", 0, "of the draws"),
+      ("--special", False, "special tokens that the prompt spells out are tokens"),
       ("--chat", False, "the prompt is a message, put into the chat template"),
       ("--image", (), "an image; may be repeated", "FILE"),
     ),
@@ -176,12 +182,25 @@ def _command() -> str:
 
 def _generate(args, overrides) -> dict:
   _no_overrides(overrides)
-  sampling = Sampling(args.temperature, args.top_k, args.top_p, args.max_tokens, args.seed)
+  names = [field.name for field in dataclasses.fields(Sampling)]
+  sampling = Sampling(**{name: getattr(args, name) for name in names})
   model = load(args.checkpoint)
-  made = generate(model, [args.prompt], sampling, [args.image], args.chat)[0]
+  stride = 1 if sys.stdout.isatty() else 16
+  pieces = stream(model, args.prompt, sampling, args.image, args.chat, args.special, stride)
   anew = args.chat or model.config.kind == "encoder_decoder"
-  print(made.text if anew else args.prompt + made.text)
+  made = _print_pieces("" if anew else args.prompt, pieces)
   return {"prompt": args.prompt, "text": made.text, "ids": made.ids, "finish": made.finish}
+
+
+def _print_pieces(first: str, pieces) -> Completion:
+  """Prints text while it is written, after `first`; returns all that was written."""
+  print(first, end="", flush=True)
+  while True:
+    try:
+      print(next(pieces), end="", flush=True)
+    except StopIteration as end:
+      print()
+      return end.value
 
 
 def _evaluate(args, overrides) -> dict:

@@ -28,7 +28,7 @@ def model():
   """A random Llama with a tokenizer and a chat template."""
   text = "the quick brown fox jumps over the lazy dog\n"
   trained = SentencePiece.train([text * 20], 300)
-  tokenizer = SentencePiece(trained.to_bytes(), Settings(chat_template=TEMPLATE))
+  tokenizer = SentencePiece(trained.to_bytes(), Settings(chat_template=TEMPLATE, ends=[297, 299]))
   config = ModelConfig(
     layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp_width=48, vocab_size=300, context=64,
     dtype="float32",
@@ -58,6 +58,7 @@ def same(one: Model, other: Model):
   assert (one.tokenizer.bos_id, one.tokenizer.eos_id) == (
     other.tokenizer.bos_id, other.tokenizer.eos_id
   )
+  assert list(one.tokenizer.settings.ends) == list(other.tokenizer.settings.ends) == [297, 299]
 
 
 def test_a_checkpoint_becomes_a_folder_and_a_checkpoint_again(model, checkpoint, tmp_path):
@@ -69,6 +70,8 @@ def test_a_checkpoint_becomes_a_folder_and_a_checkpoint_again(model, checkpoint,
   assert result["bytes"] == sum(file.stat().st_size for file in files)
   names = {file.name for file in files}
   assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+  written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+  assert written["eos_token_id"] == [2, 297, 299]
   back = llmjax.convert(tmp_path / "hf", tmp_path / "back", format="checkpoint")
   assert back["family"] == "llmjax"
   same(llmjax.load(tmp_path / "back"), model)

@@ -125,6 +125,9 @@ def save_folder(model: Model, path, dtype: str = "float32", family: str = ""):
   path.mkdir(parents=True, exist_ok=True)
   write_json(path / "config.json", theirs)
   ids |= {key: theirs[key] for key in ("decoder_start_token_id",) if key in theirs}
+  ends = getattr(getattr(model.tokenizer, "settings", None), "ends", None)
+  if ends:
+    ids["eos_token_id"] = [i for i in (ids["eos_token_id"], *ends) if i is not None]
   if any(value is not None for value in ids.values()):
     write_json(path / "generation_config.json", ids)
   # safetensors writes an array's memory as it lies, so it has to lie in C order.

@@ -6,7 +6,7 @@ overwritten before any query may look at it, so a row's text does not depend on 
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,11 @@ import numpy as np
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.model import Model
+from llmjax.serve.detokenize import Detokenizer
 from llmjax.serve.prompt import Prompts, bucket, check_room, encode_prompts, end_ids, lay_out
-from llmjax.serve.sample import Sampling, draw
+from llmjax.serve.sample import Sampling, draw, penalize
+
+_STRIDE = 16  # tokens between two looks for a stop text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +27,10 @@ class Completion:
   """What a model wrote after a prompt.
 
   Attributes:
-    text: the new text alone.
+    text: the new text alone: what prompt and new tokens read together, without the prompt's.
     ids: its tokens, without what ended it.
-    finish: `stop` at EOS or the end of a turn, `length` at `max_tokens` or the end of the context.
+    finish: `stop` at an end token or a stop text, `length` at `max_tokens` or the end of the
+      context.
   """
 
   text: str
@@ -40,6 +44,7 @@ def generate(
   sampling: Sampling | None = None,
   images=None,
   chat: bool = False,
+  special: bool = False,
 ) -> list[Completion]:
   """Continues prompts.
 
@@ -51,23 +56,91 @@ def generate(
       where the prompt spells the image token, or before it where it spells none.
     chat: each prompt is a user's message, put into the tokenizer's chat template; the assistant's
       answer comes back.
+    special: special tokens that a prompt spells out are those tokens, not text.
   Returns:
     One completion a prompt, in order.
   Raises:
     UserError: a prompt leaves no room in the context, or the model does not take it: no tokenizer,
       no chat template, no images.
   """
+  sampling = sampling or Sampling()
+  rows, steps = _write(
+    model, prompts, sampling, images, chat, special, _STRIDE if sampling.stop else 0
+  )
+  for _ in steps:
+    pass
+  return [row.completion() for row in rows]
+
+
+def stream(
+  model: Model,
+  prompt: str,
+  sampling: Sampling | None = None,
+  images: Sequence = (),
+  chat: bool = False,
+  special: bool = False,
+  stride: int = 1,
+) -> Generator[str, None, Completion]:
+  """Continues one prompt and hands the text out while it is written.
+
+  Args:
+    stride: tokens between two pieces; the others are those of `generate`, which writes the same.
+  Returns:
+    A generator of pieces, whole characters and never what a stop text may still take back. Together
+    they are the text of the completion, which is the generator's return value.
+  Raises:
+    UserError: as `generate`, before the first piece is asked for.
+  """
+  rows, steps = _write(model, [prompt], sampling or Sampling(), [images], chat, special, stride)
+
+  def pieces():
+    for _ in steps:
+      if piece := rows[0].text.piece():
+        yield piece
+    completion = rows[0].completion()
+    if piece := rows[0].text.piece():
+      yield piece
+    return completion
+
+  return pieces()
+
+
+class _Row:
+  """One prompt's text while it is written."""
+
+  def __init__(self, tokenizer, prompt, sampling: Sampling, ends):
+    self.text, self._ends, self._ended = Detokenizer(tokenizer, prompt, sampling.stop), ends, False
+
+  def add(self, ids: list[int]):
+    """Takes new ids, the last of which may end the row."""
+    self._ended |= bool(ids) and ids[-1] in self._ends
+    self.text.add(ids[:-1] if ids and self._ended else ids)
+
+  def completion(self) -> Completion:
+    self.text.finish()
+    finish = "stop" if self._ended or self.text.stopped else "length"
+    return Completion(self.text.text, self.text.ids, finish)
+
+
+def _write(
+  model: Model, prompts, sampling: Sampling, images, chat: bool, special: bool, stride: int
+) -> tuple[list[_Row], Iterator[None]]:
+  """Prepares prompts: their rows, and what writes on into them at every step."""
   if model.tokenizer is None:
     raise UserError("this model has no tokenizer; generate from ids with generate_ids")
-  tokenizer = model.tokenizer
-  encoded = encode_prompts(model.config, tokenizer, prompts, images, chat)
-  ends = end_ids(tokenizer, chat)
-  out = []
-  for ids in generate_ids(model, encoded, sampling or Sampling(), ends):
-    stopped = bool(ids) and ids[-1] in ends
-    ids = ids[:-1] if stopped else ids
-    out.append(Completion(tokenizer.decode(ids), ids, "stop" if stopped else "length"))
-  return out
+  encoded = encode_prompts(model.config, model.tokenizer, prompts, images, chat, special)
+  ends = end_ids(model.tokenizer, chat)
+  rows = [_Row(model.tokenizer, ids, sampling, ends) for ids in encoded.rows]
+  stopped_b = np.zeros(len(rows), bool)
+
+  def steps():
+    for new in _steps(model, encoded, sampling, ends, stride, stopped_b):
+      for row, ids in zip(rows, new, strict=True):
+        row.add(ids)
+      stopped_b[:] = [row.text.stopped for row in rows]
+      yield
+
+  return rows, steps()
 
 
 def generate_ids(
@@ -85,33 +158,58 @@ def generate_ids(
   Returns:
     The new ids of each row.
   Raises:
-    UserError: a prompt is empty, or leaves no room in the context.
+    UserError: a prompt is empty, or leaves no room in the context; or there are stop texts.
   """
+  if sampling.stop:
+    raise UserError("stop texts are found in text: generate_ids takes ends")
   if not isinstance(prompts, Prompts):
     prompts = Prompts(prompts)
-  rows = prompts.rows
-  if not rows:
-    return []
+  made = [[] for _ in prompts.rows]
+  for new in _steps(model, prompts, sampling, ends):
+    for row, ids in zip(made, new, strict=True):
+      row += ids
+  return made
+
+
+def _steps(
+  model: Model, prompts: Prompts, sampling: Sampling, ends, stride: int = 0, stopped_b=None
+) -> Iterator[list[list[int]]]:
+  """Writes on, `stride` tokens at a time (0: all at once): each row's new ids.
+
+  `stopped_b` may be set between two steps: those rows write no more.
+  """
+  if not prompts.rows:
+    return
   context = model.config.context
   check_room(prompts, context)
-  lengths = np.array([len(row) for row in rows], np.int32)
-  new_tokens = min(sampling.max_tokens, context - int(lengths.min()))
+  lengths = np.array([len(row) for row in prompts.rows], np.int32)
+  room_b = np.minimum(sampling.max_tokens, context - lengths)
+  most = int(room_b.max())
   batch = _batch(prompts, context)
-  slots = min(bucket(batch.tokens_bt.shape[1] + new_tokens), context)
-  out_bt, count_b = _run(
-    model.decoding,
-    batch,
-    lengths,
-    jax.random.key(sampling.seed),
-    jnp.float32(sampling.temperature),
-    jnp.float32(sampling.top_p),
-    jnp.int32(new_tokens),
-    jnp.array(ends, jnp.int32),
-    top_k=sampling.top_k,
-    slots=slots,
-  )
-  counts = np.minimum(np.asarray(count_b), context - lengths)
-  return [[int(i) for i in row[:n]] for row, n in zip(np.asarray(out_bt), counts, strict=True)]
+  slots = min(bucket(batch.tokens_bt.shape[1] + most), context)
+  knobs = {
+    "temperature": jnp.float32(sampling.temperature),
+    "top_p": jnp.float32(sampling.top_p),
+    "min_p": jnp.float32(sampling.min_p),
+    "ends": jnp.array(ends, jnp.int32),
+    "key": jax.random.key(sampling.seed),
+  }
+  if sampling.repetition_penalty != 1:
+    knobs["penalty"] = jnp.float32(sampling.repetition_penalty)
+  state = _begin(model.decoding, batch, lengths, knobs, top_k=sampling.top_k, slots=slots)
+  stopped_b = np.zeros(len(lengths), bool) if stopped_b is None else stopped_b
+  read_b, done = np.zeros(len(lengths), int), min(stride, 1)
+  while True:
+    done = min(done + stride, most) if stride and done else most
+    state = _go_on(
+      model.decoding, state, lengths, knobs, jnp.int32(done), stopped_b, top_k=sampling.top_k
+    )
+    counts_b = np.minimum(np.asarray(state["counts"]), room_b)
+    both = zip(np.asarray(state["out"]), read_b, counts_b, strict=True)
+    yield [[int(i) for i in row[read:count]] for row, read, count in both]
+    read_b = counts_b
+    if done == most or np.all(np.asarray(state["ended"]) | stopped_b):
+      return
 
 
 def _batch(prompts: Prompts, context: int) -> Batch:
@@ -139,31 +237,55 @@ def decode(model, batch: Batch, cache):
 
 
 @functools.partial(jax.jit, static_argnames=("top_k", "slots"))
-def _run(model, batch, lengths, key, temperature, top_p, most, ends, top_k, slots):
-  """Fills the cache with the prompts, then writes tokens until every row has ended."""
-  pick = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
+def _begin(model, batch, lengths, knobs, top_k, slots):
+  """Fills the cache with the prompts and draws every row's first token: the state of the loop."""
   logits_bv, cache = prefill(model, batch, lengths, slots)
-  first = pick(jax.random.fold_in(key, 0), logits_bv)
-  out_bt = jnp.zeros((len(lengths), slots), jnp.int32).at[:, 0].set(first)
+  state = {
+    "cache": cache.alone(),
+    "done": jnp.int32(0),
+    "out": jnp.zeros((len(lengths), slots), jnp.int32),
+    "counts": jnp.zeros(len(lengths), jnp.int32),
+    "ended": jnp.zeros(len(lengths), bool),
+  }
+  if "penalty" in knobs:
+    rows = jnp.arange(len(lengths))[:, None]
+    state["seen"] = jnp.zeros(logits_bv.shape, bool).at[rows, batch.tokens_bt].max(batch.prefix_bt)
+  return _drawn(state, logits_bv, knobs, top_k)
 
-  def at_end(drawn_b):
-    return (drawn_b[:, None] == ends).any(axis=1)
 
-  def unfinished(carry):
-    done, _, _, _, ended = carry
-    return (done < most) & ~jnp.all(ended)
+def _drawn(state, logits_bv, knobs, top_k) -> dict:
+  """The state with one more token of every row that has not ended."""
+  seen_bv, done = state.get("seen"), state["done"]
+  if seen_bv is not None:
+    logits_bv = penalize(logits_bv, seen_bv, knobs["penalty"])
+  key = jax.random.fold_in(knobs["key"], done)
+  token_b = draw(key, logits_bv, knobs["temperature"], top_k, knobs["top_p"], knobs["min_p"])
+  state |= {
+    "done": done + 1,
+    "out": jax.lax.dynamic_update_index_in_dim(state["out"], token_b, done, axis=1),
+    "counts": state["counts"] + ~state["ended"],
+    "ended": state["ended"] | (token_b[:, None] == knobs["ends"]).any(axis=1),
+  }
+  if seen_bv is not None:
+    state["seen"] = seen_bv.at[jnp.arange(len(token_b)), token_b].set(True)
+  return state
 
-  def write_one(carry):
-    done, cache, out_bt, counts, ended = carry
+
+@functools.partial(jax.jit, static_argnames="top_k", donate_argnames="state")
+def _go_on(model, state, lengths, knobs, until, stopped_b, top_k):
+  """Writes tokens until there are `until`, or every row has ended or been stopped."""
+  slots = state["out"].shape[1]
+  state = state | {"ended": state["ended"] | stopped_b}
+
+  def unfinished(state):
+    return (state["done"] < until) & ~jnp.all(state["ended"])
+
+  def write_one(state):
     # A row whose context is full goes on in its last slot; what it writes there is cut off later.
-    positions = jnp.minimum(lengths + done - 1, slots - 1)[:, None]
-    token = jax.lax.dynamic_index_in_dim(out_bt, done - 1, axis=1)
-    logits_bv, cache = decode(model, Batch(token, positions_bt=positions), cache.batched())
-    drawn = pick(jax.random.fold_in(key, done), logits_bv)
-    out_bt = jax.lax.dynamic_update_index_in_dim(out_bt, drawn, done, axis=1)
-    return done + 1, cache.alone(), out_bt, counts + ~ended, ended | at_end(drawn)
+    positions = jnp.minimum(lengths + state["done"] - 1, slots - 1)[:, None]
+    token = jax.lax.dynamic_index_in_dim(state["out"], state["done"] - 1, axis=1)
+    batch = Batch(token, positions_bt=positions)
+    logits_bv, cache = decode(model, batch, state["cache"].batched())
+    return _drawn(state | {"cache": cache.alone()}, logits_bv, knobs, top_k)
 
-  counts = jnp.ones(len(lengths), jnp.int32)
-  carry = (jnp.int32(1), cache.alone(), out_bt, counts, at_end(first))
-  _, _, out_bt, counts, _ = jax.lax.while_loop(unfinished, write_one, carry)
-  return out_bt, counts
+  return jax.lax.while_loop(unfinished, write_one, state)

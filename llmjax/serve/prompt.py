@@ -34,13 +34,19 @@ class Prompts:
 
 
 def encode_prompts(
-  config: ModelConfig, tokenizer: Tokenizer, texts: Sequence[str], images=None, chat: bool = False
+  config: ModelConfig,
+  tokenizer: Tokenizer,
+  texts: Sequence[str],
+  images=None,
+  chat: bool = False,
+  special: bool = False,
 ) -> Prompts:
   """Turns texts into what a model continues.
 
   Args:
     images: for each prompt a sequence of image files or open images; None: no images.
     chat: each prompt is a user's message, put into the tokenizer's chat template.
+    special: special tokens that a text spells out become their ids.
   Returns:
     The prompts as ids, with what the tokenizer puts around a text (`framed`), or in a chat with
     what the template writes.
@@ -51,10 +57,12 @@ def encode_prompts(
     return Prompts([])
   if config.kind not in ("decoder", "encoder_decoder"):
     raise UserError(f"a model of kind {config.kind!r} writes no text")
+  if chat and special:
+    raise UserError("in a chat the template alone writes special tokens: leave out special")
   images = [()] * len(texts) if images is None else images
   _check_images(config, texts, images)
   pairs = zip(texts, images, strict=True)
-  rows = [_encode(config, tokenizer, text, len(own), chat) for text, own in pairs]
+  rows = [_encode(config, tokenizer, text, len(own), chat, special) for text, own in pairs]
   if config.kind == "encoder_decoder":
     prompts = _as_sources(config, tokenizer, rows)
   else:
@@ -101,11 +109,13 @@ def bucket(count: int, least: int = 16) -> int:
 
 
 def end_ids(tokenizer: Tokenizer, chat: bool = False) -> list[int]:
-  """The ids that end what a model writes: EOS, and in a chat what ends the assistant's turn.
+  """The ids that end what a model writes: EOS, the model's other end tokens, and in a chat what
+  ends the assistant's turn.
 
   The latter is the first special token after an answer, as the tokenizer's template writes one.
   """
   found = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+  found += tokenizer.settings.ends or ()
   if chat:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     after = render(tokenizer.chat_template, turns, **end_tokens(tokenizer))
@@ -114,27 +124,28 @@ def end_ids(tokenizer: Tokenizer, chat: bool = False) -> list[int]:
   return list(dict.fromkeys(found))
 
 
-def _encode(config, tokenizer, text: str, images: int, chat: bool) -> list[int]:
+def _encode(config, tokenizer, text: str, images: int, chat: bool, special: bool) -> list[int]:
   """One prompt's ids, an image token for every patch."""
   if chat:
     parts = [{"type": "image"}] * images + [{"type": "text", "text": text}]
     message = {"role": "user", "content": parts if images else text}
     ids = encode_chat(tokenizer, [message], add_generation_prompt=True)
   else:
-    ids = framed(tokenizer, config.kind, _with_image_tokens(config, tokenizer, text, images))
+    ids = _with_image_tokens(config, tokenizer, text, images, special)
+    ids = framed(tokenizer, config.kind, ids)
   return _expand(config, ids, images)
 
 
-def _with_image_tokens(config, tokenizer, text: str, images: int) -> list[int]:
+def _with_image_tokens(config, tokenizer, text: str, images: int, special: bool) -> list[int]:
   """Encodes a text whose image tokens are spelled out, or all stand before it."""
   if not images:
-    return tokenizer.encode(text)
+    return tokenizer.encode(text, special)
   image_token = config.vision.image_token
   names = [name for name, i in tokenizer.special_tokens.items() if i == image_token]
   pieces = text.split(names[0]) if names else [text]
   ids = [image_token] * images if len(pieces) == 1 else []
   for number, piece in enumerate(pieces):
-    ids += [image_token] * (number > 0) + tokenizer.encode(piece)
+    ids += [image_token] * (number > 0) + tokenizer.encode(piece, special)
   return ids
 
 

@@ -1,6 +1,7 @@
-"""From scores to a token: temperature, top-k, nucleus."""
+"""From scores to a token: repetition penalty, temperature, top-k, nucleus, min-p."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,10 @@ class Sampling:
     max_tokens: most new tokens.
     seed: of the draw; seed, model, prompt and its place in the batch decide the text, so equal
       prompts in one batch differ.
+    min_p: keeps tokens of at least so much of the likeliest one's probability; 0 keeps all.
+    repetition_penalty: divides the positive scores of tokens that prompt and text hold already, and
+      multiplies their negative ones; 1 leaves them.
+    stop: texts that end what is written; it is cut before them.
   """
 
   temperature: float = 1.0
@@ -27,6 +32,9 @@ class Sampling:
   top_p: float = 1.0
   max_tokens: int = 128
   seed: int = 0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
+  stop: Sequence[str] = ()
 
   def __post_init__(self):
     check_finite("", self)
@@ -37,19 +45,36 @@ class Sampling:
       raise UserError(f"top_p {self.top_p} is not in (0, 1]")
     if self.max_tokens < 1:
       raise UserError(f"max_tokens {self.max_tokens} is less than 1")
+    if not 0 <= self.min_p <= 1:
+      raise UserError(f"min_p {self.min_p} is not in [0, 1]")
+    if self.repetition_penalty <= 0:
+      raise UserError(f"repetition_penalty {self.repetition_penalty} is not positive")
+    if isinstance(self.stop, str) or not all(self.stop):
+      raise UserError(f"stop {self.stop!r} is not a sequence of texts, none of them empty")
 
 
-def filter_logits(logits_bv, temperature, top_k: int, top_p):
-  """Scales scores by the temperature and puts those outside top-k and nucleus at -inf.
+def penalize(logits_bv, seen_bv, penalty):
+  """Lowers the scores of tokens that were seen: divided where positive, multiplied where not.
+
+  Source: Keskar et al. 2019, arXiv:1909.05858, sec. 4.1, as transformers applies it.
+  """
+  lower_bv = jnp.where(logits_bv < 0, logits_bv * penalty, logits_bv / penalty)
+  return jnp.where(seen_bv, lower_bv, logits_bv)
+
+
+def filter_logits(logits_bv, temperature, top_k: int, top_p, min_p=0.0):
+  """Scales scores by the temperature and puts those outside top-k, nucleus and min-p at -inf.
 
   Args:
     logits_bv: fp32 scores.
     temperature: > 0.
     top_k: 0 keeps all.
     top_p: in (0, 1]; the highest score always stays.
+    min_p: in [0, 1], a share of the highest probability.
   Returns:
     logits_bv, fp32; their softmax is the distribution that is drawn from.
-  Source: nucleus: Holtzman et al. 2020, arXiv:1904.09751, sec. 3.1.
+  Source: nucleus: Holtzman et al. 2020, arXiv:1904.09751, sec. 3.1; min-p: Nguyen et al. 2024,
+    arXiv:2407.01082, sec. 3.
   """
   logits_bv = logits_bv / temperature
   ordered_bv = jnp.sort(logits_bv, axis=-1, descending=True)
@@ -59,23 +84,25 @@ def filter_logits(logits_bv, temperature, top_k: int, top_p):
   before = jnp.cumsum(probabilities, axis=-1) - probabilities
   inside = (before < top_p) | (top_p >= 1)  # rounding can bring the sum to 1 before the last one
   kept = jnp.where(inside & jnp.isfinite(ordered_bv), ordered_bv, jnp.inf)
-  return jnp.where(logits_bv >= kept.min(-1, keepdims=True), logits_bv, -jnp.inf)
+  least = jnp.maximum(kept.min(-1, keepdims=True), ordered_bv[..., :1] + jnp.log(min_p))
+  return jnp.where(logits_bv >= least, logits_bv, -jnp.inf)
 
 
-def draw(key, logits_bv, temperature, top_k: int, top_p):
+def draw(key, logits_bv, temperature, top_k: int, top_p, min_p=0.0):
   """Draws one token a row; at temperature 0 the highest score.
 
   Args:
     logits_bv: fp32 scores.
     temperature: ≥ 0, may be traced.
     top_k: static.
-    top_p: may be traced.
+    top_p: may be traced; likewise min_p.
   Returns:
     int32 [b].
   """
   greedy = lambda: jnp.argmax(logits_bv, axis=-1)  # noqa: E731
 
   def drawn():
-    return jax.random.categorical(key, filter_logits(logits_bv, temperature, top_k, top_p), axis=-1)
+    kept_bv = filter_logits(logits_bv, temperature, top_k, top_p, min_p)
+    return jax.random.categorical(key, kept_bv, axis=-1)
 
   return jax.lax.cond(temperature > 0, drawn, greedy).astype(jnp.int32)

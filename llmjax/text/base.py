@@ -33,6 +33,7 @@ class Settings:
     pattern: regular expression that cuts text before tiktoken's ranks are applied.
     around: ids before and ids after a single text, as the tokenizer's own files say; None: no file
       says, as for a tokenizer trained here.
+    ends: ids that end what a model writes, beside EOS.
   """
 
   bos_id: int | None = None
@@ -42,6 +43,7 @@ class Settings:
   chat_template: str | None = None
   pattern: str | None = None
   around: Sequence[Sequence[int]] | None = None
+  ends: Sequence[int] | None = None
 
   def to_dict(self) -> dict:
     """What is set, as a JSON value."""

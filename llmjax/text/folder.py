@@ -188,7 +188,8 @@ def _settings(folder: Path, config: dict, made: Tokenizer) -> Settings:
 
   ids = chosen("bos"), chosen("eos"), chosen("pad")
   around = _around(config, made, ids)
-  return Settings(*ids, added, read_template(folder), made.settings.pattern, around)
+  others = [i for i in _ends(folder) if i != (made.eos_id if ids[1] is None else ids[1])] or None
+  return Settings(*ids, added, read_template(folder), made.settings.pattern, around, others)
 
 
 def _around(config: dict, made: Tokenizer, ids: Sequence[int | None]) -> list[list[int]]:
@@ -199,6 +200,20 @@ def _around(config: dict, made: Tokenizer, ids: Sequence[int | None]) -> list[li
   bos, eos = (there if i is None else i for i, there in zip(ids[:2], own, strict=True))
   first, last = map(config.get, ("add_bos_token", "add_eos_token"), made.adds)
   return made.template() or ends(bos if first else None, eos if last else None)
+
+
+def _ends(folder: Path) -> list[int]:
+  """The ids that end what a model writes, by transformers' rule: the first file that names any."""
+  config = _json(folder / "config.json")
+  for said in (_json(folder / "generation_config.json"), config, config.get("text_config") or {}):
+    found = said.get("eos_token_id")
+    if found is None:
+      continue
+    listed = found if isinstance(found, list) else [found]
+    if not all(isinstance(i, int) and i >= 0 for i in listed):
+      raise UserError(f"{folder}: eos_token_id {found!r} is not a list of token ids")
+    return listed
+  return []
 
 
 def _listed(config: dict) -> dict[str, int]:

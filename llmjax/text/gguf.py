@@ -19,6 +19,12 @@ from llmjax.text.sentencepiece import SentencePiece, Unigram
 
 _PREFIX = "tokenizer.ggml."
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types, numbered as SentencePiece's
+# Tokens that end a text for llama.cpp wherever a vocabulary has them.
+_ENDS = (
+  "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+  "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "<|end_of_text|>",
+  "<end_of_utterance>",
+)
 _BERT_SPACE = "▁"  # begins the pieces that begin a word
 
 # Keys that are read, or that name tokens which nothing here needs.
@@ -102,6 +108,7 @@ def _settings(values: _Values) -> Settings:
     pad_id=_id(values, 2, "padding"),
     chat_template=values.get("tokenizer.chat_template"),
     around=ends(bos_id if first else NONE, eos_id if last else NONE),
+    ends=_ends(values, eos_id) or None,
   )
 
 
@@ -113,6 +120,15 @@ def _id(values: _Values, place: int, *names: str) -> int:
   usual, tokens = _USUAL[values["model"]][place], values["tokens"]
   there = tokens[usual] if 0 <= usual < len(tokens) else ""
   return usual if re.fullmatch(r"<.*>|\[.*\]", there) else NONE
+
+
+def _ends(values: _Values, eos_id: int) -> list[int]:
+  """The ids that end what a model writes beside EOS, by keys and by llama.cpp's list of names."""
+  keyed = [values.get(f"{name}_token_id") for name in ("eot", "eom")]
+  tokens = list(values.get("tokens", ()))
+  named = [tokens.index(name) for name in _ENDS if name in tokens]
+  found = dict.fromkeys([*keyed, *named])
+  return [int(i) for i in found if i not in (None, eos_id)]
 
 
 def _types(values: _Values) -> list[int]:

@@ -162,7 +162,7 @@ def from_state(state: dict) -> Tokenizer:
 
 def fingerprint(tokenizer: Tokenizer) -> str:
   """Hashes all that decides a text's ids (what is put around it does not): 16 hex digits."""
-  apart = ("chat_template", "around")
+  apart = ("chat_template", "around", "ends")
   settings = {k: v for k, v in tokenizer.settings.to_dict().items() if k not in apart}
   written = json.dumps(settings, sort_keys=True).encode() if settings else b""
   made = hashlib.sha256(tokenizer.kind.encode() + tokenizer.to_bytes() + written)

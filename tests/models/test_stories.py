@@ -11,7 +11,7 @@ from sentencepiece import sentencepiece_model_pb2 as spm
 from llmjax.models.config import ModelConfig
 from llmjax.models.hf_layout import from_tensors
 from llmjax.models.model import Model
-from llmjax.serve.generate import generate
+from llmjax.serve.generate import generate, stream
 from llmjax.serve.sample import Sampling
 from llmjax.text.sentencepiece import SentencePiece
 
@@ -110,6 +110,15 @@ def test_greedy_text_is_the_published_one_to_the_character(stories):
   made = generate(model, [""], Sampling(temperature=0, max_tokens=len(expected["greedy_ids"]) - 1))
   assert [1, *made[0].ids] == expected["greedy_ids"]
   assert made[0].text == expected["published_greedy_text"]
+
+
+def test_a_prompt_goes_on_with_its_space_also_in_pieces(stories):
+  model, expected = stories
+  prompt, sampling = "Once upon a time, there was a", Sampling(temperature=0, max_tokens=60)
+  made = generate(model, [prompt], sampling)[0]
+  assert made.text.startswith(" little girl named Lily.")
+  assert expected["published_greedy_text"].startswith(prompt + made.text)
+  assert "".join(stream(model, prompt, sampling)) == made.text
 
 
 def test_logits_and_encoding_are_the_published_ones(stories):

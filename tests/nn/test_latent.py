@@ -1,6 +1,7 @@
 """Proves that latent attention says the same from its cache, absorbed or expanded, as of a row."""
 
 import dataclasses
+import functools
 import itertools
 import re
 
@@ -17,7 +18,7 @@ from llmjax.models.model import Model
 from llmjax.nn.attention import AttentionConfig, LatentConfig
 from llmjax.nn.latent import LatentAttention
 from llmjax.nn.mask import Rule, self_mask
-from llmjax.serve.generate import _run, generate_ids
+from llmjax.serve.generate import _begin, _go_on, generate_ids
 from llmjax.serve.sample import Sampling
 from tests.models.variants import VARIANTS, make_config, weights_of
 
@@ -149,10 +150,15 @@ def test_values_narrower_than_keys_are_padded_for_a_platforms_kernel(monkeypatch
 def test_decoding_writes_the_cache_in_place(rows):
   """A copy of it at every token is what a loop pays where it carries another form than it reads."""
   model = Model(CONFIG, weights_of(CONFIG)).decoding
-  lowered = _run.lower(
-    model, Batch(np.zeros((rows, 4), np.int32)), np.full(rows, 4, np.int32), jax.random.key(0),
-    jnp.float32(0), jnp.float32(1), jnp.int32(9), jnp.array([], jnp.int32), top_k=0, slots=352,
+  zero, one, no_ends = jnp.float32(0), jnp.float32(1), jnp.array([], jnp.int32)
+  knobs = {"temperature": zero, "top_p": one, "min_p": zero, "ends": no_ends}
+  knobs["key"] = jax.random.key(0)
+  lengths = np.full(rows, 4, np.int32)
+  batch = Batch(np.zeros((rows, 4), np.int32))
+  state = jax.eval_shape(
+    functools.partial(_begin, top_k=0, slots=352), model, batch, lengths, knobs
   )
+  lowered = _go_on.lower(model, state, lengths, knobs, jnp.int32(9), False, top_k=0)
   text = lowered.compile().as_text()
   bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
   parts = re.split(r"\n(?=%|ENTRY)", text)

@@ -10,11 +10,12 @@ import pytest
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
 from llmjax.models.model import Model
-from llmjax.serve.generate import generate, generate_ids
-from llmjax.serve.prompt import encode_prompts
+from llmjax.serve.generate import generate, generate_ids, stream
+from llmjax.serve.prompt import encode_prompts, end_ids
 from llmjax.serve.sample import Sampling
 from llmjax.text.base import NONE, Settings
 from llmjax.text.sentencepiece import SentencePiece
+from llmjax.text.tokenizer import fingerprint
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 
@@ -41,13 +42,15 @@ def model(tiny_config, tokenizer):
   return Model(config, lively, tokenizer)
 
 
-def naive(model, prompt, count, eos_id=-1):
+def naive(model, prompt, count, eos_id=-1, penalty=1.0):
   """Appends the highest-scoring token, `count` times over, to a row padded to the context."""
   ids = list(prompt)
   while len(ids) < min(len(prompt) + count, CONTEXT):
     row = np.zeros((1, CONTEXT), np.int32)
     row[0, : len(ids)] = ids
-    scores = np.asarray(model.logits(row))[0, len(ids) - 1]
+    scores = np.asarray(model.logits(row))[0, len(ids) - 1].copy()
+    for i in set(ids):
+      scores[i] = scores[i] * penalty if scores[i] < 0 else scores[i] / penalty
     ordered = np.sort(scores)
     assert ordered[-1] - ordered[-2] > 1e-4  # else rounding could decide
     ids.append(int(np.argmax(scores)))
@@ -139,6 +142,55 @@ def test_text_is_continued_after_bos_without_eos(model, tokenizer):
     assert made.ids == (ids[:-1] if stopped else ids)
     assert made.text == tokenizer.decode(made.ids)
     assert made.finish == ("stop" if stopped else "length")
+
+
+def test_repeated_tokens_are_penalized_in_prompt_and_text(model, expected):
+  sampling = dataclasses.replace(GREEDY, repetition_penalty=3.0)
+  found = generate_ids(model, PROMPTS, sampling)
+  assert found == [naive(model, prompt, 12, penalty=3.0) for prompt in PROMPTS]
+  assert found != expected
+
+
+def test_every_end_of_the_model_ends_a_row(model, tokenizer, expected):
+  ids = expected[0][3], expected[2][5]
+  settings = dataclasses.replace(tokenizer.settings, ends=[ids[0]])
+  ending = SentencePiece(tokenizer.to_bytes(), settings)
+  assert end_ids(ending) == [tokenizer.eos_id, ids[0]]
+  assert fingerprint(ending) == fingerprint(tokenizer)  # a text's ids are the same
+  found = generate_ids(model, PROMPTS, GREEDY, ids)
+  for row, whole in zip(found, expected, strict=True):
+    cut = min((whole.index(i) + 1 for i in ids if i in whole), default=12)
+    assert row == whole[:cut]
+
+
+def test_a_stop_text_ends_a_row_and_streaming_writes_the_same(model):
+  longer = dataclasses.replace(GREEDY, max_tokens=30)
+  whole = generate(model, ["the fox"], longer)[0]
+  assert "".join(stream(model, "the fox", longer)) == whole.text
+  stop = whole.text[3:6]
+  stopping = dataclasses.replace(longer, stop=[stop, "never written"])
+  made = generate(model, ["the fox"], stopping)[0]
+  assert (made.text, made.finish) == (whole.text.partition(stop)[0], "stop")
+  assert made.ids == whole.ids[: len(made.ids)] and len(made.ids) <= 6
+  pieces = stream(model, "the fox", stopping)
+  text = ""
+  try:
+    while True:
+      text += next(pieces)
+  except StopIteration as end:
+    assert end.value == made
+  assert text == made.text
+  with pytest.raises(UserError, match="generate_ids takes ends"):
+    generate_ids(model, PROMPTS, stopping)
+
+
+def test_special_tokens_are_text_unless_asked_for(tokenizer, tiny_config):
+  plain = encode_prompts(tiny_config, tokenizer, ["fox</s>"]).rows[0]
+  assert 2 not in plain and tokenizer.decode(plain) == "fox</s>"
+  special = encode_prompts(tiny_config, tokenizer, ["fox</s>"], special=True).rows[0]
+  assert special == [1, *tokenizer.encode("fox"), 2]
+  with pytest.raises(UserError, match="leave out special"):
+    encode_prompts(tiny_config, tokenizer, ["fox</s>"], chat=True, special=True)
 
 
 def test_without_bos_a_prompt_begins_with_eos(tokenizer, tiny_config):

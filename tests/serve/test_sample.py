@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 
 from llmjax.core.errors import UserError
-from llmjax.serve.sample import Sampling, draw, filter_logits
+from llmjax.serve.sample import Sampling, draw, filter_logits, penalize
 from tests.reference.sampling import distribution
 
 pytestmark = pytest.mark.usefixtures("quick_module")
@@ -21,9 +21,9 @@ LOGITS = np.array([1.2, -0.3, 2.0, 0.1, 1.9, -1.5, 0.6, -2.0, 1.0, 0.0], np.floa
 jit_draw = jax.jit(draw, static_argnames="top_k")
 
 
-def counts_of(key, temperature, top_k, top_p):
+def counts_of(key, temperature, top_k, top_p, min_p=0.0):
   rows = jnp.broadcast_to(LOGITS, (DRAWS, len(LOGITS)))
-  drawn = jit_draw(key, rows, temperature, top_k=top_k, top_p=top_p)
+  drawn = jit_draw(key, rows, temperature, top_k=top_k, top_p=top_p, min_p=min_p)
   assert drawn.dtype == jnp.int32
   return np.bincount(drawn, minlength=len(LOGITS))
 
@@ -53,6 +53,22 @@ def test_tokens_are_drawn_from_the_promised_distribution(temperature, top_k, top
     wrong = np.array(distribution(LOGITS.tolist(), temperature * 1.15, top_k, 1.0)) * kept
     wrong /= wrong.sum()
     assert stats.chisquare(counts[kept], wrong[kept] * DRAWS).pvalue < 1e-4
+
+
+@pytest.mark.parametrize(("temperature", "min_p"), [(1.0, 0.2), (0.5, 0.4), (1.0, 1.0)])
+def test_min_p_keeps_a_share_of_the_likeliest(temperature, min_p):
+  expected = np.array(distribution(LOGITS.tolist(), temperature, 0, 1.0, min_p))
+  assert (expected == 0).any()
+  counts = counts_of(jax.random.key(1), temperature, 0, 1.0, min_p)
+  kept = expected > 0
+  assert counts[~kept].sum() == 0
+  assert stats.chisquare(counts[kept], expected[kept] * DRAWS).pvalue > 1e-4 or kept.sum() == 1
+
+
+def test_a_penalty_lowers_what_was_seen_whatever_its_sign():
+  seen = np.array([[True, True, False, True, False]])
+  found = penalize(np.array([[3.0, -3.0, 3.0, 0.0, -3.0]], np.float32), seen, 1.5)
+  assert_array_equal(found, [[2.0, -4.5, 3.0, 0.0, -3.0]])
 
 
 def test_the_filtered_scores_are_the_distribution():
@@ -108,6 +124,10 @@ def test_a_nucleus_of_one_keeps_every_token():
     ({"top_p": 0.0}, "top_p 0.0"),
     ({"top_p": 1.1}, "top_p 1.1"),
     ({"max_tokens": 0}, "max_tokens 0"),
+    ({"min_p": 1.5}, "min_p 1.5"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty 0.0"),
+    ({"stop": "ab"}, "stop 'ab'"),
+    ({"stop": ["a", ""]}, "none of them empty"),
   ],
 )
 def test_values_that_mean_nothing_are_user_errors(values, words):

@@ -125,6 +125,18 @@ def write_folder(folder, **files):
   return load_tokenizer(folder)
 
 
+def test_a_folder_says_what_ends_a_text(tmp_path):
+  """The files of Llama 3.1, Qwen 2.5 and Gemma 3 say it in these three ways."""
+  ends = lambda **files: write_folder(tmp_path, **files).settings.ends  # noqa: E731
+  assert ends() is None
+  assert ends(config={"eos_token_id": [7, 8, 9]}) == [8, 9]
+  assert ends(config={"text_config": {"eos_token_id": [1, 106]}}) == [106]
+  assert ends(generation_config={"eos_token_id": 5}) is None  # that is EOS itself
+  assert ends(tokenizer_config={"eos_token": "<|pad|>"}, config={"eos_token_id": 7}) == [5]
+  with pytest.raises(UserError, match="eos_token_id 'x' is not"):
+    ends(generation_config={"eos_token_id": "x"})
+
+
 def test_a_folder_says_what_its_special_tokens_are(tmp_path):
   def ids(made):
     return made.bos_id, made.eos_id, made.pad_id
@@ -133,6 +145,7 @@ def test_a_folder_says_what_its_special_tokens_are(tmp_path):
   assert ids(write_folder(tmp_path, config={"eos_token_id": 7})) == (0, 7, 2)
   generation = {"eos_token_id": [8, 9], "pad_token_id": 5}
   assert ids(write_folder(tmp_path, generation_config=generation)) == (0, 8, 5)
+  assert load_tokenizer(tmp_path).settings.ends == [9]
   map_ = {"eos_token": {"content": "<|pad|>"}}
   assert ids(write_folder(tmp_path, special_tokens_map=map_)) == (0, 2, 5)
   said = {"bos_token": None, "eos_token": "<|im_end|>"}

@@ -208,6 +208,17 @@ def test_a_vocabulary_of_unigrams_keeps_its_rules_of_normalisation(shared_data):
   assert made.encode("ﬁne  words") == made.encode("fine words")
 
 
+def test_the_ends_of_a_text_are_told_by_keys_and_by_names():
+  """As llama.cpp: eot and eom keys, and what a few tokens are called."""
+  assert from_gguf(SPACED).settings.ends is None
+  keyed = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 2}
+  assert from_gguf({**SPACED, **keyed}).settings.ends == [5]
+  tokens = [*SPACED["tokenizer.ggml.tokens"][:-2], "<|im_end|>", "<end_of_turn>"]
+  named = from_gguf({**SPACED, **keyed, "tokenizer.ggml.tokens": tokens})
+  assert named.settings.ends == [5, 6, 7]
+  assert from_state(to_state(named)).settings.ends == [5, 6, 7]
+
+
 @pytest.mark.parametrize(("prefix", "ids"), [(True, [6, 5]), (False, [7])])
 def test_the_space_before_a_text_is_put_there_where_the_metadata_say_so(prefix, ids):
   made = from_gguf({**SPACED, "tokenizer.ggml.add_space_prefix": prefix})
