@@ -12,7 +12,7 @@ import numpy as np
 from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig
 from llmjax.serve.image import read_image
-from llmjax.text.chat import encode_chat, end_tokens, render
+from llmjax.text.chat import encode_chat, render, token_values
 from llmjax.text.tokenizer import Tokenizer, framed, start_id
 
 _ANSWER = "this is what the assistant says"
@@ -118,7 +118,7 @@ def end_ids(tokenizer: Tokenizer, chat: bool = False) -> list[int]:
   found += tokenizer.settings.ends or ()
   if chat:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
-    after = render(tokenizer.chat_template, turns, **end_tokens(tokenizer))
+    after = render(tokenizer.chat_template, turns, **token_values(tokenizer))
     ids = tokenizer.encode(after.rpartition(_ANSWER)[2], allow_special=True)
     found += [i for i in ids if i in tokenizer.special_names][:1]
   return list(dict.fromkeys(found))

@@ -30,6 +30,8 @@ class Settings:
     pad_id: fills rows up; likewise.
     added: special tokens that the model file does not hold, text → id.
     chat_template: Jinja source that turns messages into text.
+    tool_template: the one for chats with tools, where there are two.
+    named: special tokens by the names that templates have for them, such as `sep_token`.
     pattern: regular expression that cuts text before tiktoken's ranks are applied.
     around: ids before and ids after a single text, as the tokenizer's own files say; None: no file
       says, as for a tokenizer trained here.
@@ -44,6 +46,8 @@ class Settings:
   pattern: str | None = None
   around: Sequence[Sequence[int]] | None = None
   ends: Sequence[int] | None = None
+  tool_template: str | None = None
+  named: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def to_dict(self) -> dict:
     """What is set, as a JSON value."""
@@ -127,21 +131,27 @@ class Tokenizer:
     """The id of a token by its own name, as a model file spells it; None where there is none."""
     return self.special_tokens.get(token)
 
-  def encode(self, text: str, allow_special: bool = False) -> list[int]:
+  def spell(self, i: int) -> str:
+    """A token by its id, as a model file spells it."""
+    return self.special_names[i]
+
+  def encode(self, text: str, allow_special: bool = False, cut: str = "") -> list[int]:
     """Turns text into ids, with neither BOS nor EOS.
 
     Args:
       allow_special: special tokens written out in the text become their ids; only for text whose
         special tokens are your own, as a rendered chat template.
+      cut: stands inside what only looks like a special token; it is taken out, and what it stood
+        in is text.
     """
     if not (allow_special and self.special_tokens):
-      return self._encode(text)
+      return self._encode(text.replace(cut, ""))
     ids = []
     for number, part in enumerate(self._special.split(text)):
       if number % 2:
         ids.append(self.special_tokens[part])
       elif part:
-        ids += self._encode(part)
+        ids += self._encode(part.replace(cut, ""))
     return ids
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:

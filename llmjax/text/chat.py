@@ -30,8 +30,8 @@ def render(
   Args:
     messages: each with `role` and `content` and whatever else the template reads.
     add_generation_prompt: ends with what begins an answer.
-    **values: further variables of the template: `bos_token` and `eos_token`, texts, and `tools`,
-      JSON schemas of functions that the model may call; and whatever else it reads.
+    **values: further variables of the template: `bos_token` and the like, texts; `tools`, JSON
+      schemas of functions that the model may call; `documents`; and whatever else it reads.
   Returns:
     The text; its special tokens are spelled out, BOS too where the template writes it.
   Raises:
@@ -50,8 +50,8 @@ def spans(
   Returns:
     (text, [(start, stop), …] in characters); no spans when the template marks none.
   """
-  given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-  given |= {"tools": None, "bos_token": "", "eos_token": "", **values}
+  given = {"messages": [_told(message) for message in messages], "tools": None, "documents": None}
+  given |= {"add_generation_prompt": add_generation_prompt, **values}
   try:
     text = _compiled(template).render(given)
   except jinja2.TemplateSyntaxError as error:
@@ -72,10 +72,11 @@ def encode_chat(
   """Renders messages with the tokenizer's own template and encodes the result.
 
   Special tokens that the template writes become their ids. Those that a message spells out do not:
-  a user who types `<|im_end|>` cannot end the turn.
+  a user who types `<|im_end|>` cannot end the turn, and the text survives as it was typed.
 
   Args:
-    tokenizer: with a `chat_template`; the other arguments are those of `render`.
+    tokenizer: with a `chat_template`; the other arguments are those of `render`. With `tools` the
+      template named `tool_use` is taken where the tokenizer has one.
   Returns:
     Ids, BOS among them where the template writes it.
   Raises:
@@ -83,23 +84,35 @@ def encode_chat(
   """
   if not tokenizer.chat_template:
     raise UserError("this tokenizer has no chat template; give render() one")
-  values = {**end_tokens(tokenizer), **values}
-  guarded = _guard(messages, tokenizer.special_tokens)
-  text = render(tokenizer.chat_template, guarded, add_generation_prompt, **values)
-  return [i for part in text.split(_CUT) for i in tokenizer.encode(part, allow_special=True)]
+  template = tokenizer.chat_template
+  if values.get("tools") is not None:
+    template = tokenizer.settings.tool_template or template
+  told = {name: values[name] for name in ("tools", "documents") if name in values}
+  told = _guard({"messages": messages, **told}, tokenizer.special_tokens)
+  values = {**token_values(tokenizer), **values, **told}
+  text = render(template, add_generation_prompt=add_generation_prompt, **values)
+  return tokenizer.encode(text, allow_special=True, cut=_CUT)
 
 
-def end_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-  """What a template calls `bos_token` and `eos_token`: their texts, empty where there is none."""
-  ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-  return {name: tokenizer.special_names.get(i, "") for name, i in ids.items()}
+def token_values(tokenizer: Tokenizer) -> dict[str, str]:
+  """The texts of special tokens under the names that templates have for them, as `bos_token`."""
+  ids = {name: getattr(tokenizer, f"{name}_id") for name in ("unk", "bos", "eos", "pad")}
+  own = {f"{name}_token": tokenizer.spell(i) for name, i in ids.items() if i is not None}
+  return {**own, **tokenizer.settings.named}
+
+
+def _told(message):
+  """A message without the keys that tell nothing: of a missing key templates know what to make."""
+  if not isinstance(message, Mapping):
+    return message
+  return {key: value for key, value in message.items() if value is not None}
 
 
 def _guard(value, special: Mapping[str, int]):
-  """Puts a cut into every special token that a message spells out."""
+  """Cuts every special token that a message spells out, and what may stand inside it, apart."""
   if isinstance(value, str):
     for token in special:
-      value = value.replace(token, f"{token[:1]}{_CUT}{token[1:]}")
+      value = value.replace(token, _CUT.join(token))
     return value
   if isinstance(value, Mapping):
     return {key: _guard(part, special) for key, part in value.items()}

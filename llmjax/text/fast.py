@@ -6,6 +6,7 @@ tokens spelled out in text into their ids, so two copies are kept: one that does
 
 import functools
 import itertools
+import secrets
 from collections import Counter
 from collections.abc import Iterable
 
@@ -17,6 +18,7 @@ from llmjax.text.base import PLAIN, Settings, Tokenizer, too_large, too_small
 
 _SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>"]
 _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_ALIAS = secrets.token_hex(16)  # begins the alias of a special token, so that no text can hold one
 _BERT_CHARS = 1000  # most characters of a trained WordPiece; rarer ones are [UNK], as in BERT
 
 LETTERS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # cuts nothing
@@ -62,10 +64,30 @@ class Fast(Tokenizer):
     i = self._plain.token_to_id(token)
     return super().find(token) if i is None else i
 
-  def encode(self, text: str, allow_special: bool = False) -> list[int]:
-    if allow_special and not self.settings.added:
+  def spell(self, i: int) -> str:
+    return self.special_names.get(i) or self._plain.id_to_token(i)
+
+  @functools.cached_property
+  def _aliased(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+    """A copy that knows special tokens under an alias alone; the aliases' ids → the tokens' own."""
+    made, ids = _read(self._model), {}
+    made.encode_special_tokens = True
+    for i, token in sorted(made.get_added_tokens_decoder().items()):
+      if token.special:
+        flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
+        alias = tokenizers.AddedToken(_ALIAS + token.content, normalized=False, **flags)
+        made.add_tokens([alias])
+        ids[made.token_to_id(alias.content)] = i
+    return made, ids
+
+  def encode(self, text: str, allow_special: bool = False, cut: str = "") -> list[int]:
+    if not allow_special or self.settings.added:
+      return super().encode(text, allow_special, cut)
+    if not cut or cut not in text:
       return self._parsing.encode(text, add_special_tokens=False).ids
-    return super().encode(text, allow_special)
+    made, ids = self._aliased
+    text = self._special.sub(lambda found: _ALIAS + found[0], text).replace(cut, "")
+    return [ids.get(i, i) for i in made.encode(text, add_special_tokens=False).ids]
 
   def _encode(self, text: str) -> list[int]:
     return self._plain.encode(text, add_special_tokens=False).ids

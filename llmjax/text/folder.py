@@ -4,7 +4,6 @@ A Hugging Face folder says beside the tokenizer which ids are BOS, EOS and PAD, 
 written; all of that is read here.
 """
 
-import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from llmjax.text.ranks import Tiktoken
 from llmjax.text.raw import Bytes
 
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+_TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 _MERGES = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt"}
 # What a folder is searched for, fullest description first.
 _NAMES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", *_MERGES, "vocab.txt")
@@ -78,10 +78,11 @@ def save(tokenizer: Tokenizer, folder: str | Path, around: Sequence[Sequence[int
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad", "unk")}
-  settings, template = tokenizer.settings, tokenizer.chat_template
+  settings, tools = tokenizer.settings, tokenizer.settings.tool_template
   config = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "clean_up_tokenization_spaces": False,
+    **settings.named,
     **{f"{name}_token": tokenizer.special_names.get(i) for name, i in ids.items()},
     "added_tokens_decoder": {
       str(i): {"content": token, "special": True} for token, i in settings.added.items()
@@ -94,29 +95,34 @@ def save(tokenizer: Tokenizer, folder: str | Path, around: Sequence[Sequence[int
   (folder / _CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
   if tokenizer.kind in _FILES:
     (folder / _FILES[tokenizer.kind]).write_bytes(tokenizer.to_bytes())
-  (folder / _TEMPLATE).unlink(missing_ok=True)
-  if template is not None:
-    (folder / _TEMPLATE).write_text(template, encoding="utf-8")
+  for name, template in ((_TEMPLATE, settings.chat_template), (_TOOL_TEMPLATE, tools)):
+    (folder / name).unlink(missing_ok=True)
+    if template is not None:
+      (folder / name).parent.mkdir(exist_ok=True)
+      (folder / name).write_text(template, encoding="utf-8")
 
 
-def read_template(folder: Path) -> str | None:
-  """Finds a folder's chat template.
+def read_templates(folder: Path) -> dict[str, str]:
+  """Finds a folder's chat templates, by name.
 
   Returns:
-    The text of `chat_template.jinja`, else `chat_template` of `tokenizer_config.json` (of a list
-    of named ones the one named `default`), else None.
+    Of the first of these that there are: the files `chat_template.jinja` (`default`) and
+    `additional_chat_templates/NAME.jinja`; `chat_template` of `chat_template.json`, or of
+    `tokenizer_config.json`: one template (`default`), or several with their names.
   Raises:
-    UserError: a list of templates without a default, or a configuration that is not JSON.
+    UserError: named templates without a default, or a configuration that is not JSON.
   """
-  with contextlib.suppress(OSError):
-    return (folder / _TEMPLATE).read_text(encoding="utf-8")
-  template = _json(folder / _CONFIG).get("chat_template")
-  if not isinstance(template, list):
-    return template
-  named = {entry["name"]: entry.get("template", "") for entry in template}
-  if "default" not in named:
-    raise UserError(f"{folder}: no chat template is named 'default'; there are {sorted(named)}")
-  return named["default"]
+  files = {"default": folder / _TEMPLATE} if (folder / _TEMPLATE).is_file() else {}
+  files |= {file.stem: file for file in (folder / _TOOL_TEMPLATE).parent.glob("*.jinja")}
+  named = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+  said = (_json(folder / file).get("chat_template") for file in ("chat_template.json", _CONFIG))
+  template = named or next(filter(None, said), {})
+  if isinstance(template, list):
+    template = {entry["name"]: entry.get("template", "") for entry in template}
+  template = {"default": template} if isinstance(template, str) else template
+  if template and "default" not in template:
+    raise UserError(f"{folder}: no chat template is named 'default'; there are {sorted(template)}")
+  return template
 
 
 def _in_folder(folder: Path) -> Path:
@@ -188,8 +194,26 @@ def _settings(folder: Path, config: dict, made: Tokenizer) -> Settings:
 
   ids = chosen("bos"), chosen("eos"), chosen("pad")
   around = _around(config, made, ids)
+  templates = read_templates(folder)
+  default, tools = map(templates.get, ("default", "tool_use"))
+  named = _named(config, _json(folder / "special_tokens_map.json"))
+  if made.unk_id is not None and named.get("unk_token") == made.spell(made.unk_id):
+    del named["unk_token"]  # what the model file says itself
   others = [i for i in _ends(folder) if i != (made.eos_id if ids[1] is None else ids[1])] or None
-  return Settings(*ids, added, read_template(folder), made.settings.pattern, around, others)
+  return Settings(*ids, added, default, made.settings.pattern, around, others, tools, named)
+
+
+def _named(*files: dict) -> dict[str, str]:
+  """The special tokens that files name beside those told by their ids; the first file wins."""
+  parts = [part for file in files for part in (file, file.get("extra_special_tokens"))]
+  dicts = [part for part in reversed(parts) if isinstance(part, dict)]
+  said = {name: token for part in dicts for name, token in part.items()}
+  contents = {
+    name: token["content"] if isinstance(token, dict) else token
+    for name, token in said.items()
+    if name.endswith("_token") and name not in ("bos_token", "eos_token", "pad_token")
+  }
+  return {name: token for name, token in contents.items() if isinstance(token, str)}
 
 
 def _around(config: dict, made: Tokenizer, ids: Sequence[int | None]) -> list[list[int]]:

@@ -93,6 +93,9 @@ class SentencePiece(Tokenizer):
     i = self._processor.piece_to_id(token)
     return super().find(token) if i == self.unk_id else i
 
+  def spell(self, i: int) -> str:
+    return self.special_names.get(i) or self._processor.id_to_piece(i)
+
   def _encode(self, text: str) -> list[int]:
     if not (self._lossless and _SPACE_MARK in text):
       return self._processor.encode(text)

@@ -162,8 +162,8 @@ def from_state(state: dict) -> Tokenizer:
 
 def fingerprint(tokenizer: Tokenizer) -> str:
   """Hashes all that decides a text's ids (what is put around it does not): 16 hex digits."""
-  apart = ("chat_template", "around", "ends")
-  settings = {k: v for k, v in tokenizer.settings.to_dict().items() if k not in apart}
+  decide = ("bos_id", "eos_id", "pad_id", "added", "pattern")
+  settings = {k: v for k, v in tokenizer.settings.to_dict().items() if k in decide}
   written = json.dumps(settings, sort_keys=True).encode() if settings else b""
   made = hashlib.sha256(tokenizer.kind.encode() + tokenizer.to_bytes() + written)
   return made.hexdigest()[:16]

@@ -1,6 +1,7 @@
 """transformers reads the folders we write and we read the ones it writes; chats render alike."""
 
 import json
+import re
 
 import pytest
 
@@ -89,29 +90,42 @@ def test_we_read_what_transformers_writes(tmp_path):
   assert chat.encode_chat(again, chats.SYSTEM, add_generation_prompt=True) == ids
 
 
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory):
+  """A folder's tokenizer as we and as transformers read it."""
+  from transformers import AutoTokenizer
+
+  folder = tmp_path_factory.mktemp("chatting")
+  save(EVERY["bpe"], folder)
+  config = json.loads((folder / "tokenizer_config.json").read_text())
+  config |= {"sep_token": "<|sep|>", "image_token": "<|image|>", "pad_token": None, "around": None}
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  return load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("prompt", [False, True])
-@pytest.mark.parametrize("tools", [None, chats.TOOLS], ids=["", "tools"])
+@pytest.mark.parametrize("given", [(), ("tools",), ("documents",)], ids="+".join)
 @pytest.mark.parametrize("conversation", chats.CONVERSATIONS)
 @pytest.mark.parametrize("family", chats.TEMPLATES)
-def test_chats_render_as_in_transformers(family, conversation, tools, prompt):
-  from jinja2 import TemplateError
+def test_chats_render_as_in_transformers(family, conversation, given, prompt, chatting):
   from transformers.utils.chat_template_utils import render_jinja_template
 
+  ours, theirs = chatting
   template, messages = chats.TEMPLATES[family], chats.CONVERSATIONS[conversation]
-  values = {"bos_token": "<s>", "eos_token": "</s>", "tools": tools}
+  values = {"tools": chats.TOOLS, "documents": chats.DOCUMENTS}
+  values = {name: values[name] for name in given}
+  how = {"chat_template": template, "add_generation_prompt": prompt, **values}
   try:
-    texts, marks = render_jinja_template(
-      conversations=[messages],
-      chat_template=template,
-      add_generation_prompt=prompt,
-      return_assistant_tokens_mask=True,
-      **values,
-    )
-  except TemplateError as error:
-    with pytest.raises(UserError, match=str(error)):
-      chat.render(template, messages, prompt, **values)
+    text = theirs.apply_chat_template(messages, tokenize=False, **how)
+  except Exception as error:  # a template's own refusal, and what it does with values it lacks
+    with pytest.raises(UserError, match=re.escape(" ".join(str(error).split()))):
+      chat.render(template, messages, prompt, **chat.token_values(ours), **values)
     return
-  assert chat.spans(template, messages, prompt, **values) == (texts[0], marks[0])
+  made, found = chat.spans(template, messages, prompt, **chat.token_values(ours), **values)
+  assert made == text
+  if found:
+    how |= {"conversations": [messages], "return_assistant_tokens_mask": True}
+    assert render_jinja_template(**how, **theirs.special_tokens_map)[1] == [found]
 
 
 @pytest.mark.parametrize("case", PROCESSORS)
