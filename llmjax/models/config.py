@@ -177,13 +177,25 @@ def _check_heads(config: ModelConfig):
       f"model.width {config.width} is not a multiple of model.heads {config.heads}; set head_dim"
     )
   if config.position.kind == "rope":
-    h = config.rotary_head
-    if h % 2:
-      raise UserError(f"head width {h} is odd; rotary positions need it even")
-    if not config.position.rotary_dim(h):
-      raise UserError(f"model.position.fraction {config.position.fraction} of {h} turns nothing")
-    if config.position.scaling == "ntk" and config.position.rotary_dim(h) < 4:
-      raise UserError("model.position.scaling=ntk needs at least 4 rotary channels a head, not 2")
+    _check_rotary(config.position, config.rotary_head)
+
+
+def _check_rotary(position: PositionConfig, h: int):
+  r = position.rotary_width(h)
+  if not r:
+    raise UserError(f"model.position.fraction {position.fraction} of {h} turns nothing")
+  if position.rotary_dim(h) > h:
+    raise UserError(f"head width {h} is odd; rotary positions on all of it need it even")
+  if position.scaling == "ntk" and r < 3:
+    raise UserError(f"model.position.scaling=ntk needs more than 2 rotary channels a head, not {r}")
+  if position.scaling in ("yarn", "longrope") and r % 2:
+    raise UserError(
+      f"model.position.scaling={position.scaling} needs an even number of rotary channels, not {r}"
+    )
+  if position.scaling == "longrope" and len(position.divisors) != r:
+    raise UserError(
+      f"model.position.divisors are {len(position.divisors)}, not twice {r // 2} channel pairs"
+    )
 
 
 def _check_latent(config: ModelConfig):

@@ -4,6 +4,7 @@ Families are found by it: one holds a config if writing and reading give the sam
 """
 
 import dataclasses
+import math
 
 from llmjax.models.config import ModelConfig, VisionConfig
 from llmjax.nn.attention import AttentionConfig
@@ -31,7 +32,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
     moe=moe,
     mlp_width=config.mlp_width if moe.dense_first or not moe.experts else moe.width,
     vision=config.vision if config.vision.image_size else VisionConfig(),
-    context=1 if vision else config.context,
+    context=1 if vision else _canonical_context(config),
     tie_embeddings=vision or config.tie_embeddings,
   )
 
@@ -72,6 +73,7 @@ READ = {
   "ntk": ("factor",),
   "yarn": ("factor", "original_context", "beta_fast", "beta_slow", "attention_factor"),
   "llama3": ("factor", "original_context", "low_freq_factor", "high_freq_factor"),
+  "longrope": ("factor", "original_context", "attention_factor", "divisors"),
 }
 
 
@@ -86,10 +88,21 @@ def _canonical_position(config: ModelConfig) -> PositionConfig:
   if not windows or (made.local_theta == made.theta and made.scaling == "none"):
     made = dataclasses.replace(made, local_theta=0.0)
   if made.scaling == "ntk":  # the same angles as a larger base
-    r = made.rotary_dim(config.rotary_head)
+    r = made.rotary_width(config.rotary_head)
     theta = made.theta * made.factor ** (r / (r - 2))
     made = dataclasses.replace(made, theta=theta, scaling="none", factor=1.0)
   return made
+
+
+def _canonical_context(config: ModelConfig) -> int:
+  """The least context that families can say: they give that of linear before the stretch, and one
+  of yarn holds all that it is stretched to."""
+  position, context = config.position, config.context
+  if position.kind == "rope" and position.scaling == "linear":
+    return int(math.ceil(context / position.factor) * position.factor)
+  if position.kind == "rope" and position.scaling == "yarn":
+    return max(context, int(position.factor * position.original_context))
+  return context
 
 
 def layer_kinds(config: ModelConfig) -> list[str]:

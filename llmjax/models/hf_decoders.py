@@ -8,7 +8,8 @@ import dataclasses
 
 from llmjax.core.errors import UserError
 from llmjax.models.hf_family import Family, Key, Part, only
-from llmjax.models.hf_rope import QWEN_LAYERS, gemma_layers, rope, window
+from llmjax.models.hf_layers import QWEN_LAYERS, gemma_layers, window
+from llmjax.models.hf_rope import rope
 
 PLAIN = {
   "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -19,12 +20,22 @@ GATED = {
   "silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh",
   "gelu_new": "geglu_tanh", "relu": "reglu",
 }
-SIZES = {
-  "hidden_size": Key("width"),
-  "num_hidden_layers": Key("layers"),
-  "num_attention_heads": Key("heads"),
-  "intermediate_size": Key("mlp_width"),
-}
+
+
+def sizes(width, layers, heads, mlp_width, vocab_size=0, context=0) -> dict:
+  """The keys of a model's sizes, with those that a family's config class takes where one is absent;
+  without a vocabulary's and a context's where they are 0."""
+  made = {
+    "hidden_size": Key("width", width),
+    "num_hidden_layers": Key("layers", layers),
+    "num_attention_heads": Key("heads", heads),
+    "intermediate_size": Key("mlp_width", mlp_width),
+    "vocab_size": Key("vocab_size", vocab_size),
+    "max_position_embeddings": Key("context", context),
+  }
+  return {name: key for name, key in made.items() if key.default}
+
+
 BIAS = {"attention_bias": Key("attention.bias", False, {False: "none", True: "all"})}
 B = "decoder/blocks/"
 A = B + "attention/"
@@ -48,11 +59,9 @@ DIVIDES = Part((), write=_divides)
 LLAMA = Family(
   "llama", "LlamaForCausalLM",
   {
-    "vocab_size": Key("vocab_size"),
-    **SIZES,
+    **sizes(4096, 32, 32, 11_008, 32_000, 2048),
     "num_key_value_heads": Key("kv_heads", 0, null=0),
-    "head_dim": Key("head_dim", 0),
-    "max_position_embeddings": Key("context"),
+    "head_dim": Key("head_dim", 0, null=0),
     "rms_norm_eps": Key("norm.eps", 1e-6),
     "hidden_act": Key("activation", "silu", GATED),
     "tie_word_embeddings": Key("tie_embeddings", False),
@@ -79,12 +88,16 @@ LLAMA = Family(
 COMMON_KEYS = without(LLAMA.keys, "bias")
 MISTRAL = dataclasses.replace(
   LLAMA, name="mistral", architecture="MistralForCausalLM",
-  keys=COMMON_KEYS | {"num_key_value_heads": Key("kv_heads", 8, null=0)},
+  keys=COMMON_KEYS
+  | sizes(4096, 32, 32, 14_336, 32_000, 131_072)
+  | {"num_key_value_heads": Key("kv_heads", 8, null=0)},
   parts=(rope(), window(4096)),
 )
 QWEN2 = dataclasses.replace(
   LLAMA, name="qwen2", architecture="Qwen2ForCausalLM",
-  keys=COMMON_KEYS | {"num_key_value_heads": Key("kv_heads", 32, null=0)},
+  keys=COMMON_KEYS
+  | sizes(4096, 32, 32, 22_016, 151_936, 32_768)
+  | {"num_key_value_heads": Key("kv_heads", 32, null=0)},
   fixed={"attention.bias": "qkv"},
   parts=(rope(), QWEN_LAYERS),
 )
@@ -95,7 +108,10 @@ QWEN3 = dataclasses.replace(
 )
 OLMO2 = dataclasses.replace(
   LLAMA, name="olmo2", architecture="Olmo2ForCausalLM",
-  keys=COMMON_KEYS | BIAS | {"rms_norm_eps": Key("norm.eps", 1e-5)},
+  keys=COMMON_KEYS
+  | BIAS
+  | sizes(4096, 32, 32, 11_008, 50_304, 2048)
+  | {"rms_norm_eps": Key("norm.eps", 1e-5)},
   fixed={"norm.place": "output", "attention.qk_norm": "all"},
   parts=(rope(),),
   tensors=without(LLAMA.tensors, "layernorm")
@@ -104,10 +120,16 @@ OLMO2 = dataclasses.replace(
     L + "post_feedforward_layernorm": B + "mlp_norm",
   },
 )
+PHI3_ROPE = rope(
+  fraction_key="partial_rotary_factor", original=4096,
+  kinds={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
+)
 PHI3 = dataclasses.replace(
   LLAMA, name="phi3", architecture="Phi3ForCausalLM",
-  keys=COMMON_KEYS | {"rms_norm_eps": Key("norm.eps", 1e-5)},
-  parts=(rope(fraction_key="partial_rotary_factor", scalings=("default",)), window(None)),
+  keys=COMMON_KEYS
+  | sizes(3072, 32, 32, 8192, 32_064, 4096)
+  | {"rms_norm_eps": Key("norm.eps", 1e-5)},
+  parts=(PHI3_ROPE, window(None)),
   tensors=without(LLAMA.tensors, "{q,k,v}", "{gate,up}")
   | {
     L + "self_attn.qkv_proj": A + "{query,key,value}",
@@ -125,10 +147,9 @@ GEMMA2 = dataclasses.replace(
   LLAMA, name="gemma2", architecture="Gemma2ForCausalLM",
   keys=without(COMMON_KEYS, "hidden_act")
   | {
-    "num_attention_heads": Key("heads", 8),
+    **sizes(2304, 26, 8, 9216, 256_000, 8192),
     "num_key_value_heads": Key("kv_heads", 4),
     "head_dim": Key("head_dim", 256),
-    "max_position_embeddings": Key("context", 8192),
     "hidden_activation": Key("activation", "gelu_pytorch_tanh", GATED),
     "tie_word_embeddings": Key("tie_embeddings", True),
     **BIAS,
@@ -153,8 +174,7 @@ GEMMA3 = dataclasses.replace(
   GEMMA2, name="gemma3_text", architecture="Gemma3ForCausalLM",
   keys=GEMMA2.keys
   | {
-    "vocab_size": Key("vocab_size", 262_208),
-    "max_position_embeddings": Key("context", 131_072),
+    **sizes(2304, 26, 8, 9216, 262_208, 131_072),
     "attn_logit_softcapping": only(None),
     "final_logit_softcapping": Key("embed.logit_softcap", 0.0, null=0.0),
   },
@@ -169,12 +189,12 @@ G = "transformer.h.{l}."
 GPT2 = Family(
   "gpt2", "GPT2LMHeadModel",
   {
-    "vocab_size": Key("vocab_size"),
-    "n_embd": Key("width"),
-    "n_layer": Key("layers"),
-    "n_head": Key("heads"),
+    "vocab_size": Key("vocab_size", 50_257),
+    "n_embd": Key("width", 768, other="hidden_size"),
+    "n_layer": Key("layers", 12, other="num_hidden_layers"),
+    "n_head": Key("heads", 12, other="num_attention_heads"),
     "n_inner": Key("mlp_width", lambda values: 4 * values["width"]),
-    "n_positions": Key("context", 1024),
+    "n_positions": Key("context", 1024, other="max_position_embeddings"),
     "activation_function": Key("activation", "gelu_new", PLAIN),
     "layer_norm_epsilon": Key("norm.eps", 1e-5),
     "tie_word_embeddings": Key("tie_embeddings", True),
@@ -207,6 +227,7 @@ X = "gpt_neox.layers.{l}."
 NEOX = Family(
   "gpt_neox", "GPTNeoXForCausalLM",
   without(COMMON_KEYS, "num_key_value_heads", "head_dim", "rms_norm_eps")
+  | sizes(6144, 44, 64, 24_576, 50_432, 2048)
   | {
     "hidden_act": Key("activation", "gelu", PLAIN),
     "layer_norm_eps": Key("norm.eps", 1e-5),

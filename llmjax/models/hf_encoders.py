@@ -5,7 +5,7 @@ Sources: as in `hf_decoders`.
 
 import dataclasses
 
-from llmjax.models.hf_decoders import LEARNED, SIZES
+from llmjax.models.hf_decoders import LEARNED, sizes
 from llmjax.models.hf_family import Family, Key, Part, only
 
 B = "encoder/blocks/"
@@ -13,11 +13,9 @@ E = "bert.embeddings."
 L = "bert.encoder.layer.{l}."
 BERT = Family(
   "bert", "BertForMaskedLM",
-  SIZES
+  sizes(768, 12, 12, 3072, 30_522, 512)
   | {
     "layer_norm_eps": Key("norm.eps", 1e-12),
-    "vocab_size": Key("vocab_size"),
-    "max_position_embeddings": Key("context", 512),
     "type_vocab_size": Key("embed.types", 2),
     "tie_word_embeddings": Key("tie_embeddings", True),
     "hidden_act": Key("activation", "gelu", {"gelu": "gelu"}),
@@ -73,6 +71,7 @@ ROBERTA = dataclasses.replace(
   BERT, name="roberta", architecture="RobertaForMaskedLM",
   keys=BERT.keys
   | {
+    "vocab_size": Key("vocab_size", 50_265),
     "max_position_embeddings": Key(
       "context", 512, (lambda rows, _: rows - UNUSED_ROWS, lambda context, _: context + UNUSED_ROWS)
     ),
@@ -109,13 +108,13 @@ D = "decoder.block.{l}.layer.1."
 T5 = Family(
   "t5", "T5ForConditionalGeneration",
   {
-    "vocab_size": Key("vocab_size"),
-    "d_model": Key("width"),
-    "d_kv": Key("head_dim", 64),
-    "d_ff": Key("mlp_width"),
-    "num_layers": Key("encoder_layers"),
+    "vocab_size": Key("vocab_size", 32_128),
+    "d_model": Key("width", 512, other="hidden_size"),
+    "d_kv": Key("head_dim", 64, other="head_dim"),
+    "d_ff": Key("mlp_width", 2048),
+    "num_layers": Key("encoder_layers", 6, other="num_hidden_layers"),
     "num_decoder_layers": Key("layers", lambda values: values["encoder_layers"]),
-    "num_heads": Key("heads"),
+    "num_heads": Key("heads", 8, other="num_attention_heads"),
     "n_positions": Key("context", 512),
     "relative_attention_num_buckets": Key("position.buckets", 32),
     "relative_attention_max_distance": Key("position.max_distance", 128),

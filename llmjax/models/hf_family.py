@@ -19,17 +19,23 @@ from llmjax.models.hf_canonical import canonical
 _HARMLESS = (
   "_attn_implementation _attn_implementation_autoset _name_or_path architectures "
   "attention_dropout attention_probs_dropout_prob attn_pdrop auto_map bos_token_id "
-  "cache_implementation classifier_dropout decoder_start_token_id dropout_rate dtype "
-  "embd_pdrop eos_token_id finetuning_task forced_bos_token_id forced_eos_token_id "
-  "gradient_checkpointing hidden_dropout hidden_dropout_prob id2label initializer_factor "
-  "initializer_range label2id max_length model_type n_ctx num_labels output_attentions "
-  "output_hidden_states output_past pad_token_id predict_special_tokens prefix pretraining_tp "
-  "problem_type resid_pdrop return_dict sep_token_id summary_activation summary_first_dropout "
-  "summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class "
-  "torch_dtype torchscript transformers_version unsloth_version use_bfloat16 use_cache "
-  "vocab_file "
+  "cache_implementation chunk_size_feed_forward classifier_dropout decoder_start_token_id "
+  "dropout_rate dtype embd_pdrop eos_token_id finetuning_task forced_bos_token_id "
+  "forced_eos_token_id gradient_checkpointing hidden_dropout hidden_dropout_prob id2label "
+  "initializer_factor initializer_range is_encoder_decoder label2id max_length "
+  "max_sequence_length model_type n_ctx num_labels output_attentions output_hidden_states "
+  "output_past pad_token_id predict_special_tokens prefix pretraining_tp problem_type resid_pdrop "
+  "return_dict sep_token_id summary_activation summary_first_dropout summary_proj_to_labels "
+  "summary_type summary_use_proj task_specific_params tokenizer_class torch_dtype torchscript "
+  "transformers_version unsloth_version use_bfloat16 use_cache vocab_file "
 )
 HARMLESS = frozenset(_HARMLESS.split())
+# Keys of any family that change what it computes, unless they are empty.
+REFUSED = {
+  "quantization_config": "is quantized",
+  "per_layer_config": "has layers of several sizes",
+  "pruned_heads": "has layers without some of their heads",
+}
 # How a model is run, not what it computes.
 RUN_KEYS = ("dtype", "scan", "remat", "dropout", "attention.kernel", "attention.block")
 REQUIRED = object()
@@ -41,11 +47,13 @@ class Key:
 
   Attributes:
     ours: our dotted key; empty for a key that is only checked.
-    default: their value where the key is absent, or a function of our values so far.
+    default: their value where the key is absent, that of the family's config class in
+      transformers; or a function of our values so far.
     values: their value → ours, the first of several being the one written; None: as it is. Or two
       functions: of their value and our values so far, of our value and our config.
     other: another name of the key, read where the first is absent.
-    null: what their null means, and what is written as null; by default it is as if absent.
+    null: what their null means, and what is written as null; by default null is refused where the
+      default is a value.
   """
 
   ours: str
@@ -149,9 +157,9 @@ def read_values(family: Family, theirs: dict, quiet: bool = False) -> dict:
       values[key.ours] = value
   for part in family.parts:
     values |= part.read(theirs, values)
-  if theirs.get("quantization_config"):
-    raise UserError(f"this {family.name} folder is quantized (quantization_config); not supported")
-  known = HARMLESS.union(family.keys, *(part.keys for part in family.parts))
+  for key in filter(theirs.get, REFUSED):
+    raise UserError(f"this {family.name} folder {REFUSED[key]} ({key}); not supported")
+  known = HARMLESS.union(REFUSED, family.keys, *(part.keys for part in family.parts))
   known |= {key.other for key in family.keys.values()}
   unknown = [name for name in theirs if name not in known]
   if unknown and not quiet:
@@ -162,9 +170,11 @@ def read_values(family: Family, theirs: dict, quiet: bool = False) -> dict:
 def _value(family: Family, name: str, key: Key, theirs: dict, values: dict):
   """Our value of one of their keys."""
   value = theirs.get(name, theirs.get(key.other, key.default))
-  if value is None:
-    value = key.default if key.null is REQUIRED else key.null
-  if value is REQUIRED:
+  if value is None and key.null is not REQUIRED:
+    value = key.null
+  if value is None and callable(key.default):
+    value = key.default
+  if value is REQUIRED or (value is None and key.default is not None):
     raise UserError(f"config.json of this {family.name} model has no {name!r}")
   if callable(value):
     value = value(values)

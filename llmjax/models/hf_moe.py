@@ -8,9 +8,21 @@ import dataclasses
 import math
 
 from llmjax.core.errors import UserError
-from llmjax.models.hf_decoders import BIAS, COMMON_KEYS, DIVIDES, LLAMA, QWEN3, A, B, L, without
+from llmjax.models.hf_decoders import (
+  BIAS,
+  COMMON_KEYS,
+  DIVIDES,
+  LLAMA,
+  QWEN3,
+  A,
+  B,
+  L,
+  sizes,
+  without,
+)
 from llmjax.models.hf_family import Key, Part, note, only
-from llmjax.models.hf_rope import rope, window
+from llmjax.models.hf_layers import window
+from llmjax.models.hf_rope import rope
 
 # Of training, or of how experts are spread, alone.
 _UNREAD = "output_router_logits router_aux_loss_coef router_jitter_noise aux_loss_alpha seq_aux"
@@ -20,7 +32,7 @@ EXPERTS = {
   L + "mlp.experts.{e}.{gate,up,down}_proj": B + "moe/{gate,up,down}",
 }
 ROUTING = {
-  "num_experts_per_tok": Key("moe.top_k"),
+  "num_experts_per_tok": Key("moe.top_k", 8),
   "norm_topk_prob": Key("moe.renormalize", False),
 }
 
@@ -34,13 +46,14 @@ def _first_layers(layers: list, values) -> int:
 MIXTRAL = dataclasses.replace(
   LLAMA, name="mixtral", architecture="MixtralForCausalLM",
   keys=COMMON_KEYS
+  | sizes(4096, 32, 32, 14_336, 32_000, 131_072)
   | {
     "num_key_value_heads": Key("kv_heads", 8, null=0),
     "rms_norm_eps": Key("norm.eps", 1e-5),
-    "num_local_experts": Key("moe.experts", 8),
+    "num_local_experts": Key("moe.experts", 8, other="num_experts"),
     "num_experts_per_tok": Key("moe.top_k", 2),
   },
-  parts=(rope(), window(None), UNREAD),
+  parts=(rope(theta=1_000_000.0), window(None), UNREAD),
   tensors=without(LLAMA.tensors, "mlp.")
   | {
     L + "block_sparse_moe.gate": B + "moe/router",
@@ -51,15 +64,16 @@ QWEN3_MOE = dataclasses.replace(
   QWEN3, name="qwen3_moe", architecture="Qwen3MoeForCausalLM",
   keys=QWEN3.keys
   | ROUTING
+  | sizes(2048, 24, 32, 6144, 151_936, 32_768)
   | {
     "num_key_value_heads": Key("kv_heads", 4, null=0),
-    "head_dim": Key("head_dim", 0),
+    "head_dim": Key("head_dim", 0, null=0),
     "moe_intermediate_size": Key("moe.width", 768),
     "decoder_sparse_step": only(1),
     "use_sliding_window": only(False),
-    "num_experts": Key("moe.experts", other="num_local_experts"),  # the latter since version 5
+    "num_experts": Key("moe.experts", 128, other="num_local_experts"),  # the latter since version 5
     "mlp_only_layers": Key(
-      "moe.dense_first", [], (_first_layers, lambda number, _: list(range(number)))
+      "moe.dense_first", (), (_first_layers, lambda number, _: list(range(number))), null=()
     ),
   },
   parts=(rope(), UNREAD, Part(("sliding_window", "max_window_layers"))),
@@ -70,8 +84,9 @@ OLMOE = dataclasses.replace(
   keys=without(COMMON_KEYS, "head_dim")
   | BIAS
   | ROUTING
+  | sizes(2048, 16, 16, 2048, 50_304, 4096)
   | {
-    "num_experts": Key("moe.experts", 64),
+    "num_experts": Key("moe.experts", 64, other="num_local_experts"),
     "rms_norm_eps": Key("norm.eps", 1e-5),
     "clip_qkv": only(None),
   },
@@ -82,12 +97,9 @@ OLMOE = dataclasses.replace(
 
 
 def _read_latent(theirs, values):
-  heads = theirs.get("num_key_value_heads") or values["heads"]
-  if heads != values["heads"]:
-    raise UserError(f"num_key_value_heads={heads} is not {values['heads']}, the number of heads")
-  if theirs.get("num_nextn_predict_layers"):
+  if any(theirs.get(key) for key in FURTHER):
     note("a layer behind the last one, to predict further tokens, is left out if there is one")
-  scaling = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+  scaling = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
   share, factor = scaling.get("mscale_all_dim"), values.get("position.factor", 1)
   if not share or factor <= 1:
     return {}
@@ -96,7 +108,7 @@ def _read_latent(theirs, values):
 
 
 def _write_latent(config):
-  made = {"num_key_value_heads": config.heads, "num_nextn_predict_layers": 0}
+  made = {FURTHER[0]: 0}
   position, scale = config.position, config.attention.scale
   if not scale or position.factor <= 1:
     return made
@@ -122,31 +134,30 @@ def _write_groups(config):
 
 LIMITED = "group_limited_greedy"
 ROPE = rope()
-LATENT = Part(
-  ("num_key_value_heads", "head_dim", "qk_head_dim", "num_nextn_predict_layers"),
-  _read_latent, _write_latent,
-)
+FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
+LATENT = Part(("head_dim", "qk_head_dim", *FURTHER), _read_latent, _write_latent)
 DEEPSEEK_V3 = dataclasses.replace(
   LLAMA, name="deepseek_v3", architecture="DeepseekV3ForCausalLM",
-  keys=without(COMMON_KEYS, "head_dim", "num_key_value_heads", "rms_norm_eps")
+  keys=without(COMMON_KEYS, "head_dim")
+  | sizes(7168, 61, 128, 18_432, 129_280, 4096)
   | {
-    "rms_norm_eps": Key("norm.eps", 1e-6, {1e-6: 1e-6}),  # the latents' norms have no other
+    "num_key_value_heads": Key("kv_heads", 128, null=0),
     "attention_bias": only(False),
-    "q_lora_rank": Key("attention.latent.query_rank", null=0),
-    "kv_lora_rank": Key("attention.latent.kv_rank"),
-    "qk_rope_head_dim": Key("attention.latent.rope_dim"),
-    "qk_nope_head_dim": Key("attention.latent.nope_dim"),
-    "v_head_dim": Key("attention.latent.value_dim"),
+    "q_lora_rank": Key("attention.latent.query_rank", 1536, null=0),
+    "kv_lora_rank": Key("attention.latent.kv_rank", 512),
+    "qk_rope_head_dim": Key("attention.latent.rope_dim", 64),
+    "qk_nope_head_dim": Key("attention.latent.nope_dim", 128),
+    "v_head_dim": Key("attention.latent.value_dim", 128),
     "rope_interleave": Key("position.layout", True, {True: "interleaved", False: "half"}),
-    "n_routed_experts": Key("moe.experts"),
-    "n_shared_experts": Key("moe.shared", 0),
-    "num_experts_per_tok": Key("moe.top_k"),
-    "moe_intermediate_size": Key("moe.width"),
-    "first_k_dense_replace": Key("moe.dense_first"),
+    "n_routed_experts": Key("moe.experts", 256, other="num_local_experts"),
+    "n_shared_experts": Key("moe.shared", 1),
+    "num_experts_per_tok": Key("moe.top_k", 8),
+    "moe_intermediate_size": Key("moe.width", 2048),
+    "first_k_dense_replace": Key("moe.dense_first", 3),
     "norm_topk_prob": Key("moe.renormalize", True),
-    "routed_scaling_factor": Key("moe.scale"),
-    "n_group": Key("moe.groups"),
-    "topk_group": Key("moe.top_groups"),
+    "routed_scaling_factor": Key("moe.scale", 2.5),
+    "n_group": Key("moe.groups", 8),
+    "topk_group": Key("moe.top_groups", 4),
     "topk_method": only("noaux_tc"),
     "scoring_func": only("sigmoid"),
     "moe_layer_freq": only(1),
@@ -170,7 +181,15 @@ DEEPSEEK_V3 = dataclasses.replace(
 DEEPSEEK_V2 = dataclasses.replace(
   DEEPSEEK_V3, name="deepseek_v2", architecture="DeepseekV2ForCausalLM",
   keys=without(DEEPSEEK_V3.keys, "group", "topk_method", "rope_interleave", "norm_topk")
+  | sizes(4096, 32, 32, 11_008, 102_400, 2048)
   | {
+    "num_key_value_heads": Key("kv_heads", 0, null=0),
+    "n_routed_experts": Key("moe.experts", 64, other="num_experts"),
+    "n_shared_experts": Key("moe.shared", 2),
+    "num_experts_per_tok": Key("moe.top_k"),
+    "moe_intermediate_size": Key("moe.width", 1407),
+    "first_k_dense_replace": Key("moe.dense_first", 0),
+    "routed_scaling_factor": Key("moe.scale", 1.0),
     "topk_method": only("greedy", LIMITED),
     "norm_topk_prob": only(False),
     "scoring_func": only("softmax"),

@@ -9,15 +9,19 @@ import re
 from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig, VisionConfig
 from llmjax.models.hf_canonical import canonical
-from llmjax.models.hf_decoders import GEMMA3, LEARNED, LLAMA, MISTRAL, PLAIN, SIZES
+from llmjax.models.hf_decoders import GEMMA3, LEARNED, LLAMA, MISTRAL, PLAIN, sizes
 from llmjax.models.hf_family import Family, Key, Part, misfits, only, read_values, write_config
 
 B = "vision/encoder/blocks/"
-CLIP_IMAGE = {
-  "image_size": Key("vision.image_size"),
-  "patch_size": Key("vision.patch"),
-  "num_channels": Key("vision.channels", 3),
-}
+def _image(patch: int) -> dict:
+  return {
+    "image_size": Key("vision.image_size", 224),
+    "patch_size": Key("vision.patch", patch),
+    "num_channels": Key("vision.channels", 3),
+  }
+
+
+TOWER = sizes(768, 12, 12, 3072)
 
 
 def _read_vit(theirs, values):
@@ -36,8 +40,8 @@ V = "vit.embeddings."
 L = "vit.encoder.layer.{l}."
 VIT = Family(
   "vit", "ViTForImageClassification",
-  SIZES
-  | CLIP_IMAGE
+  TOWER
+  | _image(16)
   | {
     "layer_norm_eps": Key("norm.eps", 1e-12),
     "hidden_act": Key("activation", "gelu", PLAIN),
@@ -64,8 +68,8 @@ VIT = Family(
 )
 CLIP = Family(
   "clip_vision_model", "CLIPVisionModel",
-  CLIP_IMAGE
-  | {name: Key(f"vision.{key.ours}") for name, key in SIZES.items()}
+  _image(32)
+  | {name: Key(f"vision.{key.ours}", key.default) for name, key in TOWER.items()}
   | {
     "hidden_act": Key("vision.activation", "quick_gelu", PLAIN),
     "layer_norm_eps": Key("vision.eps", 1e-5),
@@ -77,25 +81,26 @@ CLIP = Family(
 TEXTS = {"llama": LLAMA, "mistral": MISTRAL}
 SHELL_KEYS = ("text_config", "vision_config", "tie_word_embeddings")
 LLAVA_KEYS = ("image_seq_length", "vision_feature_layer", "vocab_size", "ignore_index")
-GEMMA3_KEYS = ("mm_tokens_per_image", "image_token_index", "boi_token_index", "eoi_token_index")
-# What transformers takes a text_config to say where it is silent, as that of LLaVA 1.5 is.
-LLAMA_7B = {
-  "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-  "num_attention_heads": 32, "max_position_embeddings": 2048,
+_MARKS = [f"{name}_token" for name in ("image", "boi", "eoi")]
+GEMMA3_KEYS = [f"{mark}_{word}" for mark in _MARKS for word in ("id", "index")]
+# What transformers takes a LLaVA without a vision_config to have.
+LLAVA_TOWER = {
+  "intermediate_size": 4096, "hidden_size": 1024, "patch_size": 14, "image_size": 336,
+  "num_hidden_layers": 24, "num_attention_heads": 16,
 }
 
 
 def _read_llava(theirs, values):
-  text, tower = theirs.get("text_config") or {}, theirs.get("vision_config") or {}
+  text, tower = theirs.get("text_config") or {}, theirs.get("vision_config")
+  tower = LLAVA_TOWER if tower is None else tower
   kind, tower_kind = text.get("model_type", "llama"), tower.get("model_type", "clip_vision_model")
   if kind not in TEXTS or tower_kind != CLIP.name:
     raise UserError(
       f"llava of {kind!r} and {tower_kind!r} is not supported; known: "
       f"{' or '.join(TEXTS)} with {CLIP.name}"
     )
-  text = {"tie_word_embeddings": theirs.get("tie_word_embeddings", False)} | text
-  made = read_values(TEXTS[kind], LLAMA_7B | text if kind == "llama" else text)
-  made |= read_values(CLIP, tower)
+  made = read_values(TEXTS[kind], text) | read_values(CLIP, tower)
+  made["tie_embeddings"] |= theirs.get("tie_word_embeddings", False)
   layer, layers = theirs.get("vision_feature_layer", -2), made["vision.layers"]
   if not isinstance(layer, int) or not -layers <= layer <= layers or layer == 0:
     raise UserError(f"llava with vision_feature_layer={layer!r} is not supported; known: a layer")
@@ -162,8 +167,9 @@ LLAVA = Family(
 
 
 def _read_gemma3(theirs, values):
-  text = {"tie_word_embeddings": theirs.get("tie_word_embeddings", True)}
-  return read_values(GEMMA3, text | theirs["text_config"])
+  tied = theirs.get("tie_word_embeddings")
+  text = {**(theirs.get("text_config") or {}), "tie_word_embeddings": tied is not False}
+  return read_values(GEMMA3, text)
 
 
 # The text model out of a Gemma 3 with images; it is written as gemma3_text.
@@ -172,7 +178,7 @@ GEMMA3_SHELL = dataclasses.replace(
   name="gemma3",
   keys={},
   fixed={},
-  parts=(Part(SHELL_KEYS + GEMMA3_KEYS, _read_gemma3),),
+  parts=(Part((*SHELL_KEYS, *GEMMA3_KEYS, "mm_tokens_per_image"), _read_gemma3),),
   aliases=(
     (r"^language_model\.", ""),
     (r"^model\.language_model\.", "model."),

@@ -102,7 +102,9 @@ class Stack(nnx.Module):
       source_view = View(cross_mask(numbers_bt, positions_bt, source_segments_bs))
     views = {
       kind: View(
-        self._mask(kind, positions_bt, batch, cache), self._rope(kind, positions_bt), self._bias()
+        self._mask(kind, positions_bt, batch, cache),
+        self._rope(kind, positions_bt, segments_bt),
+        self._bias(),
       )
       for kind in dict.fromkeys(self.config.attention.pattern)
     }
@@ -142,11 +144,11 @@ class Stack(nnx.Module):
     prefix_bt = batch.prefix_bt if attention.mask == "prefix" else None
     return self_mask(rule, batch.segments_bt, positions_bt, prefix_bt)
 
-  def _rope(self, kind, positions_bt):
-    position = self.config.position
+  def _rope(self, kind, positions_bt, segments_bt):
+    position, h = self.config.position, self.config.rotary_head
     if position.kind != "rope":
       return None
-    return rope_angles(positions_bt, position, self.config.rotary_head, local=kind == "window")
+    return rope_angles(positions_bt, position, h, kind == "window", segments_bt)
 
   def _bias(self) -> Bias | None:
     position = self.config.position

@@ -22,13 +22,16 @@ from llmjax.nn.scores import Scores
 from llmjax.parallel.rules import shard
 from llmjax.parallel.tensor import columns, rows
 
+# Of the latents' norms, whatever that of the others is: the published models have no other.
+EPS = 1e-6
+
 
 class LatentAttention(nnx.Module):
   """Attention of a row to itself or to a cache of latents; takes what `Attention` takes.
 
   A head's queries and keys are `nope_dim` channels without position and `rope_dim` turned ones, of
   which the key's are the same for all heads. Letter r is a rank, and h whichever part of a head a
-  weight makes. Arguments as of `Attention`; `norm` is of the latents.
+  weight makes. Arguments as of `Attention`; `norm` is of the latents, but for its eps.
 
   Source: DeepSeek-V2, arXiv:2405.04434, sec. 2.1, eq. 9 to 19 and appendix C.
   """
@@ -38,7 +41,7 @@ class LatentAttention(nnx.Module):
   ):
     self.config, self.layout = config, layout
     latent = config.latent
-    norm = dataclasses.replace(norm, bias=False)
+    norm = dataclasses.replace(norm, bias=False, eps=EPS)
     part = lambda h, r=latent.kv_rank: dims | {"h": h, "r": r}  # noqa: E731
     if latent.query_rank:
       whole = part(latent.head_dim, latent.query_rank)

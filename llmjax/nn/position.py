@@ -19,7 +19,7 @@ from llmjax.parallel.rules import shard
 
 KINDS = ("rope", "learned", "sinusoidal", "alibi", "relative", "none")
 LAYOUTS = ("half", "interleaved")
-SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
+SCALINGS = ("none", "linear", "ntk", "yarn", "llama3", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +31,20 @@ class PositionConfig:
       learned bias by distance); none.
     theta: base of the rotary angles.
     local_theta: base in the window layers of `model.attention.pattern`, unscaled; 0 means theta.
-    fraction: share of a head's channels that rope turns, from its first on.
+    fraction: share of a head's channels that rope turns, from its first on; where that is an odd
+      number of channels, one more turns.
     layout: rope turns channels i and i + r/2 (half), or 2i and 2i + 1 (interleaved).
-    scaling: stretch of rope to longer texts: none, linear, ntk, yarn, llama3.
+    scaling: stretch of rope to longer texts: none, linear, ntk, yarn, llama3, longrope.
     factor: how many times longer.
-    original_context: positions before the stretch; yarn and llama3.
+    original_context: positions before the stretch; yarn, llama3 and longrope.
     low_freq_factor: llama3: turns within the original context below which a channel is stretched.
     high_freq_factor: llama3: turns above which it is left alone.
     beta_fast: yarn: turns above which a channel is left alone.
     beta_slow: yarn: turns below which it is stretched.
-    attention_factor: yarn: factor on the angles' cosine and sine; 0 means 0.1 ln(factor) + 1.
+    attention_factor: yarn and longrope: factor on the angles' cosine and sine; 0 means
+      0.1 ln(factor) + 1 for yarn and √(1 + ln(factor) / ln(original_context)) for longrope.
+    divisors: longrope: what divides each channel pair's angle, first for documents of at most
+      `original_context` positions, then as many for longer ones.
     buckets: relative: rows of the table.
     max_distance: relative: distance from which on all share the last bucket.
   """
@@ -58,6 +62,7 @@ class PositionConfig:
   beta_fast: float = 32.0
   beta_slow: float = 1.0
   attention_factor: float = 0.0
+  divisors: tuple = ()
   buckets: int = 32
   max_distance: int = 128
 
@@ -75,8 +80,10 @@ class PositionConfig:
       raise UserError(f"model.position.local_theta {self.local_theta} is neither 0 nor above 1")
     if not 0 < self.fraction <= 1:
       raise UserError(f"model.position.fraction {self.fraction} is not in (0, 1]")
-    if self.scaling in ("yarn", "llama3") and self.original_context < 1:
-      raise UserError(f"model.position.scaling={self.scaling} needs original_context")
+    if self.scaling in ("yarn", "llama3", "longrope") and self.original_context < 2:
+      raise UserError(f"model.position.scaling={self.scaling} needs original_context, above 1")
+    if not all(type(each) in (int, float) and each > 0 for each in self.divisors):
+      raise UserError(f"model.position.divisors {self.divisors} are not all positive numbers")
     if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
       raise UserError(
         f"model.position.high_freq_factor {self.high_freq_factor} is not above "
@@ -90,25 +97,43 @@ class PositionConfig:
 
   def rotary_dim(self, head_dim: int) -> int:
     """Channels of a head that rope turns, an even number."""
-    return int(head_dim * self.fraction) // 2 * 2
+    return 2 * math.ceil(self.rotary_width(head_dim) / 2)
+
+  def rotary_width(self, head_dim: int) -> int:
+    """The width r that angles are computed from: `fraction` of a head, which may be odd."""
+    return int(head_dim * self.fraction)
+
+  @property
+  def amplitude(self) -> float:
+    """The factor on the angles' cosine and sine."""
+    if self.scaling not in ("yarn", "longrope"):
+      return 1.0
+    growth = math.log(self.factor)
+    if self.scaling == "yarn":
+      return self.attention_factor or 0.1 * growth + 1
+    return self.attention_factor or math.sqrt(1 + growth / math.log(self.original_context))
 
 
-def rope_frequencies(config: PositionConfig, head_dim: int, local: bool = False) -> np.ndarray:
+def rope_frequencies(
+  config: PositionConfig, head_dim: int, local: bool = False, long: bool = False
+) -> np.ndarray:
   """Computes the angle each channel pair turns by per position: theta^(-2i/r), scaled.
 
   Args:
     config: base, fraction and scaling.
     head_dim: h.
     local: of a window layer: `local_theta`, where there is one, and no scaling.
+    long: longrope: of a document longer than `original_context`.
   Returns:
-    float64 [r/2], radians a position.
+    float64 [r/2], rounded up, radians a position.
   Raises:
     UserError: ntk where a single pair turns, whose angle does not depend on the base.
   Source: Su et al. 2021, arXiv:2104.09864, sec. 3.2.2; linear: Chen et al. 2023,
     arXiv:2306.15595; ntk and yarn: Peng et al. 2023, arXiv:2309.00071, sec. 3; llama3: Llama team
-    2024, arXiv:2407.21783, and the scaling its release computes.
+    2024, arXiv:2407.21783, and the scaling its release computes; longrope: Ding et al. 2024,
+    arXiv:2402.13753, sec. 3.
   """
-  r = config.rotary_dim(head_dim)
+  r = config.rotary_width(head_dim)
   exponents = np.arange(0, r, 2) / r
   if local and config.local_theta:
     return config.local_theta**-exponents
@@ -125,6 +150,8 @@ def rope_frequencies(config: PositionConfig, head_dim: int, local: bool = False)
     turns = config.original_context * frequencies / (2 * math.pi)
     low, high = config.low_freq_factor, config.high_freq_factor
     return _blend(frequencies, config.factor, np.clip((turns - low) / (high - low), 0, 1))
+  if config.scaling == "longrope":
+    return frequencies / np.split(np.array(config.divisors), 2)[int(long)]
   return frequencies
 
 
@@ -141,22 +168,39 @@ def _yarn_kept(config: PositionConfig, r: int):
 
   low = max(math.floor(channel(config.beta_fast)), 0)
   high = min(math.ceil(channel(config.beta_slow)), r - 1)
-  ramp = (np.arange(r // 2) - low) / max(high - low, 0.001)
+  ramp = (np.arange(r // 2) - low) / ((high - low) or 0.001)
   return 1 - np.clip(ramp, 0, 1)
 
 
-def rope_angles(positions_bt, config: PositionConfig, head_dim: int, local: bool = False):
+def rope_angles(
+  positions_bt, config: PositionConfig, head_dim: int, local: bool = False, segments_bt=None
+):
   """Computes the rotation of every position; arguments as `rope_frequencies` takes.
 
+  Args:
+    segments_bt: document numbers, by which longrope knows a document's length; without them a row
+      is one document.
   Returns:
     (cos, sin), fp32 [b, t, r/2].
   """
+  own_base = bool(local and config.local_theta)
   frequencies = jnp.asarray(rope_frequencies(config, head_dim, local), jnp.float32)
+  if config.scaling == "longrope" and not own_base:
+    long = jnp.asarray(rope_frequencies(config, head_dim, long=True), jnp.float32)
+    is_long_bt = _last_position(positions_bt, segments_bt) >= config.original_context
+    frequencies = jnp.where(is_long_bt[..., None], long, frequencies)
   angles = positions_bt[..., None].astype(jnp.float32) * frequencies
-  factor = 1.0
-  if config.scaling == "yarn" and not (local and config.local_theta):
-    factor = config.attention_factor or 0.1 * math.log(config.factor) + 1
+  factor = 1.0 if own_base else config.amplitude
   return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def _last_position(positions_bt, segments_bt):
+  """The last position of the document that each token belongs to, [b, t]."""
+  if segments_bt is None:
+    return jnp.broadcast_to(positions_bt.max(1, keepdims=True), positions_bt.shape)
+  count = segments_bt.shape[1] + 1
+  last = jax.vmap(lambda *row: jax.ops.segment_max(*row, num_segments=count))
+  return jnp.take_along_axis(last(positions_bt, segments_bt), segments_bt, axis=1)
 
 
 def rotate(x_btnh, cos, sin, layout: str = "half"):

@@ -15,6 +15,7 @@ import numpy as np
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.model import Model
+from llmjax.nn.position import PositionConfig
 from llmjax.serve.detokenize import Detokenizer
 from llmjax.serve.prompt import Prompts, bucket, check_room, encode_prompts, end_ids, lay_out
 from llmjax.serve.sample import Sampling, draw, penalize
@@ -184,6 +185,7 @@ def _steps(
   check_room(prompts, context)
   lengths = np.array([len(row) for row in prompts.rows], np.int32)
   room_b = np.minimum(sampling.max_tokens, context - lengths)
+  _check_switch(model.config.position, lengths, room_b)
   most = int(room_b.max())
   batch = _batch(prompts, context)
   slots = min(bucket(batch.tokens_bt.shape[1] + most), context)
@@ -212,10 +214,29 @@ def _steps(
       return
 
 
+def _check_switch(position: PositionConfig, lengths, room_b):
+  """Refuses what would turn a longrope's short document into a long one while it is written.
+
+  All its angles change there, so that what the cache holds would have to be made anew.
+  """
+  if position.kind != "rope" or position.scaling != "longrope":
+    return
+  last = position.original_context
+  for length, new_tokens in zip(lengths, room_b, strict=True):
+    if length <= last < length + new_tokens:
+      raise UserError(
+        f"a prompt of {length} tokens and {new_tokens} new ones pass position {last}, where "
+        f"longrope changes all angles: ask for at most {last - length} new tokens"
+      )
+
+
 def _batch(prompts: Prompts, context: int) -> Batch:
   """Lays prompts out as a batch; a prefix model sees the whole of each at once."""
   tokens_bt, inside_bt = lay_out(prompts.rows, context)
-  batch = Batch(tokens_bt, prefix_bt=inside_bt, patches_bsi=prompts.patches_bsi)
+  batch = Batch(
+    tokens_bt, segments_bt=inside_bt.astype(np.int32), prefix_bt=inside_bt,
+    patches_bsi=prompts.patches_bsi,
+  )
   if prompts.sources is None:
     return batch
   source_bs, inside_bs = lay_out(prompts.sources, context)

@@ -129,10 +129,24 @@ CASES = {
   "gpt_neox": ("GPTNeoXForCausalLM", SMALL | {"rotary_pct": 0.5}),
   "gpt_neox_sequential": (
     "GPTNeoXForCausalLM",
-    SMALL | {"use_parallel_residual": False, "rotary_pct": 0.5},
+    SMALL | {"use_parallel_residual": False, "rotary_pct": 0.75},  # 3 of 4 channels: all turn
   ),
   "phi3": ("Phi3ForCausalLM", GROUPED | {"sliding_window": 5}),
-  "phi3_partial": ("Phi3ForCausalLM", GROUPED | {"partial_rotary_factor": 0.5}),
+  "phi3_longrope": (
+    "Phi3ForCausalLM",
+    GROUPED
+    | {
+      "num_attention_heads": 2,
+      "partial_rotary_factor": 0.5,
+      "original_max_position_embeddings": 8,
+      "rope_parameters": {
+        "rope_theta": 500.0,
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.5],
+        "long_factor": [2.0, 5.0],
+      },
+    },
+  ),
   "mixtral": (
     "MixtralForCausalLM",
     WIDE_HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
@@ -147,7 +161,14 @@ CASES = {
   ),
   "deepseek_v3": (
     "DeepseekV3ForCausalLM",
-    DEEPSEEK | {"q_lora_rank": 12, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+    DEEPSEEK
+    | {
+      "q_lora_rank": 12,
+      "n_routed_experts": 8,
+      "n_group": 4,
+      "topk_group": 2,
+      "rms_norm_eps": 0.01,  # the latents' norms keep 1e-6
+    },
   ),
   "deepseek_v3_half": (
     "DeepseekV3ForCausalLM",

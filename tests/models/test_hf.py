@@ -129,7 +129,23 @@ def folder(tmp_path):
     ({"hidden_act": "xielu"}, "llama with hidden_act='xielu' is not supported; known: 'silu'"),
     ({"hidden_size": None}, "has no 'hidden_size'"),
     ({"hidden_size": "wide"}, "'model.width' wants int, got 'wide'"),
-    ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
+    ({"rope_parameters": {"rope_type": "mrope"}}, "rope type 'mrope' is not supported; known: def"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' has no 'short_factor'"),
+    ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' has no 'factor'"),
+    (
+      {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
+      "rope type 'yarn' beside 'linear' is not supported",
+    ),
+    (
+      {"rope_scaling": {"type": "yarn", "factor": "4"}},
+      "rope type 'yarn' with factor='4' is not supported",
+    ),
+    (
+      {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}},
+      "rope type 'yarn' with truncate=False is not supported",
+    ),
+    ({"rope_scaling": [4.0]}, r"rope parameters are a table of values, not \[4.0\]"),
+    ({"per_layer_config": {"0": {"head_dim": 8}}}, "has layers of several sizes"),
     (
       {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "slope": 1}},
       "rope type 'linear' with 'slope' is not supported",
@@ -270,7 +286,8 @@ def _older(config: dict) -> dict:
   rope = config.pop("rope_parameters", None)
   if rope is None:
     return config
-  if "full_attention" in rope:
+  windows = "full_attention" in rope
+  if windows:
     config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     rope = rope["full_attention"]
   rope = dict(rope)
@@ -280,8 +297,9 @@ def _older(config: dict) -> dict:
   config["rope_theta"] = theta
   if share is not None:
     config["partial_rotary_factor"] = share
-  rope["type"] = rope.pop("rope_type")
-  return config | ({} if rope["type"] == "default" else {"rope_scaling": rope})
+  kind = rope.pop("rope_type")
+  rope["rope_type" if windows else "type"] = kind  # Gemma 3 came after the shorter word
+  return config | ({} if kind == "default" else {"rope_scaling": rope})
 
 
 def test_older_words_mean_the_same(case):

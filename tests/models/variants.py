@@ -31,7 +31,9 @@ ROWS = {
   "llama": {},
   "untied": {
     "tie_embeddings": False, "head_dim": 6, "kv_heads": 0, "layers": 3, "scan": False,
-    "position.theta": 100.0, "attention.mask": "causal",
+    "position.theta": 100.0, "attention.mask": "causal", "position.scaling": "longrope",
+    "position.factor": 4.0, "position.original_context": 6,
+    "position.divisors": (1.0, 1.2, 1.5, 1.3, 2.0, 3.0),
   },
   "gpt2": {
     "position.kind": "learned", "norm.kind": "layer", "norm.bias": True, "mlp_bias": True,

@@ -65,8 +65,8 @@ def test_forward_and_gradient_equal_the_reference(theta, fraction, on, layout, m
   assert_array_equal(mine[..., r:], X[..., r:])
 
 
-@pytest.mark.parametrize(("width", "fraction", "turned"), [(8, 0.4, 2), (80, 0.4, 32), (64, 1, 64)])
-def test_the_part_that_turns_is_even(width, fraction, turned):
+@pytest.mark.parametrize(("width", "fraction", "turned"), [(8, 0.4, 4), (80, 0.4, 32), (64, 1, 64)])
+def test_the_part_that_turns_is_even_and_an_odd_one_is_rounded_up(width, fraction, turned):
   config = PositionConfig(fraction=fraction)
   assert config.rotary_dim(width) == turned
   assert rope_frequencies(config, width).shape == (turned // 2,)

@@ -49,7 +49,7 @@ def mlp(x, w, cfg):
   return hidden @ w["down_fd"] + w.get("down_bias_d", 0.0)
 
 
-def turns(cfg, r, local):
+def turns(cfg, r, local, long=False):
   """Radians a position by channel pair, and the factor on queries and keys (RoPE's scalings)."""
   base, factor = cfg["position.theta"], cfg["position.factor"]
   scaling = cfg["position.scaling"]
@@ -64,6 +64,12 @@ def turns(cfg, r, local):
     return _yarn(cfg, r, plain)
   if scaling == "llama3":
     return [_llama3(cfg, w) for w in plain], 1.0
+  if scaling == "longrope":  # Ding et al. 2024, eq. 2; short ones first, then long ones
+    growth = math.log(factor) / math.log(cfg["position.original_context"])
+    divisors = cfg["position.divisors"]
+    divisors = divisors[len(plain) :] if long else divisors[: len(plain)]
+    factor = cfg["position.attention_factor"] or math.sqrt(1 + growth)
+    return [w / divisor for w, divisor in zip(plain, divisors, strict=True)], factor
   return plain, 1.0
 
 
@@ -97,17 +103,28 @@ def _yarn(cfg, r, plain):
   return made, cfg["position.attention_factor"] or 0.1 * math.log(factor) + 1
 
 
+def documents(positions_bt):
+  """Lists (row, start, end) of documents, each of which begins at position 0."""
+  for row, positions in enumerate(positions_bt):
+    starts = [0, *(i for i in range(1, len(positions)) if positions[i] == 0)]
+    for start, end in zip(starts, [*starts[1:], len(positions)], strict=True):
+      yield row, start, end
+
+
 def rotary(x_btnh, positions_bt, cfg, local):
   """Su et al. 2021, eq. 13: channel pairs are complex numbers, turned by position · frequency."""
   r = int(x_btnh.shape[-1] * cfg["position.fraction"]) // 2 * 2
-  frequencies, factor = turns(cfg, r, local)
   y = x_btnh.copy()
-  for i, frequency in enumerate(frequencies):
-    one, two = (i, i + r // 2) if cfg["position.layout"] == "half" else (2 * i, 2 * i + 1)
-    turned = (x_btnh[..., one] + 1j * x_btnh[..., two]) * np.exp(
-      1j * frequency * positions_bt[:, :, None]
-    )
-    y[..., one], y[..., two] = turned.real * factor, turned.imag * factor
+  for row, start, end in documents(positions_bt):
+    positions = positions_bt[row, start:end]
+    long = positions.max() >= cfg["position.original_context"]
+    frequencies, factor = turns(cfg, r, local, long)
+    for i, frequency in enumerate(frequencies):
+      one, two = (i, i + r // 2) if cfg["position.layout"] == "half" else (2 * i, 2 * i + 1)
+      x = x_btnh[row, start:end]
+      turned = (x[..., one] + 1j * x[..., two]) * np.exp(1j * frequency * positions[:, None])
+      y[row, start:end, :, one] = turned.real * factor
+      y[row, start:end, :, two] = turned.imag * factor
   return y
 
 
