@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 
 from llmjax.core.errors import UserError
+from llmjax.models import pooling
 from llmjax.models.config import ModelConfig
 from llmjax.models.gguf_config import config_of, with_divisors
 from llmjax.models.hf_family import note
@@ -80,7 +81,8 @@ def load_file(path) -> Model:
     position = with_divisors(config.position, config.dims["h"], divisors)
     config = dataclasses.replace(config, position=position)
   made = from_tensors(config, Tensors(readers), _table(config, shapes), optional=_ABSENT)
-  return Model(config, made, _tokenizer(values, config.vocab_size))
+  pooled = pooling.from_gguf(values.get(f"{values['general.architecture']}.pooling_type"))
+  return Model(config, made, _tokenizer(values, config.vocab_size), pooled)
 
 
 def _tokenizer(values: dict, vocab_size: int) -> Tokenizer | None:
