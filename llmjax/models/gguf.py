@@ -3,7 +3,6 @@
 Parsing and dequantizing are the `gguf` package's; here is which tensor becomes which weight.
 """
 
-import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -12,9 +11,9 @@ import gguf
 import numpy as np
 
 from llmjax.core.errors import UserError
-from llmjax.models import pooling
 from llmjax.models.config import ModelConfig
-from llmjax.models.gguf_config import config_of, with_divisors
+from llmjax.models.gguf_config import config_of
+from llmjax.models.gguf_rope import TENSORS
 from llmjax.models.hf_family import note
 from llmjax.models.hf_layout import Tensors, from_tensors
 from llmjax.models.model import Model
@@ -72,17 +71,13 @@ def load_file(path) -> Model:
   """
   values, stored = _read(path)
   shapes = {name: tuple(int(n) for n in reversed(each.shape)) for name, each in stored.items()}
-  config = config_of(values, shapes)
+  readers = {name: functools.partial(_dequantize, tensor) for name, tensor in stored.items()}
+  factors = {name: readers.pop(name)() for name in TENSORS if name in readers}
+  config = config_of(values, shapes, factors)
   if config.layers > len(shapes):
     raise UserError(f"{str(path)!r} says {config.layers} layers, but holds {len(shapes)} tensors")
-  readers = {name: functools.partial(_dequantize, tensor) for name, tensor in stored.items()}
-  if "rope_freqs.weight" in readers and config.position.kind == "rope":
-    divisors = readers.pop("rope_freqs.weight")().astype(np.float64)
-    position = with_divisors(config.position, config.dims["h"], divisors)
-    config = dataclasses.replace(config, position=position)
   made = from_tensors(config, Tensors(readers), _table(config, shapes), optional=_ABSENT)
-  pooled = pooling.from_gguf(values.get(f"{values['general.architecture']}.pooling_type"))
-  return Model(config, made, _tokenizer(values, config.vocab_size), pooled)
+  return Model(config, made, _tokenizer(values, config.vocab_size))
 
 
 def _tokenizer(values: dict, vocab_size: int) -> Tokenizer | None:

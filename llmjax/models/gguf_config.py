@@ -15,8 +15,8 @@ from llmjax.core import config as configs
 from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig
 from llmjax.models.gguf_keys import Metadata
+from llmjax.models.gguf_rope import FREQUENCIES, positions, with_divisors
 from llmjax.models.hf_canonical import shortest_pattern
-from llmjax.nn.position import PositionConfig, rope_frequencies
 
 # What files of an architecture leave unsaid, by our keys; numbers are llama.cpp's where a key is
 # missing. The pattern and the base of rotary positions hold where there is a window; a base of None
@@ -65,12 +65,15 @@ _NUMBERS = {
 _LARGE = {"gemma2": 46, "gemma3": 62}
 
 
-def config_of(values: Mapping, shapes: Mapping[str, tuple]) -> ModelConfig:
+def config_of(
+  values: Mapping, shapes: Mapping[str, tuple], factors: Mapping[str, np.ndarray]
+) -> ModelConfig:
   """Reads a file's architecture; arithmetic is fp32.
 
   Args:
     values: the file's keys.
     shapes: tensor name → shape, the dimension that is multiplied last.
+    factors: those of `ROPE_TENSORS` that the file has.
   Raises:
     UserError: an architecture, or a variant of one, that is not known here.
   Source: `load_hparams` of llama.cpp's src/llama-model.cpp and src/models.
@@ -99,18 +102,21 @@ def config_of(values: Mapping, shapes: Mapping[str, tuple]) -> ModelConfig:
   causal = made.get("kind") != "encoder"
   if bool(metadata.get("attention.causal", causal)) != causal:
     made["attention.mask"] = "bidirectional" if causal else "causal"
-  made |= _positions(metadata, shapes, h) | _seen(shapes, h) | _norm(metadata, shapes, made)
+  made |= positions(metadata, shapes, factors, h)
+  made |= _seen(shapes, h) | _norm(metadata, shapes, made)
   _window(metadata, made)
   metadata.check_rest()
-  return configs.freeze(unflatten_dict(made, sep="."), ModelConfig, "model.")
+  config = configs.freeze(unflatten_dict(made, sep="."), ModelConfig, "model.")
+  if FREQUENCIES not in factors:
+    return config
+  position = with_divisors(config.position, h, factors[FREQUENCIES].astype(np.float64))
+  return dataclasses.replace(config, position=position)
 
 
 def _refuse(metadata: Metadata, shapes):
   """Refuses what a file says and this project would have to ignore."""
   if metadata.get("expert_count", 0):
     raise UserError(f"this GGUF file's {metadata.name} is a mixture of experts, which is not known")
-  if "rope_factors_long.weight" in shapes:
-    raise UserError("this GGUF file scales its rotary positions by longrope, which is not known")
   if "token_embd.weight" not in shapes:
     raise UserError("this GGUF file holds no tensor 'token_embd.weight': it is not a whole model")
 
@@ -180,77 +186,3 @@ def _window(metadata: Metadata, made: dict):
   if base and local == 0 and "position.scaling" in made:
     raise UserError(f"{metadata.name} with scaled positions and 'rope.freq_base_swa' is not known")
   made["position.local_theta"] = base or (made["position.theta"] if local is None else local)
-
-
-def _positions(metadata: Metadata, shapes, head_dim: int) -> dict:
-  """Positions, and how many there are: those that a stretch adds are counted."""
-  table = shapes.get("position_embd.weight")
-  if table:
-    return {"position.kind": "learned", "context": table[0]}
-  context = metadata.count("context_length")
-  made = {
-    "context": context,
-    "position.theta": metadata.get("rope.freq_base", 10_000.0),
-    "position.fraction": metadata.count("rope.dimension_count", head_dim) / head_dim,
-  }
-  kind = metadata.get("rope.scaling.type", "linear")
-  if kind not in ("none", "linear", "yarn"):
-    raise UserError(f"GGUF rope scaling {kind!r} is not one of linear, none, yarn")
-  factor = metadata.get("rope.scale_linear", 0.0)  # the older name
-  factor = metadata.get("rope.scaling.factor", factor) or 1.0
-  share = metadata.get("rope.scaling.attn_factor", 1.0)
-  original = metadata.count("rope.scaling.original_context_length", 0)
-  scaled = kind != "none" and factor != 1
-  if share != 1 and not (scaled and kind == "yarn"):
-    raise UserError(f"GGUF key 'rope.scaling.attn_factor' {share} is known with yarn alone")
-  if not scaled:
-    return made
-  if factor < 1:
-    raise UserError(f"GGUF rope scaling factor {factor} is below 1")
-  made |= {"position.scaling": kind, "position.factor": factor}
-  if original or not metadata.get("rope.scaling.finetuned", False):
-    made["context"] = max(context, int((original or context) * factor))
-  if kind == "linear":
-    return made
-  return made | {
-    "position.original_context": original or context,
-    "position.beta_fast": metadata.get("rope.scaling.yarn_beta_fast", 32.0),
-    "position.beta_slow": metadata.get("rope.scaling.yarn_beta_slow", 1.0),
-    "position.attention_factor": share * (0.1 * math.log(factor) + 1),
-  }
-
-
-def with_divisors(position: PositionConfig, head_dim: int, divisors: np.ndarray) -> PositionConfig:
-  """Finds the llama3 scaling whose frequencies a file gives as divisors of the plain ones.
-
-  Between full stretch and none a share of turns - low over high - low is kept; low, high and the
-  original context are known up to a common factor, so low is taken to be 1.
-
-  Args:
-    position: without scaling.
-    head_dim: h.
-    divisors: of the plain frequencies, [r/2].
-  Returns:
-    The position with that scaling.
-  Raises:
-    UserError: no such scaling gives these divisors.
-  """
-  if np.all(divisors == 1):
-    return position
-  plain = rope_frequencies(position, head_dim)
-  factor = float(divisors.max())
-  kept = (1 / divisors - 1 / factor) / (1 - 1 / factor)
-  ramp = (kept > 1e-6) & (kept < 1 - 1e-6)
-  if divisors.shape == plain.shape and ramp.sum() > 1:
-    slope, start = np.polyfit(plain[ramp], kept[ramp], 1)
-    high = 1 - 1 / start
-    made = dataclasses.replace(
-      position,
-      scaling="llama3",
-      factor=factor,
-      original_context=max(1, round(2 * math.pi * slope * (high - 1))),
-      high_freq_factor=max(round(high, 3), 1.001),
-    )
-    if np.allclose(rope_frequencies(made, head_dim) * divisors, plain, rtol=1e-4):
-      return made
-  raise UserError("this GGUF file's rope_freqs are no scaling that is known here (llama3)")

@@ -17,7 +17,6 @@ from safetensors.numpy import load_file
 
 import llmjax
 from llmjax.core import tree
-from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models import hf
 from llmjax.models.build import abstract
@@ -201,13 +200,6 @@ def test_gemmas_of_one_size_scale_their_scores_otherwise(tmp_path):
   written = tensors("gemma2", tmp_path / "hf", 46)
   write(tmp_path / "a.gguf", "gemma2", metadata("gemma2", config), written)
   assert llmjax.load(tmp_path / "a.gguf").config.attention.scale == (8 / 4) ** -0.5
-
-
-def test_longrope_is_refused(tmp_path):
-  written = {"rope_factors_long.weight": np.ones(3, np.float32)}
-  write(tmp_path / "a.gguf", "phi3", {}, written)
-  with pytest.raises(UserError, match="longrope"):
-    llmjax.load(tmp_path / "a.gguf")
 
 
 def test_the_config_written_for_a_family_is_the_one_meant(tmp_path):

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Type
 import llmjax
 from llmjax.core import tree
 from llmjax.core.errors import UserError
-from llmjax.models.gguf_config import with_divisors
+from llmjax.models.gguf_rope import with_divisors
 from llmjax.nn.position import PositionConfig, rope_frequencies
 from tests.gguf_files import CONFIG, IDS, draw, llama_metadata, llama_tensors, write, write_folder
 

@@ -18,7 +18,7 @@ LAYER = ("bert", "gpt2")  # the architectures of layer norms; the others have RM
 WINDOWS = ("window", "full")
 
 
-def read(arch="llama", missing=(), **keys):
+def read(arch="llama", missing=(), factors=(), **keys):
   """The config of a file of six layers and four heads, with these keys (`__` is a dot)."""
   values = {
     "block_count": 6, "context_length": 32, "embedding_length": 24, "feed_forward_length": 40,
@@ -30,7 +30,7 @@ def read(arch="llama", missing=(), **keys):
   shapes = {"token_embd.weight": (61, 24), "blk.0.attn_norm.weight": (24,)}
   if arch in LAYER:
     shapes["position_embd.weight"] = (32, 24)
-  return config_of({"general.architecture": arch} | named, shapes)
+  return config_of({"general.architecture": arch} | named, shapes, dict(factors))
 
 
 def scaled(**keys):
@@ -77,6 +77,18 @@ def test_what_yarn_leaves_out():
   assert position.attention_factor == pytest.approx(0.5 * 1.138629436)
 
 
+def test_longrope_is_two_tensors():
+  """Phi-3.5's files give no type and no factor: llama.cpp goes by the tensors."""
+  factors = {"rope_factors_short.weight": [1.0, 1.5, 2.0], "rope_factors_long.weight": [2, 4, 8]}
+  keys = {"rope__scaling__original_context_length": 8, "rope__scaling__attn_factor": 1.19}
+  config = read("phi3", factors={name: np.array(each) for name, each in factors.items()}, **keys)
+  position = config.position
+  assert (position.scaling, position.original_context, config.context) == ("longrope", 8, 32)
+  assert position.divisors == (1, 1.5, 2, 2, 4, 8) and position.amplitude == 1.19
+  plain = read("phi3", factors={name: np.array(each) for name, each in factors.items()}).position
+  assert (plain.original_context, plain.amplitude) == (32, 1)
+
+
 @pytest.mark.parametrize(
   ("keys", "context"),
   [
@@ -93,6 +105,7 @@ def test_the_context_is_the_extended_one(keys, context):
     config = read(rope__scaling__type=kind, rope__scaling__factor=4.0, **keys)
     assert config.context == context
   assert read(**keys).context == 32
+  assert read("gemma3", rope__scaling__factor=8.0).context == 32  # as transformers' config gives it
 
 
 def windows(config):
@@ -175,7 +188,10 @@ def test_counts_a_layer_that_are_all_the_same():
     ("llama", {"rope__scaling__yarn_ext_factor": 0.5}, "yarn_ext_factor' is 0.5"),
     ("llama", {"rope__scaling__attn_factor": 2.0}, "attn_factor' 2.0 is known with yarn alone"),
     ("llama", {"rope__scaling__factor": 0.5}, "factor 0.5 is below 1"),
-    ("llama", {"rope__scaling__type": "longrope"}, "scaling 'longrope' is not one of"),
+    ("llama", {"rope__scaling__type": "longrope"}, "longrope needs tensors 'rope_factors_short"),
+    ("llama", {"rope__scaling__type": "su"}, "scaling 'su' is not one of"),
+    ("gpt2", {"factors": {"rope_freqs.weight": np.ones(3)}}, "learned positions as well"),
+    ("phi3", {"factors": {"rope_factors_long.weight": np.ones(3)}}, "longrope needs tensors"),
     ("llama", {"rope__freq_base": "10000"}, "freq_base' is '10000', not a finite number"),
     ("llama", {"rope__freq_base": math.nan}, "freq_base' is nan, not a finite number"),
     ("llama", {"attention__sliding_window": 8}, "a sliding window in GGUF architecture llama"),
@@ -219,4 +235,4 @@ def test_what_nothing_reads_is_named_unless_it_is_harmless(capsys):
   named = "nothing reads these keys of the GGUF file: qwen3.some.thing, qwen3.rope.new_key"
   assert capsys.readouterr().err == f"llmjax: note: {named}\n"
   with pytest.raises(UserError, match=r"holds no model: its general.type is 'adapter'"):
-    config_of({"general.architecture": "llama", "general.type": "adapter"}, {})
+    config_of({"general.architecture": "llama", "general.type": "adapter"}, {}, {})

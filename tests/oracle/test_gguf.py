@@ -56,6 +56,19 @@ CASES = {
 }
 
 
+LONGROPE = {
+  "rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 3.0, 9.0]
+}
+CASES["longrope"] = (
+  "phi3", "Phi3ForCausalLM",
+  {"rope_scaling": LONGROPE, "original_max_position_embeddings": 8, "sliding_window": None},
+  {
+    "rope.scaling.original_context_length": 8, "rope.dimension_count": 6,
+    "rope.scaling.attn_factor": 1.2909944,  # √(1 + ln(32 / 8) / ln 8)
+  },
+)
+
+
 def keys(arch: str, more: dict) -> dict:
   sizes = {
     "block_count": 4, "context_length": 32, "embedding_length": 24, "feed_forward_length": 40,
@@ -79,11 +92,17 @@ def test_a_file_that_says_little_gives_the_logits_of_the_model(name, tmp_path):
   model.save_pretrained(tmp_path)
   written = tensors(arch, tmp_path, 4)
   assert None not in written
+  if name == "longrope":
+    for kind in ("short", "long"):
+      factors = LONGROPE[f"{kind}_factor"]
+      written[f"rope_factors_{kind}.weight"] = np.array(factors, np.float32)
   write(tmp_path / "a.gguf", arch, keys(arch, more), written)
+  file = llmjax.load(tmp_path / "a.gguf")
   ids = np.random.default_rng(0).integers(0, 61, (2, 30))
-  with torch.no_grad():
-    want = model(torch.from_numpy(ids)).logits.numpy()
-  found = np.asarray(llmjax.load(tmp_path / "a.gguf").logits(ids))
-  # fp32 on both sides: rounding over four layers, on logits that are of the order of 10.
-  np.testing.assert_allclose(found, want, atol=2e-5 * np.abs(want).max())
-  assert np.std(want) > 0.1
+  for length in (30, 7):  # beyond the context before a stretch, and within it
+    with torch.no_grad():
+      want = model(torch.from_numpy(ids[:, :length])).logits.numpy()
+    found = np.asarray(file.logits(ids[:, :length]))
+    # fp32 on both sides: rounding over four layers, on logits that are of the order of 10.
+    np.testing.assert_allclose(found, want, atol=2e-5 * np.abs(want).max())
+    assert np.std(want) > 0.1
