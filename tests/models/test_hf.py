@@ -280,7 +280,7 @@ def _moved(config):
   )
 
 
-def _older(config: dict) -> dict:
+def older(config: dict) -> dict:
   """A config.json in the words that transformers wrote before version 5."""
   config = {key: value for key, value in config.items() if key != "layer_types"}
   rope = config.pop("rope_parameters", None)
@@ -305,7 +305,7 @@ def _older(config: dict) -> dict:
 def test_older_words_mean_the_same(case):
   name, model = case
   theirs = json.loads((golden.FOLDER / name / "config.json").read_text())
-  assert hf.read_config(hf.family_of(theirs), _older(theirs)) == model.config
+  assert hf.read_config(hf.family_of(theirs), older(theirs)) == model.config
 
 
 def test_static_ntk_is_written_as_the_base_it_amounts_to(tmp_path):
