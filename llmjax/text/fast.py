@@ -20,6 +20,11 @@ _SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>"]
 _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _ALIAS = secrets.token_hex(16)  # begins the alias of a special token, so that no text can hold one
 _BERT_CHARS = 1000  # most characters of a trained WordPiece; rarer ones are [UNK], as in BERT
+# Training takes time that grows with the square of a word's length, which is that of the whole text
+# where it has no spaces. Longer words are therefore cut while a byte-level BPE is trained; those of
+# more than 100 characters, which are [UNK] to BERT, are left out while a WordPiece is.
+_LONGEST = pre_tokenizers.Split(tokenizers.Regex(".{1,256}"), "isolated")
+_BERT_LONGEST = pre_tokenizers.Split(tokenizers.Regex(".{101,}"), "removed")
 
 LETTERS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # cuts nothing
 GPT2_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -122,7 +127,7 @@ class ByteBPE(Fast):
     least = 256 + len(_SPECIAL)
     if vocab_size < least:
       raise too_small(vocab_size, "256 bytes and 3 special tokens", least)
-    tokenizer = byte_level(models.BPE(), GPT2_WORDS)
+    tokenizer = byte_level(models.BPE(), pre_tokenizers.Sequence([GPT2_WORDS, _LONGEST]))
     trainer = trainers.BpeTrainer(
       vocab_size=vocab_size,
       min_frequency=2,
@@ -133,6 +138,7 @@ class ByteBPE(Fast):
     tokenizer.train_from_iterator(texts, trainer)
     first = [(token, tokenizer.token_to_id(token)) for token in _SPECIAL[:1]]
     tokenizer.post_processor = processors.TemplateProcessing(f"{_SPECIAL[0]} $A", None, first)
+    tokenizer.pre_tokenizer = GPT2_WORDS
     return _full(cls.build(tokenizer), vocab_size)
 
 
@@ -166,6 +172,7 @@ class WordPiece(Fast):
       show_progress=False,
     )
     scratch = bert({}, lowercase=True)
+    scratch.pre_tokenizer = pre_tokenizers.Sequence([scratch.pre_tokenizer, _BERT_LONGEST])
     scratch.train_from_iterator(texts, trainer)
     return _full(cls.build(bert(scratch.get_vocab(), lowercase=True)), vocab_size)
 

@@ -6,6 +6,7 @@ each other.
 
 import base64
 import json
+import random
 
 import hypothesis.strategies as st
 import pytest
@@ -121,6 +122,33 @@ def test_training_is_repeatable(kind):
 def test_training_learns_words(kind):
   text = "the quick brown fox"
   assert len(TRAINED[kind].encode(text)) < len(text) - 4
+
+
+LETTERS = "".join(random.Random(0).choices("abcdefgh", k=20_000))
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("text", [LETTERS, "a" * 20_000, " " * 20_000, "\n" * 20_000, "中" * 9_000])
+def test_long_text_without_spaces_comes_back(kind, text):
+  assert EVERY[kind].decode(EVERY[kind].encode(text)) == text
+
+
+def test_a_byte_level_bpe_is_trained_on_pieces_of_words_that_are_too_long():
+  # As one word of 200 kB this takes minutes, since time grows with the square of a word's length.
+  text = LETTERS * 10
+  whole = ByteBPE.train([text], 400)
+  cut = ByteBPE.train([text[start : start + 256] for start in range(0, len(text), 256)], 400)
+  assert whole.to_bytes() == cut.to_bytes()
+  assert whole.decode(whole.encode(LETTERS)) == LETTERS
+
+
+def test_a_wordpiece_is_trained_without_the_words_that_it_calls_unknown():
+  plain = WordPiece.train(TEXTS, 120)
+  for length, same in ((100, False), (101, True)):
+    word = ("the" * 40)[:length]
+    trained = WordPiece.train([*TEXTS, f"{word} " * 50], 120)
+    assert (trained.to_bytes() == plain.to_bytes()) == same
+    assert (trained.encode(word) == [trained.unk_id]) == same
 
 
 @pytest.mark.parametrize("kind", TRAINED)
