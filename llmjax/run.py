@@ -5,7 +5,6 @@ import functools
 import math
 import operator
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +67,7 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
     _check_workdir(config, meta, workdir)
   mesh = make_mesh(config.mesh)
   _check_used(config, mesh)
-  _say(f"reading text: {config.data.sources}")
+  multihost.say(f"reading text: {config.data.sources}")
   documents, held_out = read_split(config.data)
   state = meta and meta["tokenizer"]
   tokenizer = from_state(
@@ -82,7 +81,7 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
   if writes:  # fail now, not at the end
     encode_prompts(config.model, tokenizer, config.sample.prompts)
   _sampling(config)  # the same
-  _say(
+  multihost.say(
     f"{count_parameters(config.model):,} parameters, {len(store):,} documents, "
     f"{int(store.lengths.sum()):,} tokens of {store.size_bytes / store.lengths.sum():.2f} bytes; "
     f"held out: {held_store.size_bytes:,} bytes in {len(held_store):,} documents"
@@ -93,7 +92,7 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
 
   begin = functools.partial(_begin, config)
   fitted = fit(config, workdir, tokenizer, store, mesh, evaluate, begin)
-  _say("evaluating on held-out text")
+  multihost.say("evaluating on held-out text")
   scores = evaluate(fitted.model)
   if writes:
     fitted = dataclasses.replace(fitted, model=multihost.to_writer(fitted.model))
@@ -109,7 +108,7 @@ def _begin(config: Config, fresh):
   where = config.init.checkpoint
   if not where:
     return fresh
-  _say(f"weights of {where}")
+  multihost.say(f"weights of {where}")
   return begin_from(load(where), config.model, fresh, config.init.drop, config.seed)
 
 
@@ -185,7 +184,7 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
   else:
     trained, documents = read_split(config.data)
     if store_key(trained, model.tokenizer) != meta["data_key"]:
-      _say(
+      multihost.say(
         f"llmjax: warning: the text of {config.data.sources!r} is not what this run was trained "
         "on; what is scored here may have been among it"
       )
@@ -229,7 +228,7 @@ def _check_workdir(config: Config, meta: dict, workdir: Path):
   here["model.vocab_size"] = here["model.vocab_size"] or there["model.vocab_size"]
   differing = [key for key, value in binding(here).items() if value != there[key]]
   if differing == ["train.steps"]:
-    _say(f"train.steps was {there['train.steps']} and is now {here['train.steps']}")
+    multihost.say(f"train.steps was {there['train.steps']} and is now {here['train.steps']}")
   elif differing:
     shown = ", ".join(f"{key} ({there[key]!r} there, {here[key]!r} here)" for key in differing[:4])
     more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
@@ -251,9 +250,9 @@ def _check_used(config: Config, mesh):
 
 def _tokenizer(config: Config, documents):
   if config.tokenizer.path:
-    _say(f"reading the tokenizer {config.tokenizer.path}")
+    multihost.say(f"reading the tokenizer {config.tokenizer.path}")
   else:
-    _say(f"training a {config.tokenizer.kind} tokenizer")
+    multihost.say(f"training a {config.tokenizer.kind} tokenizer")
   return make_tokenizer(config.tokenizer, documents)
 
 
@@ -284,8 +283,3 @@ def _write_samples(model: Model, prompts, sampling: Sampling, workdir: Path):
     for prompt, made in zip(prompts, generate(model, prompts, sampling), strict=True)
   ]
   files.replace(workdir / "samples.txt", "\n".join(texts))
-
-
-def _say(text: str):
-  if multihost.is_writer():
-    print(text, file=sys.stderr, flush=True)

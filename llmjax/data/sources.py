@@ -2,17 +2,20 @@
 
 A source spec is a comma-separated list. `stdlib` is the source and documentation text of Python's
 own library: real text that is on every machine. Documents come in a fixed order (source, path), and
-a stable hash of their path decides which are held out.
+a stable hash of their text decides which are held out, so that copies are never divided.
 """
 
 import dataclasses
 import hashlib
 import os
+import stat
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from llmjax.core.errors import UserError
+from llmjax.parallel.multihost import say
 
 _STDLIB_SUFFIXES = (".py", ".txt", ".rst")
 _SKIPPED = {"__pycache__"}
@@ -43,56 +46,102 @@ class Document:
 def read_sources(spec: str) -> list[Document]:
   """Reads every document of a source spec, empty files left out.
 
+  A file that is named twice, by two entries or by links, is read once, and that is said.
+
   Args:
-    spec: comma-separated `stdlib`, files, and folders, which are walked; hidden names and
-      `__pycache__` are skipped.
+    spec: comma-separated `stdlib`, files, and folders, which are walked, links followed; hidden
+      names and `__pycache__` are skipped.
   Returns:
     Documents ordered by source, then path.
   Raises:
-    UserError: a folder or file is missing, holds no text, or is not UTF-8 text.
+    UserError: something named or found cannot be read, is neither folder nor file, is a link back
+      to a folder that it is in, or is not UTF-8 text; or a source holds no text.
   """
   entries = [entry.strip() for entry in spec.split(",") if entry.strip()]
   if not entries:
     raise UserError("data.sources is empty; name a folder, a file or 'stdlib'")
-  documents = []
+  documents, again, seen = [], [], set()
   for entry in entries:
-    found = [document for document in _read_entry(entry) if document.text]
-    if not found:
+    before = len(documents) + len(again)
+    for document, file in _read_entry(entry, seen):
+      if file in seen:
+        again.append(document)
+      elif document.text:
+        documents.append(document)
+      seen.add(file)
+    if len(documents) + len(again) == before:
       raise UserError(f"source {entry!r} holds no text: there is no non-empty file in it")
-    documents += found
+  if again:
+    first = f"{again[0].path!r} of source {again[0].source!r}"
+    say(f"llmjax: warning: {len(again)} files named again are read once, the first {first}")
   return documents
 
 
-def _read_entry(entry: str) -> Iterator[Document]:
-  if entry == "stdlib":
-    root = Path(sysconfig.get_paths()["stdlib"])
-    paths = [p for p in _files_below(root, _STDLIB_SKIPPED) if p.suffix in _STDLIB_SUFFIXES]
-  else:
-    root = Path(entry).expanduser()
-    if not root.exists():
-      raise UserError(f"source {entry!r} does not exist; name a folder, a file or 'stdlib'")
-    paths = _files_below(root, _SKIPPED) if root.is_dir() else [root]
-  for path in paths:
+def _read_entry(entry: str, seen: set) -> Iterator[tuple[Document, tuple]]:
+  """Reads the files of one entry, without the text of those in `seen`: (document, identity)."""
+  stdlib = entry == "stdlib"
+  root = Path(sysconfig.get_paths()["stdlib"] if stdlib else os.path.expanduser(entry))
+  if not os.path.lexists(root):
+    raise UserError(f"source {entry!r} does not exist; name a folder, a file or 'stdlib'")
+  for path, file in _files(root, _STDLIB_SKIPPED if stdlib else _SKIPPED, not stdlib):
+    if stdlib and path.suffix not in _STDLIB_SUFFIXES:
+      continue
     name = path.relative_to(root).as_posix() if path != root else root.name
     try:
-      yield Document(entry, name, _read_text(path))
+      yield Document(entry, name, "" if file in seen else _read_text(path)), file
     except UserError:
-      if entry != "stdlib":  # a few of its encodings' own sample files are not UTF-8
+      if not stdlib:  # a few of its encodings' own sample files are not UTF-8
         raise
 
 
-def _files_below(root: Path, skipped: set) -> list[Path]:
-  found = []
-  for folder, folders, files in os.walk(root):
-    folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-    found += [Path(folder, name) for name in files if not name.startswith(".")]
-  return sorted(found)
+def _files(path: Path, skipped: set, strict: bool, above=()) -> Iterator[tuple[Path, tuple]]:
+  """Yields the files at or below a path in order, each with what tells it from others on disk.
+
+  Args:
+    skipped: names that are left out.
+    strict: whether what cannot be read is an error or left out.
+    above: identities of the folders that the path is in.
+  """
+  try:
+    identity, names = _look(path, above)
+  except UserError:
+    if strict:
+      raise
+    return
+  if names is None:
+    yield path, identity
+  for name in names or ():
+    if name not in skipped and not name.startswith("."):
+      yield from _files(path / name, skipped, strict, (*above, identity))
+
+
+def _look(path: Path, above) -> tuple[tuple, list[str] | None]:
+  """Looks at a path, links followed: (its identity, the names in it, None where it is a file)."""
+  shown = repr(str(path))  # surrogates, which stand for what is not UTF-8, are escaped in it
+  try:
+    str(path).encode()
+    found = path.stat()
+    names = sorted(os.listdir(path)) if stat.S_ISDIR(found.st_mode) else None
+  except UnicodeEncodeError as error:
+    raise UserError(f"the file name {shown} is not UTF-8: rename it") from error
+  except OSError as error:
+    to = f" (it is a link to {os.readlink(path)!r})" if path.is_symlink() else ""
+    raise UserError(f"{shown} cannot be read: {error.strerror}{to}") from error
+  if names is None and not stat.S_ISREG(found.st_mode):
+    kind = "a FIFO" if stat.S_ISFIFO(found.st_mode) else "a socket or device"
+    raise UserError(f"{shown} is {kind}, neither a folder nor a file")
+  identity = found.st_dev, found.st_ino
+  if identity in above:
+    raise UserError(f"{shown} is a link to {os.path.realpath(path)!r}, a folder that it is in")
+  return identity, names
 
 
 def _read_text(path: Path) -> str:
-  data = path.read_bytes()
   try:
+    data = path.read_bytes()
     text = data.decode()
+  except OSError as error:
+    raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
   except UnicodeDecodeError as error:
     raise UserError(f"{str(path)!r} is not text: byte {error.start} is not UTF-8") from error
   if "\0" in text:
@@ -100,18 +149,19 @@ def _read_text(path: Path) -> str:
   return text
 
 
-def path_hash(document: Document) -> float:
-  """Maps a document's source-relative path to [0, 1), the same on every machine."""
-  digest = hashlib.sha256(document.path.encode()).digest()
-  return int.from_bytes(digest[:8], "big") / 2**64
+def text_hash(text: str) -> float:
+  """Maps a text to [0, 1), the same on every machine."""
+  return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def split(documents: list[Document], share: float) -> tuple[list[Document], list[Document]]:
   """Divides documents into training and held-out ones.
 
-  A document is held out when the hash of its path falls below `share`, unless it alone is more than
-  a twentieth of all text: the measurement would be of that one file. Where that leaves a side
-  empty (a handful of files), the last `share` of each document is held out, cut at a line end.
+  A document is held out when the hash of its text falls below `share`, unless it is, with its exact
+  copies, more than a twentieth of all text: the measurement would be of that one text. Where that
+  leaves a side empty (a handful of files), the last `share` of each document is held out, cut at a
+  line end. Either way copies of a text are divided alike. They are kept, and said: to repeat a
+  text is a way to weigh it.
 
   Args:
     share: about how much to hold out, in (0, 1).
@@ -120,11 +170,24 @@ def split(documents: list[Document], share: float) -> tuple[list[Document], list
   Raises:
     UserError: there is too little text to hold anything out.
   """
-  most_bytes = _LARGEST_HELD_OUT_SHARE * sum(document.size_bytes for document in documents)
-  chosen = [path_hash(doc) < share and doc.size_bytes <= most_bytes for doc in documents]
-  if any(chosen) and not all(chosen):
-    both = list(zip(documents, chosen, strict=True))
-    return [doc for doc, out in both if not out], [doc for doc, out in both if out]
+  sizes_bytes = Counter()
+  for document in documents:
+    sizes_bytes[document.text] += document.size_bytes
+  copies = len(documents) - len(sizes_bytes)
+  if copies:
+    say(
+      f"llmjax: note: {copies} of {len(documents)} documents repeat another's text; they are kept, "
+      "and copies are never divided between training and held-out text"
+    )
+  most_bytes = _LARGEST_HELD_OUT_SHARE * sizes_bytes.total()
+  chosen = {
+    text for text, size in sizes_bytes.items() if text_hash(text) < share and size <= most_bytes
+  }
+  if chosen and len(chosen) < len(sizes_bytes):
+    return (
+      [document for document in documents if document.text not in chosen],
+      [document for document in documents if document.text in chosen],
+    )
   pairs = [_cut(document, share) for document in documents]
   train = [head for head, _ in pairs if head.text]
   held_out = [tail for _, tail in pairs if tail.text]

@@ -8,6 +8,7 @@ decides alone leaves the others waiting for it. With one process each function i
 import functools
 import itertools
 import json
+import sys
 from collections import deque
 from collections.abc import Callable
 
@@ -26,6 +27,12 @@ _numbers = itertools.count()
 def is_writer() -> bool:
   """Tells whether this process writes the run's files; the others read them."""
   return jax.process_index() == 0
+
+
+def say(text: str):
+  """Prints a line on standard error, in the writer alone."""
+  if is_writer():
+    print(text, file=sys.stderr, flush=True)
 
 
 def barrier(name: str) -> None:

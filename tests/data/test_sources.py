@@ -1,11 +1,16 @@
 """Proves that text is read exactly and in a fixed order, and that the held-out split is stable."""
 
+import os
+import socket
+import tempfile
+from pathlib import Path
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
 from llmjax.core.errors import UserError
-from llmjax.data.sources import Document, path_hash, read_sources, split
+from llmjax.data.sources import Document, read_sources, split, text_hash
 
 
 def write(root, files):
@@ -55,6 +60,8 @@ def test_the_standard_library_is_a_source_without_tests_and_installed_packages()
   ("files", "entry", "words"),
   [
     ({}, "nowhere", "'.*nowhere' does not exist"),
+    ({"file": "x"}, "file/below", "'.*below' does not exist"),
+    ({}, "x" * 300, "does not exist"),
     ({"folder/empty": ""}, "folder", "holds no text"),
     ({"file": b"ab\xff"}, "file", "byte 2 is not UTF-8"),
     ({"file": b"a\xc3\xa9\0"}, "file", "byte 3 is NUL"),
@@ -72,38 +79,137 @@ def test_an_empty_spec_is_a_user_error(spec):
     read_sources(spec)
 
 
-def documents(count, text="some text\n" * 10):
-  return [Document("s", f"folder/{n}.txt", text) for n in range(count)]
+def test_links_are_followed_and_a_file_is_read_once_however_often_it_is_named(tmp_path, capsys):
+  write(tmp_path, {"real/a.txt": "A", "real/b.txt": "B", "more/c.txt": "C"})
+  (tmp_path / "more" / "linked").symlink_to(tmp_path / "real")
+  (tmp_path / "more" / "d.txt").symlink_to(tmp_path / "real" / "b.txt")
+  (tmp_path / "more" / "e.txt").hardlink_to(tmp_path / "more" / "c.txt")
+  found = read_sources(f"{tmp_path / 'more'}")
+  assert [(doc.path, doc.text) for doc in found] == [
+    ("c.txt", "C"), ("d.txt", "B"), ("linked/a.txt", "A"),
+  ]
+  said = capsys.readouterr().err
+  assert said.count("\n") == 1 and "warning: 2 files named again are read once" in said
+  assert "'e.txt' of source" in said
+  again = read_sources(f"{tmp_path / 'more'},{tmp_path / 'real'},{tmp_path}/real/../more/c.txt")
+  assert [doc.text for doc in again] == ["C", "B", "A"]
+  assert "5 files" in capsys.readouterr().err
 
 
-def test_the_split_of_many_documents_takes_whole_ones_by_the_hash_of_their_path():
+def _loop(root):
+  (root / "a" / "b").mkdir(parents=True)
+  (root / "a" / "b" / "up").symlink_to(root / "a")
+
+
+def _socket(root):
+  with socket.socket(socket.AF_UNIX) as made:
+    made.bind(str(root / "s"))
+
+
+def _of_bytes(root):
+  Path(os.fsdecode(os.fsencode(root) + b"/\xff.txt")).write_text("x")
+
+
+SPECIAL = {
+  "a loop": (_loop, r"'.*up' is a link to '.*a', a folder that it is in"),
+  "a link to itself": (lambda root: (root / "x").symlink_to("x"), "'.*x' cannot be read: Too many"),
+  "a broken link": (
+    lambda root: (root / "x").symlink_to("gone"), r"No such file .*\(it is a link to 'gone'\)"
+  ),
+  "a FIFO": (lambda root: os.mkfifo(root / "pipe"), r"'.*pipe' is a FIFO, neither"),
+  "a socket": (_socket, r"'.*s' is a socket or device"),
+  "a device": (lambda root: (root / "null").symlink_to("/dev/null"), "null' is a socket or device"),
+  "a name": (_of_bytes, r"the file name '.*\\udcff.txt' is not UTF-8: rename it"),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_what_cannot_be_read_in_a_folder_is_one_line_that_names_it(kind):
+  make, words = SPECIAL[kind]
+  with tempfile.TemporaryDirectory() as folder:  # a socket's path must be short
+    write(Path(folder), {"text.txt": "text"})
+    make(Path(folder))
+    with pytest.raises(UserError, match=words):
+      read_sources(folder)
+
+
+@pytest.mark.parametrize("locked", ["file.txt", "folder", "."])
+def test_what_may_not_be_read_is_a_user_error(locked):
+  with tempfile.TemporaryDirectory() as folder:
+    write(Path(folder), {"text.txt": "text", "file.txt": "text", "folder/x": "text"})
+    Path(folder).chmod(0o755)
+    path = Path(folder, locked)
+    path.chmod(0)
+    user = os.geteuid()
+    try:
+      if user == 0:  # who may read everything
+        os.seteuid(65534)
+      with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        read_sources(folder)
+    finally:
+      os.seteuid(user)
+      path.chmod(0o755)
+
+
+def test_a_file_that_vanishes_while_text_is_read_is_a_user_error(tmp_path, monkeypatch):
+  write(tmp_path, {"a.txt": "a", "b.txt": "b"})
+  read = Path.read_bytes
+  monkeypatch.setattr(Path, "read_bytes", lambda path: (path.unlink(), read(path)))
+  with pytest.raises(UserError, match=r"a.txt' cannot be read: No such file or directory"):
+    read_sources(str(tmp_path))
+
+
+def documents(count):
+  return [Document("s", f"folder/{n}.txt", f"text {n} of some\n" * 10) for n in range(count)]
+
+
+def test_the_split_of_many_documents_takes_whole_ones_by_the_hash_of_their_text(capsys):
   docs = documents(400)
   train, held_out = split(docs, 0.1)
-  assert [doc for doc in docs if path_hash(doc) < 0.1] == held_out
-  assert [doc for doc in docs if path_hash(doc) >= 0.1] == train
+  assert [doc for doc in docs if text_hash(doc.text) < 0.1] == held_out
+  assert [doc for doc in docs if text_hash(doc.text) >= 0.1] == train
   # 400 draws at 10 %: mean 40, standard deviation 6; five of them away is no accident.
   assert 10 < len(held_out) < 70
+  assert capsys.readouterr().err == ""
 
 
-def test_a_document_stays_on_its_side_whatever_else_there_is():
+def test_a_text_stays_on_its_side_whatever_its_name_and_whatever_else_there_is():
   docs = documents(400)
-  before = {doc.path for doc in split(docs, 0.1)[1]}
-  after = {doc.path for doc in split(docs[100:], 0.1)[1]}
-  assert after == before & {doc.path for doc in docs[100:]}
+  before = {doc.text for doc in split(docs, 0.1)[1]}
+  renamed = [Document("other", f"{n}", doc.text) for n, doc in enumerate(docs[100:])]
+  after = {doc.text for doc in split(renamed, 0.1)[1]}
+  assert after == before & {doc.text for doc in docs[100:]}
 
 
-def test_a_document_of_more_than_a_twentieth_of_the_text_is_never_held_out_whole():
-  docs = documents(400)
-  large = next(doc for doc in docs if path_hash(doc) < 0.1)
-  docs[docs.index(large)] = Document("s", large.path, "x" * 100_000)
+@pytest.mark.parametrize("count", [2, 200])  # cut each, and whole
+def test_copies_of_a_text_are_kept_and_never_divided(count, capsys):
+  docs = documents(count)
+  docs += [Document("t", f"copy of {doc.path}", doc.text) for doc in docs]
   train, held_out = split(docs, 0.1)
-  assert large.path in {doc.path for doc in train}
+  assert len(train) + len(held_out) == (2 * len(docs) if count == 2 else len(docs))
+  assert not {doc.text for doc in train} & {doc.text for doc in held_out}
+  for side in (train, held_out):
+    assert sorted(d.text for d in side if d.source == "s") == sorted(
+      d.text for d in side if d.source == "t"
+    )
+  assert f"note: {count} of {2 * count} documents repeat another's text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("copies", [1, 40])
+def test_a_text_of_more_than_a_twentieth_of_all_is_never_held_out_whole(copies):
+  docs = documents(400)
+  large = "x" * (100_000 // copies)
+  while text_hash(large) >= 0.1:
+    large += "x"
+  docs += [Document("s", f"{n}", large) for n in range(copies)]
+  train, held_out = split(docs, 0.1)
+  assert sum(doc.text == large for doc in train) == copies
   assert held_out
 
 
-def test_the_path_hash_is_the_same_on_every_machine():
+def test_the_hash_is_the_same_on_every_machine():
   # The first 8 bytes of SHA-256 of "abc" are ba7816bf8f01cfea, a number published in FIPS 180-2.
-  assert path_hash(Document("s", "abc", "")) == 0xBA7816BF8F01CFEA / 2**64
+  assert text_hash("abc") == 0xBA7816BF8F01CFEA / 2**64
 
 
 @settings(deadline=None, max_examples=150)
