@@ -12,7 +12,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from llmjax import Sampling, convert, load, run
+import numpy as np
+
+from llmjax import Sampling, convert, embed, load, run
 from llmjax.bench import suite
 from llmjax.core import config as configs
 from llmjax.core.errors import RunFailed, UserError, nearest
@@ -62,6 +64,15 @@ _FLAGS = {
       ("--special", False, "special tokens that the prompt spells out are tokens"),
       ("--chat", False, "the prompt is a message, put into the chat template"),
       ("--image", (), "an image; may be repeated", "FILE"),
+    ),
+  ),
+  "embed": (
+    "Turn texts into vectors.",
+    (
+      ("--checkpoint", None, "as generate's", "PATH"),
+      ("--text", (), "a text; may be repeated", "TEXT"),
+      ("--pooling", "", "mean, cls, max, lasttoken, ..., or several with +; else the model's own"),
+      ("--prompt", "", "stands before every text; else the model's own", "TEXT"),
     ),
   ),
   "eval": (
@@ -203,6 +214,17 @@ def _print_pieces(first: str, pieces) -> Completion:
       return end.value
 
 
+def _embed(args, overrides) -> dict:
+  _no_overrides(overrides)
+  if not args.text:
+    raise UserError("--text is missing (see llmjax embed --help)")
+  vectors = embed(load(args.checkpoint), args.text, args.pooling or None, None, args.prompt or None)
+  for text, vector in zip(args.text, vectors, strict=True):
+    cosines = vectors @ vector / np.linalg.norm(vectors, axis=1) / np.linalg.norm(vector)
+    print(f"{' '.join(f'{cosine:7.4f}' for cosine in cosines)}  {text}")
+  return {"vectors": vectors.tolist()}
+
+
 def _evaluate(args, overrides) -> dict:
   result = run.evaluate(args.checkpoint, overrides)
   for name, value in result.items():
@@ -270,6 +292,7 @@ VERBS = {
   "train": _train,
   "launch": _launch,
   "generate": _generate,
+  "embed": _embed,
   "eval": _evaluate,
   "convert": _convert,
   "bench": _bench,

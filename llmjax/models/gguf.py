@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 
 from llmjax.core.errors import UserError
+from llmjax.models import pooling
 from llmjax.models.config import ModelConfig
 from llmjax.models.gguf_config import config_of
 from llmjax.models.gguf_rope import TENSORS
@@ -77,7 +78,8 @@ def load_file(path) -> Model:
   if config.layers > len(shapes):
     raise UserError(f"{str(path)!r} says {config.layers} layers, but holds {len(shapes)} tensors")
   made = from_tensors(config, Tensors(readers), _table(config, shapes), optional=_ABSENT)
-  return Model(config, made, _tokenizer(values, config.vocab_size))
+  pooled = pooling.from_gguf(values.get(f"{values['general.architecture']}.pooling_type"))
+  return Model(config, made, _tokenizer(values, config.vocab_size), pooled)
 
 
 def _tokenizer(values: dict, vocab_size: int) -> Tokenizer | None:

@@ -16,6 +16,7 @@ from llmjax.models.hf_family import note
 _HARMLESS = (
   "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "classifier.output_labels",
   "context_length", "interleave_moe_layer_step", "leading_dense_block_count", "moe_every_n_layers",
+  "pooling_type",
   "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.finetuned",
   "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "vocab_size",
 )

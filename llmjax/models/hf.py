@@ -12,6 +12,7 @@ import numpy as np
 
 from llmjax.core import tree
 from llmjax.core.errors import UserError, nearest
+from llmjax.models import pooling
 from llmjax.models.config import ModelConfig
 from llmjax.models.hf_canonical import canonical
 from llmjax.models.hf_decoders import DECODERS
@@ -52,7 +53,7 @@ def load_folder(path) -> Model:
   tensors = open_tensors(path, family.aliases)
   config = _tied(family, read_config(family, theirs), tensors)
   parameters = read_tensors(family, config, tensors)
-  return Model(config, parameters, _tokenizer(path))
+  return Model(config, parameters, _tokenizer(path), pooling.read(path))
 
 
 def family_of(theirs: dict) -> Family:
@@ -130,6 +131,8 @@ def save_folder(model: Model, path, dtype: str = "float32", family: str = ""):
     ids["eos_token_id"] = [i for i in (ids["eos_token_id"], *ends) if i is not None]
   if any(value is not None for value in ids.values()):
     write_json(path / "generation_config.json", ids)
+  if model.pooling is not None:
+    pooling.write(model.pooling, path, config.width)
   # safetensors writes an array's memory as it lies, so it has to lie in C order.
   cast = {name: array.astype(DTYPES[dtype], order="C") for name, array in tensors.items()}
   save_tensors(cast, path)

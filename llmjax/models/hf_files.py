@@ -75,21 +75,21 @@ def tensor_files(path: Path) -> list[Path]:
   raise UserError(f"{path} has a config.json but no safetensors")
 
 
-def read_json(path: Path) -> dict:
-  """Reads a JSON object; a missing or damaged file is a `UserError`."""
+def read_json(path: Path, kind: type = dict):
+  """Reads a JSON object (or a list); a missing or damaged file is a `UserError`."""
   try:
     made = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
     raise UserError(f"{path}: {error.strerror}") from error
   except ValueError as error:
     raise UserError(f"{path} is not JSON: {error}") from error
-  if not isinstance(made, dict):
-    raise UserError(f"{path} holds no JSON object")
+  if not isinstance(made, kind):
+    raise UserError(f"{path} holds no JSON {'object' if kind is dict else 'array'}")
   return made
 
 
-def write_json(path: Path, values: dict):
-  """Writes a JSON object, a key a line."""
+def write_json(path: Path, values: dict | list):
+  """Writes a JSON value, a key a line."""
   path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 

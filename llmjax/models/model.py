@@ -11,6 +11,7 @@ from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
 from llmjax.models.depth import apart, views
+from llmjax.models.pooling import Pooling
 from llmjax.text.tokenizer import Tokenizer
 
 
@@ -22,11 +23,13 @@ class Model:
     config: the architecture.
     parameters: the module, itself a tree of fp32 arrays.
     tokenizer: text to ids and back; None where the checkpoint has none.
+    pooling: how it makes one vector of a text; None where its files say nothing of it.
   """
 
   config: ModelConfig
   parameters: nnx.Module
   tokenizer: Tokenizer | None = None
+  pooling: Pooling | None = None
 
   @functools.cached_property
   def decoding(self) -> nnx.Module:

@@ -62,6 +62,10 @@ class TextModel(nnx.Module):
     x_btd, cache, routing = self._run(batch, cache, key)
     return self._transform(x_btd), cache, routing
 
+  def features(self, batch: Batch, key=None):
+    """Runs the blocks: x_btd, what pooling and the head read. Arguments as of `hidden`."""
+    return self._run(batch, None, key)[0]
+
   def _run(self, batch: Batch, cache: Cache | None, key):
     """Embedding and blocks: the same three as `hidden`."""
     x_btd = self.enter(batch, key)

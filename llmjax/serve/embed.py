@@ -1,43 +1,55 @@
-"""Texts as vectors: an encoder's tokens pooled, in batches of texts of like lengths."""
+"""Texts as vectors: the vectors of their tokens pooled, in batches of texts of like lengths."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
+from llmjax.models.hf_family import note
 from llmjax.models.model import Model
+from llmjax.models.pooling import Pooling, pool
 from llmjax.serve.prompt import bucket, check_lengths, lay_out
-from llmjax.text.tokenizer import framed
+from llmjax.text.tokenizer import around, framed
 
 _ROWS = 32  # texts a batch
 
 
 def embed(
-  model: Model, texts: Sequence[str], pooling: str = "mean", normalize: bool = True
+  model: Model,
+  texts: Sequence[str],
+  pooling: str | None = None,
+  normalize: bool | None = None,
+  prompt: str | None = None,
 ) -> np.ndarray:
   """Turns texts into vectors.
 
   Args:
-    model: an encoder with a tokenizer.
+    model: an encoder or a decoder, with a tokenizer.
     texts: each with what the tokenizer puts around a text, as [CLS] and [SEP].
-    pooling: mean or max over a text's tokens; first; pooler, BERT's own.
-    normalize: vectors of length one, so that their products are cosines.
+    pooling: of `models.pooling.POOLINGS`, as mean, cls or lasttoken; several with + between them
+      are concatenated. None: the model's own; where it has none mean, and a note says so.
+    normalize: vectors of length one, so that their products are cosines. None: as the model says.
+    prompt: stands before every text. None: the model's own, mostly nothing.
   Returns:
-    fp32 [texts, d], in order.
+    fp32 [texts, d] (d for each pooling), in order.
   Raises:
-    UserError: not an encoder, no tokenizer, an unknown pooling, or a text longer than the context.
-  Source: mean pooling: Reimers & Gurevych 2019, arXiv:1908.10084, sec. 3.
+    UserError: another kind of model, no tokenizer, an unknown pooling, or a text longer than the
+      context or than the model's own limit.
   """
-  if model.config.kind != "encoder":
-    raise UserError(f"a model of kind {model.config.kind!r} has no text vectors; it takes encoder")
+  if model.config.kind not in ("encoder", "decoder"):
+    kind = model.config.kind
+    raise UserError(f"a model of kind {kind!r} has no text vectors; it takes encoder or decoder")
   if model.tokenizer is None:
     raise UserError("this model has no tokenizer")
-  rows = _encode(model, texts)
-  made = np.zeros((len(rows), model.config.width), np.float32)
+  how = _chosen(model, pooling, normalize, prompt)
+  rows, skipped = _encode(model, texts, how)
+  made = np.zeros((len(rows), model.config.width * len(how.modes)), np.float32)
   shortest_first = sorted(range(len(rows)), key=lambda number: len(rows[number]))
   for first in range(0, len(rows), _ROWS):
     chosen = shortest_first[first : first + _ROWS]
@@ -45,19 +57,41 @@ def embed(
     own = [rows[number] for number in chosen]
     tokens_bt, inside_bt = lay_out([*own, *empty], model.config.context, 1)
     batch = Batch(tokens_bt, segments_bt=inside_bt.astype(np.int32))
-    made[chosen] = _pooled(model.parameters, batch, pooling)[: len(chosen)]
-  if normalize:
+    made[chosen] = _pooled(model.parameters, batch, skipped, how.modes)[: len(chosen)]
+  if how.normalize:
     made /= np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-12)
   return made
 
 
-def _encode(model: Model, texts: Sequence[str]) -> list[list[int]]:
-  tokenizer, context = model.tokenizer, model.config.context
-  rows = [framed(tokenizer, model.config.kind, ids) for ids in tokenizer.encode_batch(list(texts))]
-  check_lengths("text", rows, context, context)
-  return rows
+def _chosen(model: Model, pooling, normalize, prompt) -> Pooling:
+  """What the model says of pooling, with what the caller wants otherwise."""
+  how = model.pooling or Pooling()
+  if pooling is not None:
+    how = dataclasses.replace(how, modes=tuple(pooling.split("+")), refused="")
+  elif how.refused:
+    raise UserError(f"{how.refused}; give a pooling to have the model's vectors without that")
+  elif model.pooling is None:
+    note("the model says nothing of pooling: mean is taken")
+  wanted = {"normalize": normalize, "prompt": prompt}
+  return dataclasses.replace(how, **{k: v for k, v in wanted.items() if v is not None})
 
 
-@functools.partial(jax.jit, static_argnames="pooling")
-def _pooled(model: nnx.Module, batch: Batch, pooling: str):
-  return model.pool(model.features(batch), batch.segments_bt, pooling)
+def _encode(model: Model, texts: Sequence[str], how: Pooling) -> tuple[list[list[int]], int]:
+  """The rows, and how many of their first tokens are of a prompt that is not pooled."""
+  tokenizer, context, kind = model.tokenizer, model.config.context, model.config.kind
+  whole = [how.prompt + text for text in texts]
+  whole = [text.lower() for text in whole] if how.lower else whole
+  rows = [framed(tokenizer, kind, ids) for ids in tokenizer.encode_batch(whole)]
+  check_lengths("text", rows, min(how.longest or context, context), context)
+  if how.include_prompt or not how.prompt:
+    return rows, 0
+  before, _ = around(tokenizer, kind)
+  return rows, len(before) + len(tokenizer.encode(how.prompt))
+
+
+@functools.partial(jax.jit, static_argnames="modes")
+def _pooled(model: nnx.Module, batch: Batch, skipped, modes: tuple[str, ...]):
+  real_bt = batch.segments_bt > 0
+  pooled_bt = jnp.arange(real_bt.shape[1]) >= skipped
+  x_btd = model.features(batch)
+  return jnp.concatenate([pool(model, x_btd, real_bt, mode, pooled_bt) for mode in modes], axis=1)

@@ -5,6 +5,7 @@ and its hash, tokenizer, data key, seed, step), so it can be moved and loaded al
 cannot be read is said out loud and the one before is used.
 """
 
+import dataclasses
 import json
 import logging
 import sys
@@ -21,6 +22,7 @@ from llmjax.data.loader import DataConfig
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.models.model import Model
+from llmjax.models.pooling import Pooling
 from llmjax.parallel import multihost
 from llmjax.text.tokenizer import Tokenizer, from_state, to_state
 from llmjax.train.config import Config
@@ -29,6 +31,8 @@ from llmjax.train.state import TrainState
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at WARNING
 
 FOLDER = "checkpoints"
+# What a model's folder may say of its use, by the name of the `Model`'s attribute.
+_BESIDE = {"pooling": Pooling}
 
 
 class Checkpoints:
@@ -125,6 +129,8 @@ def save_model(model: Model, folder: Path):
   """
   config = Config(model=model.config, data=DataConfig(sources=""))
   meta = make_meta(config, model.tokenizer, "") | {"step": 0}
+  beside = {name: getattr(model, name) for name in _BESIDE}
+  meta |= {name: dataclasses.asdict(value) for name, value in beside.items() if value is not None}
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
     writer.save(Path(folder).absolute(), _items(meta, model=model.parameters))
 
@@ -171,7 +177,8 @@ def _build(folder: Path, meta: dict) -> Model:
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), like)
   tokenizer = from_state(meta["tokenizer"]) if meta["tokenizer"] else None
-  return Model(config, _read(folder / "model", like), tokenizer)
+  beside = {name: kind(**meta[name]) for name, kind in _BESIDE.items() if name in meta}
+  return Model(config, _read(folder / "model", like), tokenizer, **beside)
 
 
 def _candidates(path: Path) -> list[Path]:

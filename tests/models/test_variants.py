@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from llmjax.core import tree
-from llmjax.models.encoder import POOLINGS
+from llmjax.models.pooling import POOLINGS, pool
 from llmjax.train.losses import token_nll
 from tests.models.variants import (
   VARIANTS,
@@ -103,7 +103,7 @@ def test_poolings_equal_the_reference(name, how, quick_compile):
   config = VARIANTS[name]
   model, given = weights_of(config), inputs(config)
   batch = batch_of(given)
-  found = model.pool(_features(model, batch), batch.segments_bt, how)
+  found = pool(model, _features(model, batch), batch.segments_bt > 0, how)
   weights = values_of(model)
   x = reference.features(weights, reference_config(config), given)
   expected = reference.pooled(weights, x, given["segments"], how)

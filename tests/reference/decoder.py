@@ -238,12 +238,18 @@ def masked_token_head(weights, cfg, x):
 
 def pooled(weights, x, segments, how):
   """One vector of a text; padding (segment 0) is left out of mean and max."""
-  if how == "first":
+  if how == "cls":
     return x[:, 0]
   if how == "pooler":
     return np.tanh(x[:, 0] @ weights["pooler_id"] + weights["pooler_bias_d"])
-  over = {"mean": np.mean, "max": np.max}[how]
-  return np.array([over(row[real > 0], axis=0) for row, real in zip(x, segments, strict=True)])
+  over = {
+    "mean": lambda row: row.mean(0),
+    "max": lambda row: row.max(0),
+    "mean_sqrt_len_tokens": lambda row: row.sum(0) / len(row) ** 0.5,
+    "weightedmean": lambda row: np.average(row, axis=0, weights=1 + np.arange(len(row))),
+    "lasttoken": lambda row: row[-1],
+  }[how]
+  return np.array([over(row[real > 0]) for row, real in zip(x, segments, strict=True)])
 
 
 def tower(w, cfg, patches):

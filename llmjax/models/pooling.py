@@ -1,0 +1,191 @@
+"""How the vectors of a text's tokens become one, and sentence-transformers' files that say how.
+
+`modules.json` lists what follows the model, `1_Pooling/config.json` says which tokens count, and
+two more files what is done to a text before it is read.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from llmjax.core.errors import UserError, nearest
+from llmjax.models.hf_files import read_json, write_json
+
+# In the order in which several are concatenated; sentence-transformers' keys that ask for them.
+_KEYS = {
+  "cls": "pooling_mode_cls_token",
+  "max": "pooling_mode_max_tokens",
+  "mean": "pooling_mode_mean_tokens",
+  "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+  "weightedmean": "pooling_mode_weightedmean_tokens",
+  "lasttoken": "pooling_mode_lasttoken",
+}
+POOLINGS = (*_KEYS, "pooler")
+_SIZES = ("word_embedding_dimension", "embedding_dimension")
+_GGUF = {1: "mean", 2: "cls", 3: "lasttoken"}
+_MODULES = ("Transformer", "Pooling", "Normalize")
+_MAIN, _PROMPTS = "sentence_bert_config.json", "config_sentence_transformers.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooling:
+  """How a model makes one vector of a text.
+
+  Attributes:
+    modes: of `POOLINGS`; the vectors of several are concatenated.
+    normalize: divides the vector by its length.
+    prompt: stands before every text.
+    include_prompt: its tokens are pooled as well; `cls` is the first token in any case.
+    longest: most tokens of a text; 0: the context.
+    lower: texts are turned to lower case.
+    refused: why this model's own vectors cannot be made, if they cannot.
+  """
+
+  modes: tuple[str, ...] = ("mean",)
+  normalize: bool = True
+  prompt: str = ""
+  include_prompt: bool = True
+  longest: int = 0
+  lower: bool = False
+  refused: str = ""
+
+  def __post_init__(self):
+    for mode in self.modes:
+      if mode not in POOLINGS:
+        raise UserError(f"unknown pooling {mode!r}; {nearest(mode, POOLINGS)}")
+    # A checkpoint hands a list back.
+    object.__setattr__(self, "modes", tuple(sorted(set(self.modes), key=POOLINGS.index)))
+
+
+def pool(model, x_btd, real_bt, mode: str, pooled_bt=None):
+  """Makes one vector of a text.
+
+  Args:
+    model: whose projection `pooler` is, BERT's; nothing else is read of it.
+    x_btd: what `features` returns.
+    real_bt: whether a position is one of the text's; none is after one that is not.
+    mode: mean or max over positions; mean_sqrt_len_tokens, the sum divided by √positions;
+      weightedmean, position t counted t times; cls, the first; lasttoken; pooler, the first
+      projected and tanh.
+    pooled_bt: whether a position counts; None: all of the text do.
+  Returns:
+    x_bd, fp32.
+  Raises:
+    UserError: an unknown pooling, or a model without a pooler.
+  Source: Reimers & Gurevych 2019, arXiv:1908.10084, sec. 3; weightedmean: Muennighoff 2022,
+    arXiv:2202.08904, eq. 2.
+  """
+  x_btd = x_btd.astype(jnp.float32)
+  counted_bt = real_bt if pooled_bt is None else pooled_bt & real_bt
+  weight_bt1 = counted_bt[..., None].astype(jnp.float32)
+  if mode == "weightedmean":
+    weight_bt1 *= jnp.arange(1, x_btd.shape[1] + 1)[:, None]
+  total_b1 = jnp.maximum(jnp.sum(weight_bt1, axis=1), 1e-9)
+  match mode:
+    case "mean" | "weightedmean":
+      return jnp.sum(x_btd * weight_bt1, axis=1) / total_b1
+    case "mean_sqrt_len_tokens":
+      return jnp.sum(x_btd * weight_bt1, axis=1) / jnp.sqrt(total_b1)
+    case "max":
+      return jnp.max(jnp.where(weight_bt1 > 0, x_btd, -1e9), axis=1)
+    case "lasttoken":
+      last_b = jnp.maximum(jnp.sum(real_bt, axis=1) - 1, 0)
+      return jnp.take_along_axis(x_btd, last_b[:, None, None], axis=1)[:, 0]
+    case "cls":
+      return x_btd[:, 0]
+    case "pooler" if hasattr(model, "pooler"):
+      return model.pooler(x_btd[:, 0])
+    case "pooler":
+      raise UserError("this model has no pooler")
+  raise UserError(f"unknown pooling {mode!r}; {nearest(mode, POOLINGS)}")
+
+
+def from_gguf(kind: int | None) -> Pooling | None:
+  """The pooling that a GGUF file's `pooling_type` names; llama.cpp normalizes what comes out."""
+  if kind is None:
+    return None
+  if kind not in _GGUF:
+    return Pooling(refused=f"the file's pooling_type is {kind}; known: {_GGUF}")
+  return Pooling((_GGUF[kind],))
+
+
+def read(folder: Path) -> Pooling | None:
+  """Reads what a folder says of pooling; None where it says nothing.
+
+  What is not supported makes a `refused` pooling: the model is of use without it.
+  """
+  if not (folder / "modules.json").is_file() and not (folder / "1_Pooling").is_dir():
+    return None
+  try:
+    return _read(folder)
+  except UserError as error:
+    return Pooling(refused=str(error))
+
+
+def _read(folder: Path) -> Pooling:
+  where, normalize = "1_Pooling", True
+  if (folder / "modules.json").is_file():
+    modules = read_json(folder / "modules.json", list)
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    if kinds not in (list(_MODULES), list(_MODULES[:2])):
+      raise UserError(f"{folder}/modules.json lists {kinds}; known: {', '.join(_MODULES)}")
+    where, normalize = modules[1]["path"], len(kinds) == 3
+  config = read_json(folder / where / "config.json")
+  said = config.get("pooling_mode")
+  if said is None:
+    usual = {_KEYS["mean"]: True} | config
+    modes = [mode for mode, key in _KEYS.items() if usual.get(key)]
+  else:
+    modes = [said] if isinstance(said, str) else said
+  unknown = config.keys() - {*_KEYS.values(), *_SIZES, "pooling_mode", "include_prompt"}
+  if not modes or any(config[key] for key in unknown):
+    raise UserError(f"{folder / where}/config.json: no pooling known here is asked for: {config}")
+  main = _maybe(folder / _MAIN)
+  return Pooling(
+    tuple(modes),
+    normalize,
+    _prompt(folder),
+    config.get("include_prompt", True),
+    main.get("max_seq_length") or 0,
+    main.get("do_lower_case", False),
+  )
+
+
+def _prompt(folder: Path) -> str:
+  said = _maybe(folder / _PROMPTS)
+  name, prompts = said.get("default_prompt_name"), said.get("prompts") or {}
+  if name is None:
+    return ""
+  if name not in prompts:
+    raise UserError(f"{folder / _PROMPTS}: there is no prompt {name!r} among {sorted(prompts)}")
+  return prompts[name]
+
+
+def _maybe(file: Path) -> dict:
+  return read_json(file) if file.is_file() else {}
+
+
+def write(pooling: Pooling, folder: Path, width: int):
+  """Writes the files that `read` reads, for sentence-transformers."""
+  if pooling.refused or "pooler" in pooling.modes:
+    return
+  kinds = _MODULES if pooling.normalize else _MODULES[:2]
+  paths = ["", *(f"{number}_{kind}" for number, kind in enumerate(kinds) if number)]
+  modules = [
+    {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+    for i, (path, kind) in enumerate(zip(paths, kinds, strict=True))
+  ]
+  for path in paths:
+    (folder / path).mkdir(exist_ok=True)
+  write_json(folder / "modules.json", modules)
+  config = {key: mode in pooling.modes for mode, key in _KEYS.items()}
+  config |= {_SIZES[0]: width, "include_prompt": pooling.include_prompt}
+  write_json(folder / paths[1] / "config.json", config)
+  write_json(
+    folder / _MAIN,
+    {"max_seq_length": pooling.longest or None, "do_lower_case": pooling.lower},
+  )
+  if pooling.prompt:
+    prompts = {"prompts": {"default": pooling.prompt}, "default_prompt_name": "default"}
+    write_json(folder / _PROMPTS, prompts)
