@@ -19,7 +19,7 @@ from llmjax.parallel.join import HEARTBEAT_S, lost
 STOP_S = 30  # all processes have ended so long after one died
 GRACE_S = 5  # of these, until those are killed that did not stop when they were asked to
 # Said once, at the end: by the process, or in the launcher's own words.
-_HELD = ("llmjax: error: ", "llmjax: stopped ", "llmjax: process ")
+_HELD = ("llmjax: error: ", "llmjax: stopped ", "llmjax: process ", "llmjax: failed: ")
 _NOISE = "[Gloo] "  # on standard output, of every connection
 
 
@@ -106,6 +106,8 @@ class Watched:
       return
     if errors:
       raise UserError(errors[0].removeprefix(_HELD[0]))
+    if failures := [line for line in said if line.startswith(_HELD[3])]:
+      raise RunFailed(failures[0].removeprefix(_HELD[3]).rstrip())
     if self._asked:
       stops = [line for line in said if line.startswith(_HELD[1])]
       stopped = "".join(stops[:1]).removeprefix("llmjax: ").partition(";")[0]

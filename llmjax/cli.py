@@ -17,6 +17,7 @@ import numpy as np
 from llmjax import Sampling, convert, embed, load, run
 from llmjax.bench import suite
 from llmjax.core import config as configs
+from llmjax.core import interrupt
 from llmjax.core.errors import RunFailed, UserError, nearest
 from llmjax.core.files import to_json
 from llmjax.core.platform import spare_libtpu
@@ -307,15 +308,16 @@ def main(argv: list[str] | None = None) -> int:
   spare_libtpu()
   try:
     args, rest = _parse(argv)
-    result = VERBS[args.verb](args, rest)
+    with interrupt.prompt(_unheard):
+      result = VERBS[args.verb](args, rest)
   except UserError as error:
     print(f"llmjax: error: {' '.join(str(error).split())}", file=sys.stderr)
     return join.leave(2)
   except RunFailed as error:
-    print(f"llmjax: {error}", file=sys.stderr)
-    return 1
+    print(f"llmjax: failed: {error}", file=sys.stderr)
+    return join.leave(1)
   except KeyboardInterrupt as error:
-    print(f"llmjax: {error or 'interrupted'}; the same command goes on", file=sys.stderr)
+    _interrupted(str(error))
     # A stop that all processes agreed on says so; they end together.
     return 1 if error.args else join.leave(1)
   except Exception:
@@ -324,6 +326,16 @@ def main(argv: list[str] | None = None) -> int:
   if args.json and (args.verb != "train" or multihost.is_writer()):
     print(to_json(result))
   return 0 if result.get("ok", True) else 1
+
+
+def _interrupted(text: str):
+  print(f"llmjax: {text or 'interrupted'}; the same command goes on", file=sys.stderr, flush=True)
+
+
+def _unheard():
+  """Ends a command that Ctrl-C did not reach, in the words of one that it did."""
+  _interrupted("")
+  os._exit(1)
 
 
 def _parse(argv):

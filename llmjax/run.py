@@ -1,5 +1,6 @@
 """The public functions, one a verb; each composes the floors below and returns plain values."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from llmjax.core import config as configs
 from llmjax.core import files
 from llmjax.core.errors import UserError
+from llmjax.core.lock import locked
 from llmjax.data.loader import make_store, make_tokenizer, read_split
 from llmjax.data.prepare import store_key
 from llmjax.data.sources import read_sources
@@ -55,13 +57,21 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
     `gzip_bits_per_byte`, `xz_bits_per_byte`, `train_seconds`, what they went on
     (see `train.metrics.rates`), `steps`, `parameters`, `tokenizer` (see `text.report`) and more.
   Raises:
-    UserError: an ordinary mistake; nothing in the workdir is lost.
+    UserError: an ordinary mistake, or another run in the workdir; nothing there is lost.
     Interrupted: stopped by the user; a checkpoint was saved.
+    RunFailed: something in it is not finite, or a file could not be written.
   """
-  began_s = time.perf_counter()
   workdir = Path(workdir)
   if isinstance(config, ConfigDict):
     config = configs.freeze(config.to_dict(), Config)
+  with files.told_if_full(), contextlib.ExitStack() as held:
+    multihost.from_writer(lambda: held.enter_context(locked(workdir)))
+    return _train(config, workdir)
+
+
+def _train(config: Config, workdir: Path) -> dict:
+  """`train`, in a workdir that no other run writes into."""
+  began_s = time.perf_counter()
   meta = multihost.from_writer(lambda: newest_meta(workdir))
   if meta:
     _check_workdir(config, meta, workdir)
@@ -91,7 +101,9 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
     return evaluate_loss(model, held_store, mesh, task, config.eval.batch_size, config.eval.stride)
 
   begin = functools.partial(_begin, config)
-  fitted = fit(config, workdir, tokenizer, store, mesh, evaluate, begin)
+  fitted = fit(
+    config, workdir, tokenizer, store, mesh, evaluate, begin, lambda i: documents[i].path
+  )
   multihost.say("evaluating on held-out text")
   scores = evaluate(fitted.model)
   if writes:

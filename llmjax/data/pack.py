@@ -48,10 +48,7 @@ class PackedRows:
     Returns:
       (tokens, segments), int32 [row_tokens + 1]; segments number the row's documents from 1.
     """
-    epoch, index = divmod(int(index), self.rows_per_epoch)
-    documents, ends, rows = self._order(epoch)
-    start = int(rows[index]) * self._row_tokens
-    stop = start + self._row_tokens + 1
+    documents, ends, start, stop = self._place(index)
     tokens, segments = [], []
     place = int(np.searchsorted(ends, start, side="right"))
     while start < stop:
@@ -62,6 +59,19 @@ class PackedRows:
       start += len(piece)
       place += 1
     return np.concatenate(tokens), np.concatenate(segments)
+
+  def documents(self, index: int) -> list[int]:
+    """Lists the numbers of the documents that row `index` is made of."""
+    documents, ends, start, stop = self._place(index)
+    first, last = np.searchsorted(ends, (start, stop - 1), side="right")
+    return documents[first : last + 1].tolist()
+
+  def _place(self, index: int):
+    """An epoch's documents in order, where each ends, and from where to where the row goes."""
+    epoch, index = divmod(int(index), self.rows_per_epoch)
+    documents, ends, rows = self._order(epoch)
+    start = int(rows[index]) * self._row_tokens
+    return documents, ends, start, start + self._row_tokens + 1
 
 
 def windows(store: TokenStore, row_tokens: int, stride: int):

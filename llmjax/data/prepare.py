@@ -4,6 +4,7 @@ A store's folder is named by its content (texts, tokenizer, format), written bes
 and renamed, so a folder that exists is whole, and the same text is never tokenized twice.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,12 +18,14 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from llmjax.core.lock import identity, is_alive
 from llmjax.data.sources import Document
 from llmjax.text.tokenizer import Tokenizer, fingerprint, frame
 
 _FORMAT = 1
 _CHUNK = 256  # documents encoded as one batch
 _DTYPE = np.dtype("<u4")
+_OWNER = "owner.json"  # who is writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +72,12 @@ def prepare(documents: Sequence[Document], tokenizer: Tokenizer, cache: Path) ->
   folder = Path(cache, key)
   if not folder.is_dir():
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _clear(folder.parent)
     partial = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder.parent))
     try:
+      (partial / _OWNER).write_text(json.dumps(identity()))
       _write(documents, tokenizer, partial)
+      (partial / _OWNER).unlink()
       os.rename(partial, folder)
     except OSError:
       if not folder.is_dir():  # else: another process finished the same store first
@@ -85,6 +91,14 @@ def prepare(documents: Sequence[Document], tokenizer: Tokenizer, cache: Path) ->
     size_bytes=meta["size_bytes"],
     records=grain.sources.ArrayRecordDataSource(str(folder / "tokens.array_record")),
   )
+
+
+def _clear(cache: Path):
+  """Removes what makers left who were killed; those of another machine may still be at work."""
+  for owner in cache.glob(f".*-*/{_OWNER}"):
+    with contextlib.suppress(OSError, ValueError):
+      if is_alive(json.loads(owner.read_text())) is False:
+        shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 def _write(documents: Sequence[Document], tokenizer: Tokenizer, folder: Path):

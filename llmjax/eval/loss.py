@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from llmjax.core.errors import RunFailed
 from llmjax.data.batch import Batch
 from llmjax.data.loader import place
 from llmjax.data.pack import windows
@@ -48,6 +49,8 @@ def evaluate_loss(
   Returns:
     `nats_per_token`, `perplexity`, `tokens` (predicted), `bytes`; `bits_per_byte` of a model that
     predicts all of the text.
+  Raises:
+    RunFailed: the loss is not finite.
   """
   task = task or Task()
   whole = task.config.name in ("language_model", "prefix_lm")
@@ -61,6 +64,9 @@ def evaluate_loss(
     for batch in _batches(store, None if whole else task, context, stride, batch_size):
       sums.append(loss_sum(model, place(batch, sharding)))
   totals = [[float(part) for part in pair] for pair in sums]
+  for number, (nats, _) in enumerate(totals, 1):
+    if not math.isfinite(nats):
+      raise RunFailed(f"the held-out loss is {nats} in batch {number} of {len(totals)}")
   nats, tokens = (math.fsum(column) for column in zip(*totals, strict=True))
   scores = {
     "nats_per_token": nats / tokens,

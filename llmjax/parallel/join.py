@@ -13,12 +13,14 @@ import traceback
 
 import jax
 
-from llmjax.core.errors import UserError
+from llmjax.core.errors import RunFailed, UserError
+from llmjax.parallel import multihost
 
 COORDINATOR = "LLMJAX_COORDINATOR"  # host:port where process 0 listens
 PROCESS = "LLMJAX_PROCESS"  # this process's number
 PROCESSES = "LLMJAX_PROCESSES"  # how many there are
 LAUNCHER = "LLMJAX_LAUNCHER"  # optional: id of the parent, without which the process ends
+GRACE_S = 4  # that processes wait for each other which may all have failed of the same
 HEARTBEAT_S = 20  # a process not heard of for so long is dead, and the others end
 
 
@@ -67,12 +69,14 @@ def leave(status: int) -> int:
   if not jax.distributed.is_initialized():
     return status
   error = sys.exc_info()[1]
+  if isinstance(error, RunFailed) and multihost.all_here(GRACE_S):
+    return status
   with contextlib.suppress(OSError):  # whoever read our output may be gone
     text = " ".join(str(error).split())
     if isinstance(error, Exception) and (lost(text) or _GONE.search(text)):
       which = f"process {lost(text)}" if lost(text) else "another process"
       print(f"llmjax: process {jax.process_index()} lost {which}: {text[:200]}", file=sys.stderr)
-    elif not isinstance(error, (UserError, KeyboardInterrupt)):
+    elif not isinstance(error, (UserError, RunFailed, KeyboardInterrupt)):
       traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()

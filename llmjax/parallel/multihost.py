@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llmjax.core.errors import UserError
+from llmjax.core.errors import RunFailed, UserError
 
 _WAIT_MS = 24 * 3600 * 1000  # heartbeats notice the dead; for the living we wait long
 _numbers = itertools.count()
@@ -41,6 +41,15 @@ def barrier(name: str) -> None:
     _client().wait_at_barrier(f"llmjax/{name}", _WAIT_MS)
 
 
+def all_here(wait_s: float) -> bool:
+  """Tells whether all processes come here, the last within so many seconds."""
+  try:
+    _client().wait_at_barrier("llmjax/all_here", int(wait_s * 1000))
+  except jax.errors.JaxRuntimeError:
+    return False
+  return True
+
+
 def from_writer(make: Callable):
   """Calls `make`, which may take long and write files, in the writer alone.
 
@@ -49,7 +58,7 @@ def from_writer(make: Callable):
   Returns:
     The writer's value, in every process.
   Raises:
-    UserError: `make` raised it; every process does.
+    UserError, RunFailed: `make` raised it; every process does.
   """
   if jax.process_count() == 1:
     return make()
@@ -57,15 +66,15 @@ def from_writer(make: Callable):
   if is_writer():
     try:
       answer = {"value": make()}
-    except UserError as error:
-      answer = {"error": str(error)}
+    except (UserError, RunFailed) as error:
+      answer = {"error": str(error), "ours": isinstance(error, RunFailed)}
     _client().key_value_set(key, json.dumps(answer))
   answer = json.loads(_client().blocking_key_value_get(key, _WAIT_MS))
   barrier(key)
   if is_writer():
     _client().key_value_delete(key)
   if "error" in answer:
-    raise UserError(answer["error"])
+    raise (RunFailed if answer["ours"] else UserError)(answer["error"])
   return answer["value"]
 
 

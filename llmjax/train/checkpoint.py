@@ -1,13 +1,17 @@
 """Checkpoints: Orbax writes path → array in the background, beside all that made the run.
 
 A checkpoint folder holds three items: `model` and `optimizer` (arrays by path) and `meta` (config
-and its hash, tokenizer, data key, seed, step), so it can be moved and loaded alone. A folder that
-cannot be read is said out loud and the one before is used.
+and its hash, tokenizer, data key, seed, step, checksums of all arrays and of itself), so it can be
+moved and loaded alone. A folder that cannot be read, or holds something else than was saved, is
+said out loud and the one before is used.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +21,8 @@ import orbax.checkpoint as ocp
 
 from llmjax.core import tree
 from llmjax.core.config import config_hash, freeze, to_dict
-from llmjax.core.errors import UserError
+from llmjax.core.errors import RunFailed, UserError
+from llmjax.core.files import full_disk
 from llmjax.data.loader import DataConfig
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
@@ -25,14 +30,19 @@ from llmjax.models.model import Model
 from llmjax.models.pooling import Pooling
 from llmjax.parallel import multihost
 from llmjax.text.tokenizer import Tokenizer, from_state, to_state
+from llmjax.train.checksum import checksums
 from llmjax.train.config import Config
 from llmjax.train.state import TrainState
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at WARNING
+# Orbax narrates every save at WARNING, and what fails at ERROR with every traceback; it raises too.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 FOLDER = "checkpoints"
 # What a model's folder may say of its use, by the name of the `Model`'s attribute.
 _BESIDE = {"pooling": Pooling}
+_SUMS = "checksums"
+# What `meta` holds beside `checksums`, which older checkpoints lack.
+_META = {"config", "config_hash", "seed", "data_key", "tokenizer", "step", "train_seconds"}
 
 
 class Checkpoints:
@@ -45,6 +55,7 @@ class Checkpoints:
 
   def __init__(self, workdir: Path, keep: int):
     self._root = Path(workdir, FOLDER).absolute()
+    sys.unraisablehook = _spare_callbacks
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     self._manager = ocp.CheckpointManager(
       self._root, options=options, item_names=("model", "optimizer", "meta")
@@ -52,13 +63,19 @@ class Checkpoints:
 
   def save(self, state: TrainState, meta: dict, wait: bool = False):
     """Starts writing a checkpoint of the state's step; returns before it is on disk, unless asked
-    to wait."""
+    to wait.
+
+    Raises:
+      RunFailed: the state is not finite, or the checkpoint before could not be written.
+    """
     step = int(state.step)
-    if step not in self._manager.all_steps():
-      items = _items(meta | {"step": step}, model=state.model, optimizer=state.optimizer)
+    if step in self._manager.all_steps():
+      return
+    items = _items(meta | {"step": step}, model=state.model, optimizer=state.optimizer)
+    with _written():
       self._manager.save(step, args=items)
-    if wait:
-      self._manager.wait_until_finished()
+      if wait:
+        self._manager.wait_until_finished()
 
   def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
     """Reads the newest whole checkpoint onto the shardings of `like`.
@@ -74,18 +91,11 @@ class Checkpoints:
     if not folders:
       return None
 
-    def read(folder):
-      meta = read_meta(folder)
-      made = TrainState(
-        step=jax.device_put(jax.numpy.int32(int(folder.name)), like.step.sharding),
-        model=_read(folder / "model", like.model),
-        optimizer=_read(folder / "optimizer", like.optimizer),
-      )
-      return made, meta
-
-    number, found = _newest_whole(folders, self._root, read)
+    parts = {"model": like.model, "optimizer": like.optimizer}
+    number, meta, trees = _newest_whole(folders, self._root, lambda meta: parts, multihost.agree)
     self._move_aside(folders[:number])
-    return found
+    step = jax.device_put(jax.numpy.int32(int(folders[number].name)), like.step.sharding)
+    return TrainState(step, **trees), meta
 
   def _move_aside(self, folders: list[Path]):
     """Moves unreadable checkpoints to `damaged/`, so that their steps can be saved again."""
@@ -96,14 +106,48 @@ class Checkpoints:
       damaged.mkdir(exist_ok=True)
       for folder in folders:
         folder.rename(damaged / f"{folder.name}-{len(list(damaged.iterdir()))}")
-      print(f"llmjax: warning: moved {len(folders)} of them to {damaged}", file=sys.stderr)
+      _warn(f"moved {len(folders)} of them to {damaged}")
     multihost.barrier("damaged")
     self._manager.reload()
 
   def close(self):
-    """Waits until everything is on disk."""
-    self._manager.wait_until_finished()
+    """Waits until everything is on disk.
+
+    Raises:
+      RunFailed: it could not be written.
+    """
+    with _written():
+      self._manager.wait_until_finished()
     self._manager.close()
+
+  def standing(self) -> str:
+    """Says which checkpoint a run that failed goes on from, when all that can be is on disk."""
+    with contextlib.suppress(RunFailed):
+      self.close()
+    if multihost.is_writer():  # what was begun takes room, on a disk that may be full
+      for partial in self._root.glob("*-checkpoint-tmp*"):
+        shutil.rmtree(partial, ignore_errors=True)
+    steps = self._manager.all_steps(read=True)
+    return f"the checkpoint of step {max(steps)} stands" if steps else "there is no checkpoint yet"
+
+
+def _spare_callbacks(raised):
+  """`sys.unraisablehook`, without TensorStore's callbacks that come after a save has failed."""
+  if str(raised.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(raised)
+
+
+@contextlib.contextmanager
+def _written():
+  """Says in one sentence what Orbax failed of."""
+  try:
+    yield
+  except Exception as error:
+    raise RunFailed(f"a checkpoint could not be written ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+  return full_disk(error) or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def make_meta(config: Config, tokenizer: Tokenizer | None, data_key: str) -> dict:
@@ -136,8 +180,26 @@ def save_model(model: Model, folder: Path):
 
 
 def read_meta(folder: Path) -> dict:
-  """Reads a checkpoint's `meta`."""
-  return json.loads((folder / "meta" / "metadata").read_text())
+  """Reads a checkpoint's `meta`.
+
+  Raises:
+    OSError, ValueError: it is not there, or not what was saved.
+  """
+  meta = json.loads((folder / "meta" / "metadata").read_text())
+  if _SUMS in meta:
+    sums = meta[_SUMS]
+    if sums.get("meta") != _digest(meta):
+      raise ValueError("the checksum of meta does not match")
+  elif unknown := sorted(meta.keys() - _META):
+    raise ValueError(f"there is no {unknown[0]!r} in meta")
+  return meta
+
+
+def _digest(meta: dict) -> str:
+  """Hashes all of `meta` but its own hash: 16 hex digits."""
+  sums = {name: value for name, value in meta[_SUMS].items() if name != "meta"}
+  text = json.dumps(meta | {_SUMS: sums}, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def newest_meta(workdir: Path) -> dict | None:
@@ -164,21 +226,21 @@ def load_model(path: str | Path) -> tuple[Model, dict]:
     UserError: no such folder, no checkpoint in it, or none that can be read.
   """
 
-  def read(folder):
-    meta = read_meta(folder)
-    return _build(folder, meta), meta
+  def like(meta):
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    described = abstract(_model_config(meta))
+    return {"model": jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), described
+    )}
 
-  return _newest_whole(_candidates(Path(path)), path, read)[1]
-
-
-def _build(folder: Path, meta: dict) -> Model:
-  config = freeze(meta["config"]["model"], ModelConfig, "model.")
-  like = abstract(config)
-  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), like)
+  _, meta, trees = _newest_whole(_candidates(Path(path)), path, like)
   tokenizer = from_state(meta["tokenizer"]) if meta["tokenizer"] else None
   beside = {name: kind(**meta[name]) for name, kind in _BESIDE.items() if name in meta}
-  return Model(config, _read(folder / "model", like), tokenizer, **beside)
+  return Model(_model_config(meta), trees["model"], tokenizer, **beside), meta
+
+
+def _model_config(meta: dict) -> ModelConfig:
+  return freeze(meta["config"]["model"], ModelConfig, "model.")
 
 
 def _candidates(path: Path) -> list[Path]:
@@ -194,28 +256,69 @@ def _candidates(path: Path) -> list[Path]:
   return [root / str(step) for step in steps]
 
 
-def _newest_whole(folders: list[Path], place: str | Path, read: Callable):
-  """Reads the first checkpoint that can be: (its number in the list, what `read` returns).
+def _newest_whole(
+  folders: list[Path], place: str | Path, like: Callable, agree: Callable = lambda failed: failed
+):
+  """Reads the first checkpoint that is whole: (its number in the list, meta, trees by name).
 
+  Args:
+    folders: checkpoints.
+    place: of them all, for messages.
+    like: of a checkpoint's meta, descriptions of the trees that are wanted.
+    agree: tells whether any process failed to read, where several read together.
   Raises:
     UserError: none of them can be read, or one says what is wrong with it.
   """
   for number, folder in enumerate(folders):
+    reason = ""
     try:
-      return number, read(folder)
+      meta = read_meta(folder)
+      trees = {name: _read(folder / name, part) for name, part in like(meta).items()}
     except UserError:
       raise
     except Exception as error:
-      reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-      text = f"checkpoint {folder} cannot be read ({reason}); trying the one before"
-      if multihost.is_writer():
-        print(f"llmjax: warning: {text}", file=sys.stderr)
+      reason = _reason(error)
+    if agree(bool(reason)):
+      reason = reason or "another process could not read it"
+    elif not (reason := _mismatch(meta, trees, folder)):
+      return number, meta, trees
+    _warn(f"checkpoint {folder} cannot be read ({reason}); trying the one before")
   raise UserError(f"none of the {len(folders)} checkpoints in {str(place)!r} can be read")
 
 
+def _mismatch(meta: dict, trees: dict, folder: Path) -> str:
+  """Says which array is not the one that was saved; nothing if all are."""
+  if _SUMS not in meta:
+    _warn(f"checkpoint {folder} has no checksums, as older ones; its arrays are taken as they are")
+    return ""
+  for name, made in trees.items():
+    found = checksums(tree.flatten(made))[0]
+    for path, value in meta[_SUMS][name].items():
+      if found[path] != value:
+        return f"the checksum of {name} {path} does not match"
+  return ""
+
+
+def _warn(text: str):
+  if multihost.is_writer():
+    print(f"llmjax: warning: {text}", file=sys.stderr)
+
+
 def _items(meta: dict, **trees) -> ocp.args.Composite:
-  """What a checkpoint holds, as Orbax wants it told."""
-  arrays = {name: ocp.args.StandardSave(tree.flatten(value)) for name, value in trees.items()}
+  """What a checkpoint holds, as Orbax wants it told, checksums among its meta.
+
+  Raises:
+    RunFailed: a number is not finite.
+  """
+  arrays = {name: tree.flatten(value) for name, value in trees.items()}
+  sums = {}
+  for name, leaves in arrays.items():
+    sums[name], wrong = checksums(leaves)
+    if wrong:
+      raise RunFailed(f"step {meta['step']} left {name} {wrong[0]} with values that are not finite")
+  meta = json.loads(json.dumps(meta | {_SUMS: sums}))
+  meta[_SUMS]["meta"] = _digest(meta)
+  arrays = {name: ocp.args.StandardSave(leaves) for name, leaves in arrays.items()}
   return ocp.args.Composite(meta=ocp.args.JsonSave(meta), **arrays)
 
 

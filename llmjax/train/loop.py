@@ -1,5 +1,6 @@
 """The training loop, top to bottom: restore or make the state, step, report, checkpoint."""
 
+import contextlib
 import dataclasses
 import functools
 import signal
@@ -12,7 +13,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from llmjax.core.errors import UserError
+from llmjax.core.errors import RunFailed, UserError
 from llmjax.core.memory import give_back, settle
 from llmjax.data.loader import batches
 from llmjax.data.pack import PackedRows
@@ -24,6 +25,7 @@ from llmjax.text.tokenizer import Tokenizer
 from llmjax.train.checkpoint import Checkpoints, make_meta
 from llmjax.train.config import Config
 from llmjax.train.executable import make_step
+from llmjax.train.finite import NotFinite, Watch
 from llmjax.train.metrics import NoReport, Reporter
 from llmjax.train.rates import peak_of
 from llmjax.train.state import abstract_state, init_sharded
@@ -54,6 +56,7 @@ def fit(
   mesh: Mesh,
   evaluate: Callable[[nnx.Module], dict] = lambda model: {},
   begin: Callable[[nnx.Module], nnx.Module] = lambda fresh: fresh,
+  name: Callable[[int], str] = str,
 ) -> Fitted:
   """Trains a model, going on from whatever checkpoint the workdir holds.
 
@@ -65,27 +68,32 @@ def fit(
     mesh: devices.
     evaluate: called on the model every `eval.every` steps; its values are logged.
     begin: called on the weights of step 0; what it returns takes their place.
+    name: what to call a training document, by its number in `store`.
   Returns:
     The trained model and how long it took.
   Raises:
     UserError: the checkpoint is of other text, or the mesh does not divide the model.
     Interrupted: SIGINT or SIGTERM came; the step under way was finished and saved.
+    RunFailed: a loss, a gradient or the state is not finite, or a file could not be written.
   """
   steps, train_step = config.train.steps, make_step(config, mesh)
   meta = make_meta(config, tokenizer, store.key)
   checkpoints = Checkpoints(workdir, config.checkpoint.keep)
   state, start, spent_s = _start(checkpoints, config, mesh, meta, begin)
-  feed = _feed(config, tokenizer, store, mesh, start)
+  rows = PackedRows(store, config.model.context, config.seed)
+  feed = _feed(config, tokenizer, rows, mesh, start)
+  watch = Watch(rows, config.data.batch_size, name)
   report = _reporter(config, workdir, start)
   votes = multihost.Votes()
   began_s = time.perf_counter() - spent_s
 
-  with jax.set_mesh(mesh), _Signals() as stop:
+  with jax.set_mesh(mesh), _Signals() as stop, _failing(checkpoints, report):
     for step, batch in enumerate(report.feed(feed), start + 1):
       state, metrics = train_step(state, batch)
       settle(state)
       if step == start + 1:
         give_back()  # what making and loading the state left
+      watch.add(step, metrics)
       report.add(step, metrics)
       if config.eval.every and step % config.eval.every == 0 and step < steps:
         report.record(step, "evaluation", functools.partial(evaluate, state.model))
@@ -93,25 +101,38 @@ def fit(
       # Asked once a step: a signal must not come between saving and leaving.
       stopping = votes.add(stop.asked)
       if step % config.checkpoint.every == 0 or step == steps or stopping:
+        watch.flush()  # no state that follows from what is not finite may be saved
         saved = meta | {"train_seconds": time.perf_counter() - began_s}
         last = stopping or step == steps
         # After all lines of metrics: a run that goes on from here must not lack one before it.
         report.record(step, "checkpoint", functools.partial(checkpoints.save, state, saved, last))
       if stopping:
         break
-  jax.block_until_ready(state)
-  train_s = time.perf_counter() - began_s
-  report.close()
-  checkpoints.close()
+    jax.block_until_ready(state)
+    train_s = time.perf_counter() - began_s
+    report.close()
+    checkpoints.close()
   if multihost.agree(stop.asked):
     raise Interrupted(f"stopped after step {int(state.step)} of {steps}")
   return Fitted(state.model, train_s)
 
 
-def _feed(config: Config, tokenizer: Tokenizer, store: TokenStore, mesh: Mesh, start: int):
+@contextlib.contextmanager
+def _failing(checkpoints: Checkpoints, report):
+  """Ends a run that failed: files closed, the sentence ends with what it can go on from."""
+  try:
+    yield
+  except (RunFailed, OSError) as error:
+    with contextlib.suppress(OSError):
+      report.stop(error.step if isinstance(error, NotFinite) else 0)
+    said = f"a file could not be written: {error}" if isinstance(error, OSError) else error
+    raise RunFailed(f"{said}; {checkpoints.standing()}") from error
+
+
+def _feed(config: Config, tokenizer: Tokenizer, rows: PackedRows, mesh: Mesh, start: int):
   """The batches of the steps after `start`."""
   return batches(
-    PackedRows(store, config.model.context, config.seed),
+    rows,
     config.task_of(tokenizer),
     batch_sharding(mesh),
     config.data.batch_size,

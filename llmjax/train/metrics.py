@@ -165,6 +165,9 @@ class NoReport:
 
   close = flush
 
+  def stop(self, step: int):
+    """Does nothing."""
+
 
 class Reporter:
   """Takes each step's device metrics and, a little later, writes and shows them.
@@ -260,6 +263,10 @@ class Reporter:
 
   def close(self):
     """Deals with all that is pending and closes the files."""
-    self.flush()
+    self.stop(self._steps + 1)
+
+  def stop(self, step: int):
+    """Deals with what is pending of the steps before `step`, and closes the files."""
+    self._show([due for due in self._pending.flush() if due[0] < step])
     self._line.close()
     self._writer.close()

@@ -4,6 +4,8 @@ ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054) is a choice of layouts: of the 
 steps, of the sum of gradients, of the optimizer's state.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -120,7 +122,7 @@ def micro_batches(batch: Batch, parts: int) -> Batch:
 
 
 def advance(state: TrainState, batch: Batch, config: Config, optimizer=None):
-  """Advances the state by one batch.
+  """Advances the state by one batch; leaves it as it is where loss or gradient is not finite.
 
   Args:
     state: what the step takes.
@@ -140,14 +142,19 @@ def advance(state: TrainState, batch: Batch, config: Config, optimizer=None):
     how.sum_dtype,
   )
   # Each device of `fsdp` updates its part, whatever it holds of the weights.
-  grads, model = lay_out(grads, WEIGHTS), lay_out(state.model, WEIGHTS)
-  updates, opt_state = (optimizer or optimizer_of(config)).update(grads, state.optimizer, model)
-  model = optax.apply_updates(model, updates)
+  grads = lay_out(grads, WEIGHTS)
+  state = dataclasses.replace(state, model=lay_out(state.model, WEIGHTS))
+  update = (optimizer or optimizer_of(config)).update
+  updates, opt_state = update(grads, state.optimizer, state.model)
+  model = optax.apply_updates(state.model, updates)
   metrics = {"loss": nll, "grad_norm": optax.tree.norm(grads), "tokens": count}
   if routing is not None:
     model = move_biases(model, routing.load_e, config.optim.bias_rate)
     metrics |= routing_metrics(routing, model)
-  return TrainState(state.step + 1, model, opt_state), metrics, grads
+  finite = jnp.isfinite(nll) & jnp.isfinite(metrics["grad_norm"])
+  moved = TrainState(state.step + 1, model, opt_state)
+  kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+  return kept, metrics, grads
 
 
 def compile_step(config: Config, mesh: Mesh, with_grads: bool = False):

@@ -23,7 +23,7 @@ from llmjax.models.build import abstract
 from llmjax.nn.embed import look_up
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import batch_sharding, weight_shardings
-from llmjax.train.check import all_meshes, compare, on_mesh, on_one_device, some_meshes
+from llmjax.train.check import _start, all_meshes, compare, on_mesh, on_one_device, some_meshes
 from llmjax.train.config import Config
 from llmjax.train.pipelined import PipelineConfig
 from llmjax.train.shrink import made_up_batch, shrink
@@ -143,6 +143,21 @@ def test_zero_stages_differ_in_memory_alone(zero):
   seen = prove({"data": 2, "fsdp": 4}, zero=zero)
   whole = prove({"data": 2, "fsdp": 4})
   assert seen.peak_bytes > whole.peak_bytes
+
+
+@pytest.mark.parametrize(
+  ("sizes", "zero"), [({"stage": 2, "fsdp": 2, "tensor": 2}, 3), ({"data": 2, "fsdp": 4}, 1)],
+  ids=["stage2-fsdp2-tensor2", "zero1"],
+)
+def test_a_step_that_is_not_finite_moves_no_weight_on_any_device(sizes, zero):
+  config, batch, _ = truth()
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, zero=zero))
+  mask = np.array(batch.loss_mask_bt, np.float32)
+  mask[-1, 2] = np.nan
+  spoiled = dataclasses.replace(batch, loss_mask_bt=mask)
+  seen = on_mesh(config, make_mesh(MeshConfig(**{"data": 1, **sizes})), spoiled)
+  for path, leaf in tree.flatten(_start(config).model).items():
+    np.testing.assert_array_equal(seen.weights[path], leaf, err_msg=path)
 
 
 @pytest.mark.parametrize(

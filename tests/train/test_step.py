@@ -138,6 +138,27 @@ def test_a_compiled_step_is_the_optimizers_and_starts_from_the_seed(tiny_config,
     assert_allclose(tree.flatten(after.model)[path], expected, rtol=0, atol=atol, err_msg=path)
 
 
+@pytest.mark.parametrize(("kind", "value"), [("adamw", "nan"), ("adamw", "huge"), ("muon", "nan")])
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was(tiny_config, batch, kind, value):
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  whole = experiment(tiny_config, accumulation=2, optim=OptimConfig(kind=kind, clip_norm=0.0))
+  step, state = compile_step(whole, mesh), init_sharded(whole, mesh)
+  mask = batch.loss_mask_bt.at[1, 2].set(jnp.nan)
+  if value == "huge":  # a finite loss, though the squares of its gradient are not
+    mask = batch.loss_mask_bt.at[1, 2:4].set(jnp.array([1e25, -1e25]))
+  with jax.set_mesh(mesh):
+    state, _ = step(state, batch)
+    before = jax.tree.map(np.array, state)
+    state, metrics = step(state, dataclasses.replace(batch, loss_mask_bt=mask))
+    assert not np.isfinite(metrics["grad_norm"])
+    assert np.isfinite(metrics["loss"]) == (value == "huge")
+    assert int(state.step) == 1
+    for path, leaf in tree.flatten(state).items():
+      assert_array_equal(leaf, tree.flatten(before)[path], err_msg=path)
+    state, metrics = step(state, batch)  # and it goes on as if nothing had been
+    assert np.isfinite(metrics["grad_norm"]) and int(state.step) == 2
+
+
 @pytest.mark.parametrize("accumulation", [3, 8])
 def test_a_batch_that_does_not_divide_is_a_user_error(tiny_config, accumulation):
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
