@@ -12,7 +12,7 @@ import numpy as np
 
 from llmjax.core import tree
 from llmjax.core.errors import UserError, nearest
-from llmjax.models import pooling
+from llmjax.models import pooling, processor
 from llmjax.models.config import ModelConfig
 from llmjax.models.hf_canonical import canonical
 from llmjax.models.hf_decoders import DECODERS
@@ -53,7 +53,10 @@ def load_folder(path) -> Model:
   tensors = open_tensors(path, family.aliases)
   config = _tied(family, read_config(family, theirs), tensors)
   parameters = read_tensors(family, config, tensors)
-  return Model(config, parameters, _tokenizer(path), pooling.read(path))
+  images = processor.read(path, config.kind) if config.vision.image_size else None
+  if config.vision.image_size and not images:
+    note(f"{path} has no preprocessor_config.json: images are prepared as CLIP's")
+  return Model(config, parameters, _tokenizer(path), pooling.read(path), images)
 
 
 def family_of(theirs: dict) -> Family:
@@ -133,6 +136,8 @@ def save_folder(model: Model, path, dtype: str = "float32", family: str = ""):
     write_json(path / "generation_config.json", ids)
   if model.pooling is not None:
     pooling.write(model.pooling, path, config.width)
+  if model.processor is not None:
+    processor.write(model.processor, path)
   # safetensors writes an array's memory as it lies, so it has to lie in C order.
   cast = {name: array.astype(DTYPES[dtype], order="C") for name, array in tensors.items()}
   save_tensors(cast, path)

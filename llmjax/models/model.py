@@ -12,6 +12,7 @@ from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
 from llmjax.models.depth import apart, views
 from llmjax.models.pooling import Pooling
+from llmjax.models.processor import Processor
 from llmjax.text.tokenizer import Tokenizer
 
 
@@ -24,12 +25,14 @@ class Model:
     parameters: the module, itself a tree of fp32 arrays.
     tokenizer: text to ids and back; None where the checkpoint has none.
     pooling: how it makes one vector of a text; None where its files say nothing of it.
+    processor: how its images are prepared; likewise.
   """
 
   config: ModelConfig
   parameters: nnx.Module
   tokenizer: Tokenizer | None = None
   pooling: Pooling | None = None
+  processor: Processor | None = None
 
   @functools.cached_property
   def decoding(self) -> nnx.Module:

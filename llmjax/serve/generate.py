@@ -129,7 +129,9 @@ def _write(
   """Prepares prompts: their rows, and what writes on into them at every step."""
   if model.tokenizer is None:
     raise UserError("this model has no tokenizer; generate from ids with generate_ids")
-  encoded = encode_prompts(model.config, model.tokenizer, prompts, images, chat, special)
+  encoded = encode_prompts(
+    model.config, model.tokenizer, prompts, images, chat, special, model.processor
+  )
   ends = end_ids(model.tokenizer, chat)
   rows = [_Row(model.tokenizer, ids, sampling, ends) for ids in encoded.rows]
   stopped_b = np.zeros(len(rows), bool)

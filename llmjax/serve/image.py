@@ -1,57 +1,118 @@
-"""Image files as the patches a model reads, prepared as CLIP was trained.
-
-The shorter side is scaled to the model's, the middle is cut out, colours are standardized.
-"""
+"""Image files as the patches a model reads, prepared step by step as its `Processor` says."""
 
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 
 from llmjax.core.errors import UserError
 from llmjax.models.config import VisionConfig
+from llmjax.models.processor import Processor, usual
 from llmjax.models.vision import patchify
 
-# Mean and standard deviation of red, green and blue in [0, 1]: openai/CLIP, clip/clip.py.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
-
-def read_image(image: str | Path | PIL.Image.Image, vision: VisionConfig) -> np.ndarray:
+def read_image(
+  image: str | Path | PIL.Image.Image, vision: VisionConfig, processor: Processor | None = None
+) -> np.ndarray:
   """Turns an image into patches.
 
   Args:
-    image: file of any format that Pillow reads, or an open image.
+    image: file of any format that Pillow reads, turned as its EXIF data say; or an open image,
+      taken as it lies.
     vision: side of an image and of a patch; three channels.
+    processor: the steps; None: CLIP's, to the model's side.
   Returns:
     patches_si, fp32.
   Raises:
-    UserError: no such file, not an image, or a model of another number of channels.
-  Source: Radford et al. 2021, arXiv:2103.00020, released preprocessing: bicubic, centre crop.
+    UserError: no such file, not an image, a model of another number of channels, or steps that
+      are not supported or do not lead to the model's size.
+  Source: transformers' image processors, those that use Pillow.
   """
   if vision.channels != 3:
     raise UserError(f"this model's images have {vision.channels} channels; a file has 3")
+  processor = processor or usual(vision.image_size)
+  if processor.refused:
+    raise UserError(processor.refused)
   if not isinstance(image, PIL.Image.Image):
-    image = _open(image)
-  square = _middle(image.convert("RGB"), vision.image_size)
-  pixels = (np.asarray(square, np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    image = PIL.ImageOps.exif_transpose(_open(image)).convert("RGB")
+  pixels = prepare(image, processor)
+  side = vision.image_size
+  if pixels.shape != (side, side, 3):
+    height, width, channels = pixels.shape
+    raise UserError(
+      f"the image processor makes {height} by {width} pixels of {channels} channels; the model "
+      f"reads {side} by {side} of 3"
+    )
   return np.asarray(patchify(pixels[None], vision.patch)[0])
 
 
 def _open(path) -> PIL.Image.Image:
   try:
-    return PIL.Image.open(path)
+    image = PIL.Image.open(path)
+    image.load()
+    return image
   except PIL.UnidentifiedImageError as error:
     raise UserError(f"{str(path)!r} is not an image that Pillow knows") from error
-  except OSError as error:
-    raise UserError(f"image {str(path)!r}: {error.strerror or error}") from error
+  except Exception as error:  # Pillow's decoders raise anything at a damaged file
+    raise UserError(f"image {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _middle(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
-  """Scales the shorter side to `side` and cuts the longer one to it, evenly at both ends."""
-  width, height = image.size
-  shorter = min(width, height)
-  scaled = (side * width // shorter, side * height // shorter)
-  image = image.resize(scaled, PIL.Image.Resampling.BICUBIC)
-  left, top = (scaled[0] - side) // 2, (scaled[1] - side) // 2
-  return image.crop((left, top, left + side, top + side))
+def prepare(image: PIL.Image.Image, processor: Processor) -> np.ndarray:
+  """Takes a processor's steps: pixels [height, width, channels], fp32."""
+  pixels = np.asarray(_rgb(image) if processor.do_convert_rgb else image)
+  if pixels.ndim != 3 or pixels.shape[-1] != 3:
+    raise UserError(
+      f"the model's image processor does not make RGB of an image of mode {image.mode}; convert it"
+    )
+  image = PIL.Image.fromarray(pixels)
+  if processor.do_pad:
+    colour = tuple(int(mean * 255) for mean in processor.image_mean)
+    image = _squared(image, colour)
+  if processor.do_resize:
+    image = image.resize(_resized(image.size, processor.size), processor.resample)
+  pixels = np.asarray(image)
+  if processor.do_center_crop:
+    pixels = _middle(pixels, processor.crop_size["height"], processor.crop_size["width"])
+  if processor.do_rescale:
+    pixels = (pixels.astype(np.float64) * processor.rescale_factor).astype(np.float32)
+  pixels = pixels.astype(np.float32)
+  if processor.do_normalize:
+    pixels = (pixels - np.float32(processor.image_mean)) / np.float32(processor.image_std)
+  return pixels
+
+
+def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+  """Makes three channels; what is transparent lies over white."""
+  if "A" not in image.getbands() and image.info.get("transparency") is None:
+    return image.convert("RGB")
+  image = image.convert("RGBA")
+  white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
+  return PIL.Image.alpha_composite(white, image).convert("RGB")
+
+
+def _squared(image: PIL.Image.Image, colour: tuple[int, ...]) -> PIL.Image.Image:
+  """Puts an image in the middle of a square of its longer side."""
+  side = max(image.size)
+  made = PIL.Image.new("RGB", (side, side), colour)
+  made.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+  return made
+
+
+def _resized(size: tuple[int, int], wanted: dict) -> tuple[int, int]:
+  """Width and height to scale to: those wanted, or such that the shorter is the wanted one."""
+  if "shortest_edge" not in wanted:
+    return wanted["width"], wanted["height"]
+  return tuple(int(wanted["shortest_edge"] * n / min(size)) for n in size)
+
+
+def _middle(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+  """Cuts the middle out, after putting black around what is too small."""
+  for axis, wanted in enumerate((height, width)):
+    there = pixels.shape[axis]
+    around = max(0, wanted - there)
+    pad = [(0, 0)] * pixels.ndim
+    pad[axis] = (around - around // 2, around // 2)
+    first = (there + around - wanted) // 2
+    pixels = np.pad(pixels, pad).take(range(first, first + wanted), axis)
+  return pixels

@@ -11,6 +11,7 @@ import numpy as np
 
 from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig
+from llmjax.models.processor import Processor
 from llmjax.serve.image import read_image
 from llmjax.text.chat import encode_chat, render, token_values
 from llmjax.text.tokenizer import Tokenizer, framed, start_id
@@ -40,6 +41,7 @@ def encode_prompts(
   images=None,
   chat: bool = False,
   special: bool = False,
+  processor: Processor | None = None,
 ) -> Prompts:
   """Turns texts into what a model continues.
 
@@ -47,6 +49,7 @@ def encode_prompts(
     images: for each prompt a sequence of image files or open images; None: no images.
     chat: each prompt is a user's message, put into the tokenizer's chat template.
     special: special tokens that a text spells out become their ids.
+    processor: how images are prepared; None: as CLIP's.
   Returns:
     The prompts as ids, with what the tokenizer puts around a text (`framed`), or in a chat with
     what the template writes.
@@ -66,7 +69,7 @@ def encode_prompts(
   if config.kind == "encoder_decoder":
     prompts = _as_sources(config, tokenizer, rows)
   else:
-    prompts = Prompts(rows, patches_bsi=_patches(config, images))
+    prompts = Prompts(rows, patches_bsi=_patches(config, images, processor))
   check_room(prompts, config.context)
   return prompts
 
@@ -150,10 +153,8 @@ def _with_image_tokens(config, tokenizer, text: str, images: int, special: bool)
 
 
 def _expand(config, ids: list[int], images: int) -> list[int]:
-  if not images:
-    return ids
   vision = config.vision
-  there = ids.count(vision.image_token)
+  there = ids.count(vision.image_token) if vision.image_size else 0
   if there != images:
     raise UserError(f"the prompt has {there} image tokens for {images} images")
   return [i for i in ids for _ in range(vision.patches if i == vision.image_token else 1)]
@@ -166,7 +167,7 @@ def _check_images(config: ModelConfig, texts, images):
     raise UserError("this model takes no images")
 
 
-def _patches(config: ModelConfig, images) -> np.ndarray | None:
+def _patches(config: ModelConfig, images, processor) -> np.ndarray | None:
   """Reads all images; rows with fewer than others are filled up with what no token stands for."""
   most = max(map(len, images))
   if not most:
@@ -175,7 +176,7 @@ def _patches(config: ModelConfig, images) -> np.ndarray | None:
   made = np.zeros((len(images), most, vision.patches, vision.patch_numbers), np.float32)
   for row, own in enumerate(images):
     for number, image in enumerate(own):
-      made[row, number] = read_image(image, vision)
+      made[row, number] = read_image(image, vision, processor)
   return made.reshape(len(images), most * vision.patches, vision.patch_numbers)
 
 

@@ -28,6 +28,7 @@ from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.models.model import Model
 from llmjax.models.pooling import Pooling
+from llmjax.models.processor import Processor
 from llmjax.parallel import multihost
 from llmjax.text.tokenizer import Tokenizer, from_state, to_state
 from llmjax.train.checksum import checksums
@@ -39,7 +40,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 FOLDER = "checkpoints"
 # What a model's folder may say of its use, by the name of the `Model`'s attribute.
-_BESIDE = {"pooling": Pooling}
+_BESIDE = {"pooling": Pooling, "processor": Processor}
 _SUMS = "checksums"
 # What `meta` holds beside `checksums`, which older checkpoints lack.
 _META = {"config", "config_hash", "seed", "data_key", "tokenizer", "step", "train_seconds"}

@@ -61,6 +61,13 @@ class Letters:
     return "".join(chr(i + 87) for i in ids)
 
 
+class Spelling(Letters):
+  """The same, its special token read where it is spelled."""
+
+  def encode(self, text, allow_special=False):
+    return [IMAGE] * text.count("<image>") * allow_special + super().encode(text[-1:])
+
+
 def lively(config) -> Model:
   """A random model whose scores are spread enough that rounding decides no token."""
   rng = np.random.default_rng(0)
@@ -153,6 +160,8 @@ def test_images_stand_where_the_prompt_says_or_before_it(tmp_path):
   assert mixed.rows == [[1, *patches, 10], [1, 11]] and not mixed.patches_bsi[1].any()
   with pytest.raises(UserError, match="the prompt has 2 image tokens for 1 images"):
     encode("<image>a<image>", [file])
+  with pytest.raises(UserError, match="the prompt has 1 image tokens for 0 images"):
+    encode_prompts(LLAVA, Spelling(), ["<image>a"], special=True)
 
 
 def test_prompts_that_a_model_does_not_take_are_refused(translating, tmp_path):

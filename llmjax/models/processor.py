@@ -1,0 +1,153 @@
+"""How a model wants its images prepared: `preprocessor_config.json`, read and written.
+
+Keys and classes are those of transformers' image processors; a key that a file leaves out has the
+default of its class.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from llmjax.core.choices import check_finite
+from llmjax.core.errors import UserError, nearest
+from llmjax.models.hf_files import read_json, write_json
+
+_CLIP = {"image_mean": (0.48145466, 0.4578275, 0.40821073)}
+_CLIP["image_std"] = (0.26862954, 0.26130258, 0.27577711)
+_HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+_CROPPED = _CLIP | {
+  "size": {"shortest_edge": 224}, "do_center_crop": True, "default_to_square": False,
+  "crop_size": {"height": 224, "width": 224}, "do_convert_rgb": True,
+}
+_WHOLE = _HALF | {"size": {"height": 224, "width": 224}}
+# Class → what it sets otherwise than `Processor` does. Numbers of resample are Pillow's.
+_CLASSES = {
+  "CLIPImageProcessor": _CROPPED,
+  "LlavaImageProcessor": _CROPPED,
+  "ViTImageProcessor": _WHOLE | {"resample": 2},
+  "SiglipImageProcessor": _WHOLE | {"do_convert_rgb": True, "default_to_square": False},
+  "Gemma3ImageProcessor": _WHOLE | {"do_convert_rgb": True, "resample": 2},
+}
+# What changes nothing: names, and how transformers hands arrays over.
+_HARMLESS = (
+  "image_processor_type", "feature_extractor_type", "processor_class", "image_seq_length",
+  "return_tensors", "input_data_format", "data_format", "device", "disable_grouping", "pad_size",
+  "model_input_names",
+)
+_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+  """The steps from an image to pixels, in order; a step's numbers matter where it is taken.
+
+  Attributes:
+    name: class in transformers.
+    do_convert_rgb: an open image becomes RGB, over white where it is transparent.
+    do_pad: fills the shorter side up to a square, with the mean colour (LlavaImageProcessor).
+    do_resize: to `size`, with Pillow's filter number `resample`.
+    size: `height` and `width`, or `shortest_edge`.
+    do_center_crop: cuts the middle out, or puts black around it; `crop_size` is height and width.
+    do_rescale: multiplies by `rescale_factor`.
+    do_normalize: subtracts `image_mean` and divides by `image_std`, a number a channel.
+    refused: why images cannot be prepared as the model's files say, if they cannot.
+  """
+
+  name: str = "CLIPImageProcessor"
+  do_convert_rgb: bool = False
+  do_pad: bool = False
+  do_resize: bool = True
+  size: dict = dataclasses.field(default_factory=dict)
+  resample: int = 3
+  do_center_crop: bool = False
+  crop_size: dict = dataclasses.field(default_factory=dict)
+  do_rescale: bool = True
+  rescale_factor: float = 1 / 255
+  do_normalize: bool = True
+  image_mean: tuple[float, ...] = _CLIP["image_mean"]
+  image_std: tuple[float, ...] = _CLIP["image_std"]
+  refused: str = ""
+
+  def __post_init__(self):
+    for name in ("image_mean", "image_std"):  # a checkpoint hands lists back
+      object.__setattr__(self, name, tuple(getattr(self, name)))
+
+
+_STEPS = [field.name for field in dataclasses.fields(Processor)][1:-1]
+
+
+def usual(side: int) -> Processor:
+  """CLIP's own preparation, to a square of `side` pixels."""
+  size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+  return from_dict({"image_processor_type": "CLIPImageProcessor"} | size)
+
+
+def read(folder: Path, kind: str) -> Processor | None:
+  """Reads what a folder says of images; None where it says nothing.
+
+  Args:
+    kind: of the model, which tells the class where the file does not: vision is a ViT.
+
+  What is not supported makes a `refused` processor: the model is of use without images.
+  """
+  whole, alone = (folder / name for name in _FILES)
+  default = "ViTImageProcessor" if kind == "vision" else "CLIPImageProcessor"
+  try:
+    theirs = read_json(whole).get("image_processor") if whole.is_file() else None
+    if theirs is None and alone.is_file():
+      theirs = read_json(alone)
+    return None if theirs is None else from_dict(theirs, default)
+  except UserError as error:
+    return Processor(refused=f"{folder}: {error}")
+
+
+def from_dict(theirs: dict, default: str = "CLIPImageProcessor") -> Processor:
+  """Reads the object of a `preprocessor_config.json`.
+
+  Raises:
+    UserError: a class, a key or a value that is not known here and changes the result.
+  """
+  said = theirs.get("image_processor_type") or theirs.get("feature_extractor_type") or default
+  name = said.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+  if name not in _CLASSES:
+    raise UserError(f"image processor {said!r} is not known; {nearest(name, _CLASSES)}")
+  values = _CLASSES[name] | {key: value for key, value in theirs.items() if value is not None}
+  square = values.pop("default_to_square", True)
+  made = {key: values.pop(key) for key in _STEPS if key in values}
+  unknown = [key for key, value in values.items() if value and key not in _HARMLESS]
+  if made.get("do_pad") and name != "LlavaImageProcessor":
+    unknown.append("do_pad")
+  if unknown:
+    raise UserError(f"image processor {said}: {', '.join(unknown)} not supported")
+  for key, whole in (("size", square), ("crop_size", True)):
+    if key in made:
+      made[key] = _size(key, made[key], whole)
+  for key in ("image_mean", "image_std"):
+    made[key] = tuple(made[key]) if isinstance(made[key], (list, tuple)) else (made[key],) * 3
+  if len(made["image_mean"]) != 3 or len(made["image_std"]) != 3:
+    raise UserError(f"image processor {said}: image_mean and image_std are of three channels")
+  if made.get("do_center_crop") and not made.get("crop_size"):
+    raise UserError(f"image processor {said}: do_center_crop without crop_size")
+  if made.get("resample", 0) not in range(6):
+    raise UserError(f"image processor {said}: resample {made['resample']!r} is not 0 to 5")
+  check_finite("image processor", tuple(made.values()))
+  return Processor(name, **made)
+
+
+def _size(key: str, value, square: bool) -> dict:
+  if isinstance(value, int):
+    value = {"height": value, "width": value} if square else {"shortest_edge": value}
+  elif isinstance(value, (list, tuple)) and len(value) == 2:
+    value = dict(zip(("height", "width"), value, strict=True))
+  known = (["height", "width"], *([["shortest_edge"]] if key == "size" else []))
+  wanted = {name: n for name, n in value.items() if n} if isinstance(value, dict) else {}
+  if sorted(wanted) not in known:
+    raise UserError(f"images of {key} {value!r} are not supported; known: {known}")
+  return wanted
+
+
+def write(processor: Processor, folder: Path):
+  """Writes `preprocessor_config.json`, for transformers and for `read`."""
+  if not processor.refused:
+    values = {key: getattr(processor, key) for key in _STEPS}
+    steps = {key: value for key, value in values.items() if value != {}}
+    write_json(folder / _FILES[1], {"image_processor_type": processor.name} | steps)
