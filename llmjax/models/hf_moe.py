@@ -101,9 +101,9 @@ def _read_latent(theirs, values):
     note("a layer behind the last one, to predict further tokens, is left out if there is one")
   scaling = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
   share, factor = scaling.get("mscale_all_dim"), values.get("position.factor", 1)
-  if not share or factor <= 1:
-    return {}
   h = sum(values[f"attention.latent.{part}_dim"] for part in ("nope", "rope"))
+  if not share or factor <= 1 or not h:  # without a width the config is refused later
+    return {}
   return {"attention.scale": h**-0.5 * (0.1 * share * math.log(factor) + 1) ** 2}
 
 

@@ -114,13 +114,16 @@ def _blocks(theirs: dict, nested: bool) -> tuple[dict, dict]:
 
 
 def _kind(scaling: dict, kinds: dict) -> str:
-  """Takes the rope type out of a block; what nobody knows in it is refused."""
+  """Takes the rope type out of a block, which has to have what that type needs and no more."""
   names = [scaling.pop(key, None) for key in ("rope_type", "type")]
   found = {kinds.get(name, name) for name in names if name is not None} or {"default"}
   kind = next(iter(found))
   if len(found) > 1 or kind not in TYPES or kind not in kinds.values():
     told = " beside ".join(repr(name) for name in names if name is not None)
     raise UserError(f"rope type {told} is not supported; known: {', '.join(kinds)}")
+  for key in TYPES[kind][: NEEDED.get(kind, 0)]:
+    if scaling.get(key) is None:
+      raise UserError(f"rope type {kind!r} has no {key!r}")
   unread = [key for key in scaling if key not in TYPES[kind]]
   for key in unread:
     if key not in UNREAD:
@@ -132,9 +135,6 @@ def _kind(scaling: dict, kinds: dict) -> str:
 
 def _read_scaling(kind: str, scaling: dict, original: int, context: int) -> dict:
   """Reads a block of a kind, `original` being the context before the stretch."""
-  for key in TYPES[kind][: NEEDED.get(kind, 0)]:
-    if scaling.get(key) is None:
-      raise UserError(f"rope type {kind!r} has no {key!r}")
   for key, value in {**scaling, ORIGINAL: original}.items():
     wanted = list | None if key in ("short_factor", "long_factor") else int | float | None
     if key in TYPES[kind] and not isinstance(value, wanted):

@@ -80,8 +80,9 @@ class PositionConfig:
       raise UserError(f"model.position.local_theta {self.local_theta} is neither 0 nor above 1")
     if not 0 < self.fraction <= 1:
       raise UserError(f"model.position.fraction {self.fraction} is not in (0, 1]")
-    if self.scaling in ("yarn", "llama3", "longrope") and self.original_context < 2:
-      raise UserError(f"model.position.scaling={self.scaling} needs original_context, above 1")
+    least = {"yarn": 1, "llama3": 1, "longrope": 2}.get(self.scaling, 0)
+    if self.original_context < least:
+      raise UserError(f"model.position.scaling={self.scaling} needs original_context")
     if not all(type(each) in (int, float) and each > 0 for each in self.divisors):
       raise UserError(f"model.position.divisors {self.divisors} are not all positive numbers")
     if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:

@@ -26,6 +26,9 @@ def test_angles_equal_those_of_transformers_and_so_they_do_when_written(name, ca
   tolerance = {"rtol": 0, "atol": 64 * 3 * 2**-24}
   np.testing.assert_allclose(our_angles(config, length), ropes.kept()[name], **tolerance)
   assert config.context == context
+  capsys.readouterr()
+  hf.choose(config)
+  assert not capsys.readouterr().err, "looking for a family tells what no file says"
   again = hf.read_config(family, hf.write_config(family, canonical(config)))
   np.testing.assert_allclose(our_angles(again, length), ropes.kept()[name], **tolerance)
   assert again.context == context
