@@ -22,7 +22,7 @@ from llmjax.models.hf_decoders import (
 )
 from llmjax.models.hf_family import Key, Part, note, only
 from llmjax.models.hf_layers import window
-from llmjax.models.hf_rope import rope
+from llmjax.models.hf_rope import TYPES, rope
 
 # Of training, or of how experts are spread, alone.
 _UNREAD = "output_router_logits router_aux_loss_coef router_jitter_noise aux_loss_alpha seq_aux"
@@ -133,7 +133,9 @@ def _write_groups(config):
 
 
 LIMITED = "group_limited_greedy"
-ROPE = rope()
+ROPE = rope(
+  kinds={kind: kind for kind in TYPES if kind != "dynamic"}, elsewhere=("mscale_all_dim",)
+)
 FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
 LATENT = Part(("head_dim", "qk_head_dim", *FURTHER), _read_latent, _write_latent)
 DEEPSEEK_V3 = dataclasses.replace(

@@ -41,6 +41,7 @@ def rope(
   fraction: float = 1.0,
   kinds: dict | None = None,
   original: int | None = None,
+  elsewhere: tuple = (),
 ) -> Part:
   """Rotary positions of a family.
 
@@ -53,6 +54,7 @@ def rope(
     kinds: the rope types that the family knows → what they mean; by default all of `TYPES`.
     original: the context before the stretch where the config does not say it outside the block;
       None: what the block says, or else the context.
+    elsewhere: keys of the block that another part of the family reads, whatever the type.
   """
   kinds = kinds or {kind: kind for kind in TYPES}
 
@@ -67,7 +69,7 @@ def rope(
     if local_key:
       own = _first(local.get("rope_theta"), theirs.get(local_key), 10_000.0)
       made["position.local_theta"] = own
-    kind = _kind(scaling, kinds)
+    kind = _kind(scaling, kinds, elsewhere)
     context = values["context"]
     outside = None if local_key else theirs.get(ORIGINAL)
     before = _first(outside, original, scaling.get(ORIGINAL), context)
@@ -113,7 +115,7 @@ def _blocks(theirs: dict, nested: bool) -> tuple[dict, dict]:
   return dict(old or new), {}
 
 
-def _kind(scaling: dict, kinds: dict) -> str:
+def _kind(scaling: dict, kinds: dict, elsewhere: tuple) -> str:
   """Takes the rope type out of a block, which has to have what that type needs and no more."""
   names = [scaling.pop(key, None) for key in ("rope_type", "type")]
   found = {kinds.get(name, name) for name in names if name is not None} or {"default"}
@@ -124,7 +126,7 @@ def _kind(scaling: dict, kinds: dict) -> str:
   for key in TYPES[kind][: NEEDED.get(kind, 0)]:
     if scaling.get(key) is None:
       raise UserError(f"rope type {kind!r} has no {key!r}")
-  unread = [key for key in scaling if key not in TYPES[kind]]
+  unread = [key for key in scaling if key not in (*TYPES[kind], *elsewhere)]
   for key in unread:
     if key not in UNREAD:
       raise UserError(f"rope type {kind!r} with {key!r} is not supported")
