@@ -22,9 +22,11 @@ from llmjax.core.errors import RunFailed, UserError, nearest
 from llmjax.core.files import to_json
 from llmjax.core.platform import spare_libtpu
 from llmjax.parallel import join, multihost
+from llmjax.parallel.mesh import abstract_mesh
 from llmjax.plan import command
 from llmjax.serve.generate import Completion, stream
 from llmjax.train import check as checks
+from llmjax.train.checkpoint import newest_meta
 from llmjax.train.config import Config
 
 
@@ -36,7 +38,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 # Of each verb: what it does, and its flags as (name, default, help, placeholder): no default means
-# it must be given, False a switch, () what may be repeated; other defaults say the type.
+# it must be given, False a switch, () what may be repeated, float a number that may be left out;
+# other defaults say the type.
 _CONFIG = ("--config", None, "Python file, get_config()", "FILE")
 _RUN = (_CONFIG, ("--workdir", None, "folder of the run", "DIR"))
 _FLAGS = {
@@ -128,14 +131,30 @@ def _add(verb: argparse.ArgumentParser, name, default, text, placeholder=None):
   if default is False:
     verb.add_argument(name, action="store_true", help=text)
   elif default == ():
-    verb.add_argument(name, action="append", default=[], help=text, metavar=placeholder)
+    verb.add_argument(name, action=_Filled, default=[], help=text, metavar=placeholder)
   elif default is None:
     must = {"required": True} if name.startswith("-") else {}
-    verb.add_argument(name, help=text, metavar=placeholder, **must)
+    action = "store" if placeholder == "TEXT" else _Filled
+    verb.add_argument(name, action=action, help=text, metavar=placeholder, **must)
+  elif default is float:
+    verb.add_argument(name, type=_finite, help=text, metavar=placeholder)
   else:
     said = f"{text} (default {default})" if default else text
     kind = _finite if isinstance(default, float) else type(default)
-    verb.add_argument(name, type=kind, default=default, help=said, metavar=placeholder)
+    action = _Filled if kind is str else "store"
+    verb.add_argument(
+      name, type=kind, action=action, default=default, help=said, metavar=placeholder
+    )
+
+
+class _Filled(argparse.Action):
+  """Stores text that is not empty, in a list where there is one."""
+
+  def __call__(self, parser, space, text, option=None):
+    if not text.strip():
+      parser.error(f"{option or self.dest} is empty")
+    before = getattr(space, self.dest)
+    setattr(space, self.dest, [*before, text] if isinstance(before, list) else text)
 
 
 def _finite(text: str) -> float:
@@ -172,7 +191,11 @@ def _launch(args, overrides) -> dict:
     raise UserError(f"--on={args.on}: {number!r} is not a number of processes, 1 or more")
   if args.devices < 1:
     raise UserError(f"--devices={args.devices} is less than 1")
-  configs.load(args.config, overrides, Config)  # a mistake is told before anything is started
+  # A mistake is told before anything is started.
+  config = configs.load(args.config, overrides, Config)
+  run.check_places(config, args.workdir)
+  mesh = abstract_mesh(config.mesh, int(number) * args.devices)
+  run.ready(config, args.workdir, mesh, newest_meta(Path(args.workdir)))
   return local.launch(args.config, args.workdir, int(number), args.devices, overrides)
 
 
@@ -253,8 +276,9 @@ def _check(args, overrides) -> dict:
   meshes = list(checks.all_meshes(args.devices)) if args.meshes == "all" else ()
   tell = lambda row: print(checks.show_row(row), flush=True)  # noqa: E731
   result = checks.check(config, args.devices, meshes, tell)
+  print(checks.summary(result))
   for row in result["meshes"]:
-    if not row["ok"]:
+    if row["ok"] is False:
       print(f"llmjax: check failed: {checks.show_row(row)}", file=sys.stderr)
   return result
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from llmjax.core.errors import UserError, nearest
+from llmjax.core.files import check_place
 from llmjax.models import hf
 from llmjax.models.model import Model
 from llmjax.run import load
@@ -47,8 +48,9 @@ def convert(
     raise UserError("a checkpoint is float32 and of no family: leave out --dtype and --family")
   if dtype not in hf.DTYPES:
     raise UserError(f"dtype {dtype!r} is unknown; {nearest(dtype, hf.DTYPES)}")
+  check_place("target", target)
   target = Path(target).expanduser().absolute()
-  if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+  if target.exists() and any(target.iterdir()):
     raise UserError(f"{str(target)!r} is there already and not empty; convert writes a new folder")
   model = load(source)
   partial = target.with_name(f".{target.name}.partial")

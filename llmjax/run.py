@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import operator
 import statistics
 import time
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from llmjax.train.config import Config, binding
 from llmjax.train.loop import fit
 from llmjax.train.metrics import rates, read_metrics
 from llmjax.train.plot import plot_experts, plot_loss
+from llmjax.train.runnable import check_run, with_vocab
 
 _REPORTED = 1000  # held-out documents that the tokenizer is measured on
 EVAL_KEYS = ("data.sources", "data.cache", "eval.batch_size", "eval.stride")
@@ -64,6 +64,7 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
   workdir = Path(workdir)
   if isinstance(config, ConfigDict):
     config = configs.freeze(config.to_dict(), Config)
+  check_places(config, workdir)
   with files.told_if_full(), contextlib.ExitStack() as held:
     multihost.from_writer(lambda: held.enter_context(locked(workdir)))
     return _train(config, workdir)
@@ -72,11 +73,14 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
 def _train(config: Config, workdir: Path) -> dict:
   """`train`, in a workdir that no other run writes into."""
   began_s = time.perf_counter()
-  meta = multihost.from_writer(lambda: newest_meta(workdir))
-  if meta:
-    _check_workdir(config, meta, workdir)
   mesh = make_mesh(config.mesh)
-  _check_used(config, mesh)
+  meta = multihost.from_writer(lambda: newest_meta(workdir))
+  config = ready(config, workdir, mesh, meta)
+  if config.optim.warmup >= config.train.steps:
+    multihost.say(
+      f"llmjax: warning: optim.warmup {config.optim.warmup} is not below train.steps "
+      f"{config.train.steps}: the learning rate grows until the end and never decays"
+    )
   multihost.say(f"reading text: {config.data.sources}")
   documents, held_out = read_split(config.data)
   state = meta and meta["tokenizer"]
@@ -86,7 +90,7 @@ def _train(config: Config, workdir: Path) -> dict:
   store = make_store(config.data, documents, tokenizer, workdir)
   held_store = make_store(config.data, held_out, tokenizer, workdir)
   task = config.task_of(tokenizer)
-  config = _with_vocab(config, tokenizer.vocab_size + task.extra_tokens)
+  config = with_vocab(config, tokenizer.vocab_size)
   writes = config.model.kind == "decoder"
   if writes:  # fail now, not at the end
     encode_prompts(config.model, tokenizer, config.sample.prompts)
@@ -113,6 +117,37 @@ def _train(config: Config, workdir: Path) -> dict:
     return _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s)
 
   return multihost.from_writer(finish)
+
+
+def check_places(config: Config, workdir: str | Path):
+  """Refuses folders that a run could not write to, and weights to begin from that are not there."""
+  files.check_place("workdir", workdir)
+  if config.data.cache:
+    files.check_place("data.cache", config.data.cache)
+  if config.init.checkpoint and not Path(config.init.checkpoint).expanduser().exists():
+    raise UserError(f"init.checkpoint {config.init.checkpoint!r} does not exist")
+  if config.train.executable:
+    files.check_file("train.executable", config.train.executable)
+
+
+def ready(config: Config, workdir: str | Path, mesh, meta: dict | None) -> Config:
+  """Refuses a run that could not begin, or not go on, before anything is read or started.
+
+  Args:
+    config: the experiment.
+    workdir: folder of the run.
+    mesh: the run's; its devices need not be at hand.
+    meta: of the newest checkpoint in the workdir; None without one.
+  Returns:
+    The config with `model.vocab_size` filled in.
+  Raises:
+    UserError: what is wrong, in one sentence.
+  """
+  if meta:
+    _check_workdir(config, meta, Path(workdir))
+    size = meta["config"]["model"]["vocab_size"]
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+  return check_run(config, mesh)
 
 
 def _begin(config: Config, fresh):
@@ -249,34 +284,12 @@ def _check_workdir(config: Config, meta: dict, workdir: Path):
     )
 
 
-def _check_used(config: Config, mesh):
-  """Refuses a choice of how to cut that this mesh would never read."""
-  for axis, key in (
-    ("stage", "pipeline.schedule"), ("stage", "pipeline.chunks"), ("fsdp", "train.zero"),
-    ("fsdp", "train.sum_dtype"), ("context", "model.attention.context"),
-  ):
-    read = operator.attrgetter(key)
-    if mesh.shape[axis] == 1 and read(config) != read(Config()):
-      raise UserError(f"{key}={read(config)} changes nothing on a mesh of {axis} 1")
-
-
 def _tokenizer(config: Config, documents):
   if config.tokenizer.path:
     multihost.say(f"reading the tokenizer {config.tokenizer.path}")
   else:
     multihost.say(f"training a {config.tokenizer.kind} tokenizer")
   return make_tokenizer(config.tokenizer, documents)
-
-
-def _with_vocab(config: Config, vocab_size: int) -> Config:
-  if config.model.vocab_size not in (0, vocab_size):
-    raise UserError(
-      f"model.vocab_size {config.model.vocab_size} is not the {vocab_size} of tokenizer and task; "
-      "leave it at 0"
-    )
-  return dataclasses.replace(
-    config, model=dataclasses.replace(config.model, vocab_size=vocab_size)
-  )
 
 
 def _sampling(config: Config) -> Sampling:

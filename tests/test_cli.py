@@ -114,7 +114,7 @@ def test_eval_prints_its_scores(setup, capsys):
     ("--config.pipeline.schedule=zb_h1", "pipeline.schedule=zb_h1 changes nothing on a mesh of s"),
     ("--config.seed=x", "invalid literal for int"),
     ("--config.seed=-1", "seed -1 is negative"),
-    ("--config.eval.batch_size=0", "batch_size 0 must be ≥ 1"),
+    ("--config.eval.batch_size=0", "eval.batch_size 0 is less than 1"),
     ("--config.optim.learning_rate=nan", "optim.learning_rate nan is not a finite number"),
     ("--config.optim.beta1=2.0", r"optim.beta1 2.0 is not in \[0, 1\)"),
     ("--config.optim.kind=lion9", "optim.kind 'lion9' is unknown"),

@@ -69,7 +69,9 @@ def config_of(changes: str) -> Config:
   full = {
     key if key.split(".")[0] in known else f"model.{key}": value for key, value in changed.items()
   }
-  return override(Config(), [f"--config.{key}={value}" for key, value in (_BASE | full).items()])
+  full = _BASE | full
+  full["tokenizer.vocab_size"] = full["model.vocab_size"]
+  return override(Config(), [f"--config.{key}={value}" for key, value in full.items()])
 
 
 def compiled_row(where: str, changes: str) -> dict:

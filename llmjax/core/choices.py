@@ -34,3 +34,10 @@ def check_finite(name: str, value):
       check_finite(name, each)
   elif isinstance(value, float) and not math.isfinite(value):
     raise UserError(f"{name} {value} is not a finite number")
+
+
+def check_texts(key: str, values: tuple):
+  """Raises a `UserError` where an entry of a tuple is no text."""
+  for value in values:
+    if not isinstance(value, str):
+      raise UserError(f"{key} holds {value!r}, which is no text")

@@ -12,13 +12,13 @@ import runpy
 import traceback
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from llmjax.core.choices import check_finite
 from llmjax.core.errors import UserError, nearest
+from llmjax.core.files import check_file
 
 
 def defaults(schema: type) -> ConfigDict:
@@ -43,8 +43,7 @@ def load(path: str, overrides: Sequence[str], schema: type):
   Raises:
     UserError: no such file, an error inside it, an unknown key, a value of the wrong type.
   """
-  if not Path(path).is_file():
-    raise UserError(f"config file {path!r} does not exist")
+  check_file("config file", path)
   return _apply(_run_file(path), overrides, schema)
 
 

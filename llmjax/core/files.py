@@ -1,4 +1,4 @@
-"""Files that a run leaves: valid JSON, each one replaced as a whole; and disks that are full."""
+"""Files: those that a run leaves, disks that are full, and paths of the wrong kind."""
 
 import contextlib
 import json
@@ -10,6 +10,55 @@ from pathlib import Path
 from llmjax.core.errors import RunFailed, UserError
 
 _FULL = re.compile("No space left on device|Disk quota exceeded|File too large")
+
+
+def check_place(name: str, path: str | Path):
+  """Refuses a folder to be written to that is none, or that cannot be made or written.
+
+  Args:
+    name: of what is to be there, for the message.
+    path: the folder; it need not exist.
+  Raises:
+    UserError: what stands in the way, and what it is.
+  """
+  place = Path(path).expanduser().absolute()
+  there = next(one for one in (place, *place.parents) if os.path.lexists(one))
+  said = f"{name} {str(path)!r} cannot be a folder" if there != place else f"{name} {str(path)!r}"
+  where = "it" if there == place else repr(str(there))
+  if not there.is_dir():
+    raise UserError(f"{said}: {where} is {_what(there)}, not a folder")
+  if not os.access(there, os.W_OK | os.X_OK):
+    raise UserError(f"{said}: {where} is not writable")
+
+
+def check_file(name: str, path: str | Path):
+  """Refuses a path where no file is: there is nothing, or a folder.
+
+  Raises:
+    UserError: what is there.
+  """
+  if not Path(path).is_file():
+    raise UserError(f"{name} {str(path)!r} {_absent(Path(path), 'file')}")
+
+
+def check_folder(name: str, path: str | Path):
+  """Refuses a path where no folder is: there is nothing, or a file.
+
+  Raises:
+    UserError: what is there.
+  """
+  if not Path(path).is_dir():
+    raise UserError(f"{name} {str(path)!r} {_absent(Path(path), 'folder')}")
+
+
+def _absent(path: Path, wanted: str) -> str:
+  return f"is {_what(path)}, not a {wanted}" if os.path.lexists(path) else "does not exist"
+
+
+def _what(path: Path) -> str:
+  if path.is_symlink() and not path.exists():
+    return "a broken link"
+  return "a folder" if path.is_dir() else "a file" if path.is_file() else "a special file"
 
 
 def to_json(value, **options) -> str:

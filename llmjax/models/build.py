@@ -31,6 +31,7 @@ def build(key, config: ModelConfig) -> nnx.Module:
   return KINDS[config.kind](key, config)
 
 
+@functools.lru_cache(maxsize=64)
 def abstract(config: ModelConfig) -> nnx.Module:
   """Builds the model's tree of shapes without making an array, whatever its size."""
   return jax.eval_shape(lambda: build(jax.random.key(0), config))

@@ -48,7 +48,10 @@ class VisionConfig:
   input_norm: bool = True
 
   def __post_init__(self):
-    check_least("model.vision", self, image_size=0, patch=1, channels=1)
+    check_least(
+      "model.vision", self, image_size=0, patch=1, channels=1, image_token=-1, layers=0, width=0,
+      heads=0, mlp_width=0,
+    )
     check_choice("model.vision.activation", self.activation, ACTIVATIONS)
     if self.image_size % self.patch:
       raise UserError(

@@ -45,6 +45,15 @@ def attend_cut(
   return _gather(q_btnh, k_bskh, v_bskh, mask, scores, block)
 
 
+def check_heads(n: int, devices: int):
+  """Raises a `UserError` where all_to_all has not as many query heads for each device."""
+  if n % devices:
+    raise UserError(
+      f"model.attention.context=all_to_all gives every device heads, and {n} query heads do not "
+      f"divide over tensor × context = {devices}; use ring or gather"
+    )
+
+
 def _gather(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int):
   """Each device's own queries against everybody's keys."""
 
@@ -67,11 +76,7 @@ def _gather(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int):
 def _all_to_all(q_btnh, k_bskh, v_bskh, mask, scores, kernel, block):
   """Whole rows of fewer heads; key heads are repeated until there is one for every device."""
   devices, n, k = ways("n", _HEADS), q_btnh.shape[2], k_bskh.shape[2]
-  if n % devices:
-    raise UserError(
-      f"model.attention.context=all_to_all gives every device heads, and {n} query heads do not "
-      f"divide over tensor × context = {devices}; use ring or gather"
-    )
+  check_heads(n, devices)
   if k % devices:
     k_bskh, v_bskh = (jnp.repeat(a, n // k, axis=2) for a in (k_bskh, v_bskh))
   put = lambda a: jax.lax.with_sharding_constraint(a, spec("btnh", _HEADS))  # noqa: E731

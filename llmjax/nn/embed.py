@@ -53,7 +53,7 @@ class EmbedConfig:
   start_token: int = -1
 
   def __post_init__(self):
-    check_least("model.embed", self, types=0, logit_softcap=0)
+    check_least("model.embed", self, types=0, logit_softcap=0, start_token=-1)
     if self.scale == 0 or self.logit_scale == 0:
       raise UserError("model.embed.scale and logit_scale must not be 0")
 

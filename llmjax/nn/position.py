@@ -71,7 +71,7 @@ class PositionConfig:
     check_choice("model.position.layout", self.layout, LAYOUTS)
     check_choice("model.position.scaling", self.scaling, SCALINGS)
     check_least(
-      "model.position", self, factor=1, attention_factor=0, buckets=4,
+      "model.position", self, factor=1, attention_factor=0, original_context=0, buckets=4,
       max_distance=self.buckets // 2 + 1,
     )
     if self.theta <= 1:
@@ -85,10 +85,10 @@ class PositionConfig:
       raise UserError(f"model.position.scaling={self.scaling} needs original_context")
     if not all(type(each) in (int, float) and each > 0 for each in self.divisors):
       raise UserError(f"model.position.divisors {self.divisors} are not all positive numbers")
-    if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+    if self.scaling == "llama3" and not self.high_freq_factor > self.low_freq_factor > 0:
       raise UserError(
         f"model.position.high_freq_factor {self.high_freq_factor} is not above "
-        f"low_freq_factor {self.low_freq_factor}"
+        f"low_freq_factor {self.low_freq_factor}, or that not above 0"
       )
     if self.scaling == "yarn" and not self.beta_fast > self.beta_slow > 0:
       raise UserError(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from llmjax.core.errors import UserError, nearest
 
@@ -65,6 +65,36 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   sizes = axis_sizes(config, len(devices))
   grid = lay_out(devices, sizes, config.slices, config.across)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class _StandIn:
+  """A device that is not at hand."""
+
+  slice_index: int
+  platform: str = ""
+
+
+def abstract_mesh(
+  config: MeshConfig, devices: int, slices: int = 1, platform: str = "cpu"
+) -> AbstractMesh:
+  """Makes the mesh of devices that need not be at hand.
+
+  Args:
+    config: sizes of the axes.
+    devices: how many.
+    slices: groups of them, of equal size, with the slow network between.
+    platform: cpu, gpu, tpu.
+  Raises:
+    UserError: as `make_mesh` on such devices.
+  """
+  sizes = axis_sizes(config, devices)
+  there = [_StandIn(number * slices // devices) for number in range(devices)]
+  lay_out(there, sizes, config.slices, config.across)
+  return AbstractMesh(
+    tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES),
+    abstract_device=AbstractDevice(platform, None, platform),
+  )
 
 
 def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:

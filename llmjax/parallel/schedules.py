@@ -103,7 +103,7 @@ def make_schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) ->
     flushed and interleaved in Narayanan et al. 2021, arXiv:2104.04473, §2.2; ZB-H1, Qi et al.
     2023, arXiv:2401.10241, §2.1.
   """
-  _check_numbers(kind, stages, microbatches, chunks)
+  check_numbers(kind, stages, microbatches, chunks)
   orders = [_order(kind, stage, stages, microbatches, chunks) for stage in range(stages)]
   lines = _simulate(orders, chunks, {"F": 1, "B": 1, "W": 1})
   at = {(tick, stage): act for stage, line in enumerate(lines) for tick, _, act in line}
@@ -112,7 +112,8 @@ def make_schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) ->
   return Schedule(kind, stages, microbatches, chunks, table)
 
 
-def _check_numbers(kind, stages, microbatches, chunks):
+def check_numbers(kind: str, stages: int, microbatches: int, chunks: int):
+  """Raises a `UserError` where `make_schedule` has no schedule of such numbers."""
   if kind not in KINDS:
     raise UserError(f"no pipeline schedule {kind!r}; {nearest(kind, KINDS)}")
   for name, count in (("stage", stages), ("microbatch", microbatches), ("chunk", chunks)):

@@ -23,6 +23,7 @@ from llmjax.plan.arrays import dispatched_bytes
 from llmjax.plan.formulas import roofline, sent_s, slow_axes, tile_of
 from llmjax.plan.traffic import Sent, traffic
 from llmjax.train.config import Config
+from llmjax.train.runnable import unread
 
 _TENSOR, _PARTS, _POSITIONS = 16, 64, 1024  # most ways, most micro-batches, least of a device
 # gpipe has the bubble of 1f1b and keeps more; offload's link to the host is in no table.
@@ -147,6 +148,7 @@ def candidates(config: Config, chips: Topology) -> Iterator[Candidate]:
     across = sizes.pop("across")
     mesh = {f"mesh.{axis}": size for axis, size in sizes.items()}
     mesh |= {"mesh.across": across, "mesh.slices": 0}
+    mesh |= {key: value for axis, key, value in unread() if sizes[axis] == 1}
     for knobs in _knobs(config, sizes):
       changes = mesh | knobs
       yield Candidate(change(config, changes), changes, chips, sizes)
@@ -158,7 +160,7 @@ def _knobs(config: Config, sizes: dict[str, int]) -> Iterator[dict]:
   for parts in _divisors(rows):
     if (stages > 1 and parts < stages) or parts > max(_PARTS, 4 * stages):
       continue
-    for zero in ZERO if sizes["fsdp"] > 1 else (config.train.zero,):
+    for zero in ZERO if sizes["fsdp"] > 1 else (3,):
       for remat in _REMAT:
         knobs = {"train.accumulation": parts, "train.zero": zero, "model.remat": remat}
         summed = zero == 3 and sizes["fsdp"] > 1

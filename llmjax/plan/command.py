@@ -9,7 +9,7 @@ from llmjax.core.chips import topology
 from llmjax.core.errors import UserError
 from llmjax.plan import report, search_report
 from llmjax.plan.candidates import change
-from llmjax.plan.limits import Limits, amount
+from llmjax.plan.limits import Limits, above_zero, amount
 from llmjax.plan.pareto_plot import plot_pareto
 from llmjax.plan.patch import patch
 from llmjax.plan.plan import plan
@@ -24,14 +24,14 @@ _SEARCHING = ("tokens", "budget", "max_days", "patch", "plot")
 FLAGS = (
   ("--topology", None, "v5p:4x4x4, v5e:8x8, h100:64", "CHIPS"),
   ("--slices", 1, "groups with a slow network between them"),
-  ("--price", 0.0, "dollars an hour of a chip"),
+  ("--price", float, "dollars an hour of a chip"),
   ("--decode", False, "plan writing text instead of training"),
   ("--keep-hlo", "", "write the optimized program", "FILE"),
   ("--keep-executable", "", "keep the step for train.executable", "FILE"),
   ("--search", False, "find mesh and knobs, and where: --topology=A,B,C"),
   ("--tokens", "", "of the whole run, such as 20B"),
   ("--budget", "", "dollars for them, such as '$500'"),
-  ("--max-days", 0.0, "days for them", "D"),
+  ("--max-days", float, "days for them", "D"),
   ("--compile", 8, "how many are compiled", "N"),
   ("--jobs", 0, "at once; as many as cores by default"),
   ("--patch", "", "write the winner as a patch", "FILE"),
@@ -49,7 +49,7 @@ def command(args: argparse.Namespace, overrides: list[str]) -> dict:
   """
   config = configs.load(args.config, overrides, Config)
   for flag in _ALONE if args.search else _SEARCHING:
-    if getattr(args, flag):
+    if getattr(args, flag) not in (None, False, ""):
       goes = "does not go" if args.search else "goes"
       raise UserError(f"--{flag.replace('_', '-')} {goes} with --search")
   if args.search:
@@ -63,12 +63,14 @@ def command(args: argparse.Namespace, overrides: list[str]) -> dict:
 
 
 def _search(args, config: Config) -> dict:
+  above_zero("--price", args.price)
+  above_zero("--max-days", args.max_days)
   if args.compile < 0 or args.jobs < 0:
     raise UserError(f"--compile={args.compile} --jobs={args.jobs}: neither may be negative")
   places = [topology(where.strip(), args.slices) for where in args.topology.split(",")]
   tokens = amount(args.tokens, "--tokens", "20B")
   budget = amount(args.budget, "--budget", "'$500'")
-  limits = Limits(tokens, budget, args.max_days, args.price)
+  limits = Limits(tokens, budget, args.max_days or 0.0, args.price or 0.0)
   tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
   result = search(config, places, limits, args.compile, args.jobs, report=tell)
   print(search_report.show(result))

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
@@ -20,6 +20,14 @@ from llmjax.serve.generate import decode, prefill
 from llmjax.train.config import Config
 
 
+def check_decodes(config: Config, mesh: Mesh | AbstractMesh):
+  """Raises a `UserError` where a model writes no text, or a mesh does not divide it or its rows."""
+  if config.model.kind != "decoder":
+    raise UserError(f"--decode wants model.kind=decoder, not {config.model.kind}")
+  check_divides(mesh, "batch", "b", (config.data.batch_size,), ACTIVATIONS)
+  weight_shardings(mesh, abstract(config.model))
+
+
 def serving_program(program: str, config: Config, mesh: Mesh):
   """Describes what `generate` runs, weights in the compute dtype and laid out as in training.
 
@@ -34,9 +42,7 @@ def serving_program(program: str, config: Config, mesh: Mesh):
     UserError: the model writes no text, or the mesh does not divide rows or weights.
   """
   model, rows = config.model, config.data.batch_size
-  if model.kind != "decoder":
-    raise UserError(f"--decode wants model.kind=decoder, not {model.kind}")
-  check_divides(mesh, "batch", "b", (rows,), ACTIVATIONS)
+  check_decodes(config, mesh)
   place = batch_sharding(mesh)
   ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)  # noqa: E731
   start = _weights(model, mesh), Batch(ids(rows, model.context)), ids(rows)

@@ -1,11 +1,18 @@
 """What a run may take, as a command line says it: tokens, dollars, days."""
 
 import dataclasses
+import math
 import re
 
 from llmjax.core.errors import UserError
 
 _UNITS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+def above_zero(flag: str, value: float | None):
+  """Raises a `UserError` where a number was given and is not a finite one above 0."""
+  if value is not None and not 0 < value < math.inf:
+    raise UserError(f"{flag}={value} is not a number above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +32,8 @@ class Limits:
   usd_per_hour: float = 0.0
 
   def __post_init__(self):
+    for name, value in vars(self).items():
+      above_zero(name, value or None)
     if not self.tokens and (self.budget_usd or self.max_days):
       raise UserError("--budget and --max-days need --tokens, such as --tokens=20B")
 

@@ -8,25 +8,27 @@ from jax.sharding import AbstractMesh
 
 from llmjax.core.chips import Topology, topology
 from llmjax.core.errors import UserError
-from llmjax.data.tasks import Task
 from llmjax.models.build import count_parameters
 from llmjax.models.formulas import filled_share, forward_flops_per_token, seen_share
 from llmjax.parallel.collectives import collectives
-from llmjax.parallel.mesh import AXES, axis_sizes
+from llmjax.parallel.mesh import AXES, abstract_mesh
 from llmjax.plan.advice import changes
 from llmjax.plan.ahead import Compiled, compile_ahead, has_compiler
+from llmjax.plan.decode import check_decodes
 from llmjax.plan.formulas import bill, roofline, serving
+from llmjax.plan.limits import above_zero
 from llmjax.plan.memory import memory
 from llmjax.plan.recount import recount
 from llmjax.plan.traffic import traffic
 from llmjax.train.config import Config
+from llmjax.train.runnable import check_run, with_vocab
 
 
 def plan(
   config: Config,
   where: str,
   slices: int = 1,
-  price: float = 0.0,
+  price: float | None = None,
   decode: bool = False,
   keep_hlo: str = "",
   keep_executable: str = "",
@@ -37,7 +39,7 @@ def plan(
     config: the experiment; without `model.vocab_size` the tokenizer's is taken.
     where: `v5p:4x4x4`, `h100:64`.
     slices: groups of such chips with a slow network between them.
-    price: dollars an hour of a chip; 0 takes the list price.
+    price: dollars an hour of a chip; by default the list price.
     decode: plan writing text instead: `data.batch_size` rows in a cache of `model.context` slots.
     keep_hlo: file for the optimized program; "" keeps none.
     keep_executable: file for the compiled step, for `train.executable`; "" keeps none.
@@ -51,16 +53,22 @@ def plan(
   """
   if decode and keep_executable:
     raise UserError("a run loads a train step: --keep-executable does not go with --decode")
-  if price < 0:
-    raise UserError(f"price {price} is negative")
+  above_zero("--price", price)
   for path in (keep_hlo, keep_executable):
     if not Path(path).absolute().parent.is_dir():
       raise UserError(f"{path!r}: there is no such folder to keep it in")
   chips = topology(where, slices)
   if price:
     chips = dataclasses.replace(chips, chip=dataclasses.replace(chips.chip, usd_per_hour=price))
-  config = with_vocab(config)
-  sizes = _sizes(config, chips)
+  mesh = abstract_mesh(
+    config.mesh, chips.devices, chips.slices, "tpu" if chips.chip.sizes else "gpu"
+  )
+  if decode:
+    config = config if config.model.vocab_size else with_vocab(config)
+    check_decodes(config, mesh)
+  else:
+    config = check_run(config, mesh)
+  sizes = dict(mesh.shape)
   result = _about(config, chips, sizes) | (_served if decode else _trained)(config, chips, sizes)
   if lacking := _lacking(chips):
     if keep_hlo or keep_executable:
@@ -82,22 +90,6 @@ def _lacking(chips: Topology) -> str:
   if not chips.chip.sizes:
     return "there is none for GPUs here"
   return "" if has_compiler() else "pip install 'llmjax[plan]' brings the TPU's"
-
-
-def with_vocab(config: Config) -> Config:
-  """Fills `model.vocab_size` in as a run does, from the tokenizer's config and the task."""
-  if config.model.vocab_size:
-    return config
-  task = Task(dataclasses.replace(config.task, name=config.task_name or "language_model"))
-  size = config.tokenizer.vocab_size + task.extra_tokens
-  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
-
-
-def _sizes(config: Config, chips: Topology) -> dict[str, int]:
-  sizes, across = axis_sizes(config.mesh, chips.devices), config.mesh.across
-  if sizes[across] % chips.slices:
-    raise UserError(f"mesh.{across} {sizes[across]} is not a multiple of the {chips.slices} slices")
-  return sizes
 
 
 def _about(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:

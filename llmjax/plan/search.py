@@ -23,9 +23,10 @@ from llmjax.plan.formulas import DAY_S, rent_usd
 from llmjax.plan.limits import Limits
 from llmjax.plan.memory import memory
 from llmjax.plan.pareto_plot import pareto
-from llmjax.plan.plan import plan, with_vocab
+from llmjax.plan.plan import plan
 from llmjax.plan.search_report import says, show_row
 from llmjax.train.config import Config
+from llmjax.train.runnable import check_config
 
 _FAR = 1.5  # times the best candidate's seconds; slower ones are not looked at
 _NEAR = 1.15  # times a device's memory, by formula, is still shown to the compiler
@@ -69,7 +70,7 @@ def search(
     UserError: no mesh of any topology divides the model and its rows.
   """
   limits, report = limits or Limits(), report or (lambda line: None)
-  filled, rows, considered = with_vocab(config), [], 0
+  filled, rows, considered = check_config(config), [], 0
   for place in places:
     report(f"{place.name}: estimating meshes and knobs by formula")
     pool, count = _pool(filled, place, flat(config), limits)

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 
+from llmjax.core.choices import check_least
 from llmjax.core.errors import UserError, nearest
 from llmjax.text.base import Settings, Tokenizer, ends
 from llmjax.text.fast import ByteBPE, Fast, WordPiece
@@ -49,6 +50,8 @@ class TokenizerConfig:
 
   def __post_init__(self):
     kind = _kind(self.kind)
+    trained = not self.path and kind is not Bytes
+    check_least("tokenizer", self, train_bytes=1, vocab_size=1 if trained else 0)
     if not self.path and kind is not Bytes and not hasattr(kind, "train"):
       raise UserError(f"a tokenizer of kind {self.kind!r} is read, not trained: set tokenizer.path")
     if self.path and self.train_bytes != _TRAIN_BYTES:

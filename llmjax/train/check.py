@@ -23,11 +23,13 @@ from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from llmjax.parallel.rules import ACTIVATIONS, LayoutError, axes_of, batch_sharding
 from llmjax.parallel.whole import compile_and_watch
 from llmjax.train.config import Config
+from llmjax.train.runnable import check_config, check_mesh
 from llmjax.train.shrink import made_up_batch, shrink
 from llmjax.train.state import TrainState, abstract_state, init_state
 from llmjax.train.step import advance, compile_step
 
 STEPS = 3
+_VERDICTS = {"equal": True, "off": False, "left_out": None}  # a row's `ok`
 # fp32 sums over a few thousand terms in another order differ by some 1e-6 of the result; every bug
 # of a lost or doubled sum is off by a share of it.
 LOSS_LIMIT = 1e-5
@@ -69,16 +71,17 @@ def check(config: Config, devices: int = 8, meshes: Sequence[dict] = (), report=
     meshes: sizes by axis, what is not named is 1; by default those of `some_meshes`.
     report: called with each mesh's row as it is done.
   Returns:
-    {"meshes": rows, "ok": all are}. A row: `mesh`; `loss_diff`, relative, the worst of three steps;
-    `worst_leaf` and `worst_rel`, the gradient that is furthest off and by what share of its norm;
-    `peak_bytes`; `collectives`; `ok`; and `error` of a mesh that cannot run this config, which is
-    a failure only where rules do not cut what the mesh says.
+    {"meshes": rows, "ok": none is off, and how many are `equal`, `off` and `left_out`}. A row:
+    `mesh`; `loss_diff`, relative, the worst of three steps; `worst_leaf` and `worst_rel`, the
+    gradient that is furthest off and by what share of its norm; `peak_bytes`; `collectives`; `ok`;
+    and `error` of a mesh that cannot run this config: there `ok` is None, or False where rules do
+    not cut what the mesh says.
   Raises:
     UserError: too few devices, a model that learns from no text, or no mesh that can run it.
   """
   if len(jax.devices()) < devices:
     raise UserError(f"check wants {devices} devices and there are {len(jax.devices())}")
-  small = shrink(config, devices)
+  small = shrink(check_config(config), devices)
   batch = made_up_batch(small)
   truth = on_one_device(small, batch)
   rows = []
@@ -86,9 +89,10 @@ def check(config: Config, devices: int = 8, meshes: Sequence[dict] = (), report=
     rows.append(_row(small, sizes, batch, truth))
     if report:
       report(rows[-1])
-  if all("error" in row and row["ok"] for row in rows):
+  count = {name: sum(row["ok"] is ok for row in rows) for name, ok in _VERDICTS.items()}
+  if count["left_out"] == len(rows):
     raise UserError(f"none of {len(rows)} meshes can run this config: {rows[-1]['error']}")
-  return {"meshes": rows, "ok": all(row["ok"] for row in rows)}
+  return {"meshes": rows, "ok": not count["off"], **count}
 
 
 def some_meshes(devices: int) -> Iterator[dict[str, int]]:
@@ -202,9 +206,10 @@ def _row(config: Config, sizes: dict, batch: Batch, truth: Observed) -> dict:
   row = {"mesh": sizes}
   try:
     mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), jax.devices()[: math.prod(sizes.values())])
+    check_mesh(config, mesh)
     seen = on_mesh(config, mesh, batch, watch=True)
   except UserError as error:
-    return row | {"ok": not isinstance(error, LayoutError), "error": str(error)}
+    return row | {"ok": False if isinstance(error, LayoutError) else None, "error": str(error)}
   return row | compare(seen, truth)
 
 
@@ -234,9 +239,17 @@ def show_row(row: dict) -> str:
   """Formats a row of `check`, one line."""
   mesh = " × ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
   if "error" in row:
-    return f"{mesh:34} {'left out' if row['ok'] else 'OFF'}: {row['error']}"
+    return f"{mesh:34} {'left out' if row['ok'] is None else 'OFF'}: {row['error']}"
   return (
     f"{mesh:34} {'ok' if row['ok'] else 'OFF':3}  loss {row['loss_diff']:.1e}  "
     f"worst gradient {row['worst_rel']:.1e} {row['worst_leaf']}  "
     f"{row['peak_bytes'] / 1e6:.1f} MB  {row['collectives']}"
+  )
+
+
+def summary(result: dict) -> str:
+  """Says what `check` found, one line."""
+  return (
+    f"{result['equal']} of {len(result['meshes'])} meshes equal one device, "
+    f"{result['off']} are off, {result['left_out']} cannot run this config"
   )

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from llmjax.core import tree
 from llmjax.core.config import config_hash, freeze, to_dict
 from llmjax.core.errors import RunFailed, UserError
-from llmjax.core.files import full_disk
+from llmjax.core.files import check_folder, full_disk
 from llmjax.data.loader import DataConfig
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
@@ -246,8 +246,7 @@ def _model_config(meta: dict) -> ModelConfig:
 
 def _candidates(path: Path) -> list[Path]:
   path = path.expanduser().absolute()
-  if not path.is_dir():
-    raise UserError(f"checkpoint {str(path)!r} does not exist")
+  check_folder("checkpoint", path)
   if (path / "meta").is_dir():
     return [path]
   root = path / FOLDER if (path / FOLDER).is_dir() else path

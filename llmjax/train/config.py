@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llmjax.core.choices import check_choice, check_finite, check_least
+from llmjax.core.choices import check_choice, check_finite, check_least, check_texts
 from llmjax.core.errors import UserError
 from llmjax.data.loader import DataConfig
 from llmjax.data.tasks import Task, TaskConfig
@@ -80,11 +80,7 @@ class EvalConfig:
   stride: int = 0
 
   def __post_init__(self):
-    if self.every < 0 or self.batch_size < 1 or self.stride < 0:
-      raise UserError(
-        f"eval: every {self.every} and stride {self.stride} must not be negative, "
-        f"batch_size {self.batch_size} must be ≥ 1"
-      )
+    check_least("eval", self, every=0, batch_size=1, stride=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +98,12 @@ class SampleConfig:
   max_tokens: int = 128
   temperature: float = 0.7
   top_p: float = 0.95
+
+  def __post_init__(self):
+    check_least("sample", self, max_tokens=1, temperature=0)
+    if not 0 < self.top_p <= 1:
+      raise UserError(f"sample.top_p {self.top_p} is not in (0, 1]")
+    check_texts("sample.prompts", self.prompts)
 
 
 # What each kind of model can learn; the first is what `task.name=auto` means.
@@ -136,6 +138,10 @@ class Config:
     check_finite("", self)
     if self.seed < 0:
       raise UserError(f"seed {self.seed} is negative")
+    if self.eval.stride > self.model.context:
+      raise UserError(
+        f"eval.stride {self.eval.stride} is more than the {self.model.context} positions of a row"
+      )
     name, suits = self.task.name, SUITABLE[self.model.kind]
     if name not in ("auto", *suits):
       raise UserError(
@@ -159,8 +165,8 @@ class Config:
     prefix = self.model.attention.mask == "prefix"
     return "prefix_lm" if prefix else (*SUITABLE[self.model.kind], "")[0]
 
-  def task_of(self, tokenizer: Tokenizer) -> Task:
-    """The run's task, for a tokenizer.
+  def known_task(self) -> TaskConfig:
+    """What is learned, `auto` resolved.
 
     Raises:
       UserError: `llmjax train` has no task for this kind of model.
@@ -170,10 +176,13 @@ class Config:
         f"llmjax train reads text, which model.kind={self.model.kind} does not; "
         "train it from Python with llmjax.train.step on batches of patches"
       )
+    return dataclasses.replace(self.task, name=self.task_name)
+
+  def task_of(self, tokenizer: Tokenizer) -> Task:
+    """The run's task, for a tokenizer."""
     start = self.model.embed.start_token
     start = start_id(tokenizer) if start < 0 else start
-    task = dataclasses.replace(self.task, name=self.task_name)
-    return Task(task, tokenizer.vocab_size, start)
+    return Task(self.known_task(), tokenizer.vocab_size, start)
 
 
 # What may differ when a run goes on: it changes where and how often, not what is learned.

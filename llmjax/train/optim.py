@@ -6,7 +6,7 @@ import re
 import optax
 
 from llmjax.core import tree
-from llmjax.core.choices import check_choice
+from llmjax.core.choices import check_choice, check_texts
 from llmjax.core.dims import letters_of
 from llmjax.core.errors import UserError
 
@@ -49,6 +49,7 @@ class OptimConfig:
 
   def __post_init__(self):
     check_choice("optim.kind", self.kind, KINDS)
+    check_texts("optim.no_decay", self.no_decay)
     for key in ("learning_rate", "matrix_learning_rate", "eps"):
       if getattr(self, key) <= 0:
         raise UserError(f"optim.{key} {getattr(self, key)} is not positive")
@@ -64,14 +65,13 @@ def make_schedule(config: OptimConfig, steps: int, peak: float) -> optax.Schedul
   """Learning rate by updates done: up linearly to `peak`, then down a cosine to the last step.
 
   The run's update number 1 already moves; number `warmup` is at the peak, number `steps` at
-  `final` of it.
+  `final` of it. A run of no more steps than `warmup` ends as it warms up.
   """
-  warmup = min(config.warmup, steps)
   rate = optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=peak,
-    warmup_steps=warmup,
-    decay_steps=max(steps, warmup + 1),
+    warmup_steps=config.warmup,
+    decay_steps=max(steps, config.warmup + 1),
     end_value=peak * config.final,
   )
   return lambda done: rate(done + 1)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from llmjax.core import tree
-from llmjax.core.choices import check_choice
+from llmjax.core.choices import check_choice, check_least
 from llmjax.core.dims import letters_of
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
@@ -23,7 +23,7 @@ from llmjax.models.config import ModelConfig
 from llmjax.models.depth import count, run_some
 from llmjax.parallel.pipeline import run_pipeline
 from llmjax.parallel.rules import REPLICATED, WEIGHTS, spec
-from llmjax.parallel.schedules import KINDS, make_schedule
+from llmjax.parallel.schedules import KINDS, check_numbers, make_schedule
 from llmjax.train.losses import LossConfig, head_loss, routing_loss
 
 
@@ -41,6 +41,14 @@ class PipelineConfig:
 
   def __post_init__(self):
     check_choice("pipeline.schedule", self.schedule, KINDS)
+    check_least("pipeline", self, chunks=1)
+
+
+def check_stages(kind: str, stages: int, microbatches: int, config: PipelineConfig):
+  """Raises a `UserError` where a kind of model, or a schedule of such numbers, has no pipeline."""
+  if kind not in ("decoder", "encoder"):
+    raise UserError(f"mesh.stage cuts decoders and encoders, not model.kind={kind}")
+  check_numbers(config.schedule, stages, microbatches, config.chunks)
 
 
 def pipelined_grad(
@@ -63,10 +71,9 @@ def pipelined_grad(
     UserError: a kind of model that has no pipeline, or numbers that its schedule cannot take.
   """
   config = config or PipelineConfig()
-  if model.config.kind not in ("decoder", "encoder"):
-    raise UserError(f"mesh.stage cuts decoders and encoders, not model.kind={model.config.kind}")
   mesh = jax.sharding.get_abstract_mesh()
   stages, microbatches = mesh.shape["stage"], len(jax.tree.leaves(parts)[0])
+  check_stages(model.config.kind, stages, microbatches, config)
   schedule = make_schedule(config.schedule, stages, microbatches, config.chunks)
   blocks, outer = model.stack.blocks, _with_blocks(model, ())
   layers, before = count(blocks), model.stack.dense

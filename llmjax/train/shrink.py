@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 
-from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.data.tasks import Task
 from llmjax.nn.attention import LatentConfig
@@ -92,9 +91,7 @@ def made_up_batch(config: Config) -> Batch:
   Raises:
     UserError: models of this kind do not learn from text.
   """
-  if not config.task_name:
-    raise UserError(f"check makes up text, which model.kind={config.model.kind} does not read")
-  task = Task(dataclasses.replace(config.task, name=config.task_name))
+  task = Task(config.known_task())
   task = dataclasses.replace(task, tokens=config.model.vocab_size - task.extra_tokens)
   rng = np.random.default_rng(config.seed)
   rows, length = config.data.batch_size, config.model.context + 1

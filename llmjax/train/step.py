@@ -12,15 +12,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.core.compat import cpu_mesh_options
-from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.parallel.rules import (
-  ACTIVATIONS,
   REPLICATED,
   WEIGHTS,
   batch_sharding,
-  check_divides,
-  check_layout,
   lay_out,
   ways,
   weight_shardings,
@@ -30,6 +26,7 @@ from llmjax.train.config import Config
 from llmjax.train.experts import move_biases, routing_metrics
 from llmjax.train.losses import LossConfig, head_loss, routing_loss
 from llmjax.train.pipelined import PipelineConfig, pipelined_grad
+from llmjax.train.runnable import check_mesh
 from llmjax.train.state import TrainState, abstract_state, optimizer_of
 
 
@@ -167,17 +164,10 @@ def compile_step(config: Config, mesh: Mesh, with_grads: bool = False):
   Returns:
     `(state, batch) -> (state, metrics)`, of states as `abstract_state` describes them.
   Raises:
-    UserError: the batch does not divide into the micro-batches, or those over the mesh.
+    UserError: the mesh cannot run it; see `check_mesh`.
   """
-  accumulation, rows = config.train.accumulation, config.data.batch_size
-  if rows % accumulation:
-    raise UserError(
-      f"data.batch_size {rows} is not a multiple of train.accumulation {accumulation}"
-    )
-  check_divides(mesh, "micro-batch", "b", (rows // accumulation,), ACTIVATIONS)
-  check_divides(mesh, "row", "t", (config.model.context,), ACTIVATIONS)
+  check_mesh(config, mesh)
   state = abstract_state(config, mesh)
-  check_layout(mesh, state.model, WEIGHTS if config.train.zero == 3 else REPLICATED)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   out = (shardings, NamedSharding(mesh, PartitionSpec()), weight_shardings(mesh, state.model))
   kept = 3 if with_grads else 2

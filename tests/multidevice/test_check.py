@@ -8,13 +8,14 @@ import pytest
 
 from llmjax import cli
 from llmjax.core.config import override
+from llmjax.core.errors import UserError
 from llmjax.nn import norm, ring
 from llmjax.parallel import rules
 from llmjax.train import check as checks
 from llmjax.train import step as steps
 from llmjax.train.check import on_one_device
 from llmjax.train.config import Config
-from llmjax.train.shrink import made_up_batch
+from llmjax.train.shrink import made_up_batch, shrink
 from tests.multidevice.test_step import BASE
 
 
@@ -104,11 +105,26 @@ def test_a_leaf_that_is_out_is_named_and_the_status_is_1(tmp_path, capsys, monke
   path.write_text("from llmjax import Config, defaults\nget_config = lambda: defaults(Config)\n")
   row = {"mesh": {"data": 8}, "loss_diff": 0.0, "worst_leaf": "a/up_df", "worst_rel": 1.0}
   row |= {"peak_bytes": 1, "collectives": "", "ok": False}
-  monkeypatch.setattr(checks, "check", lambda *_: {"meshes": [row], "ok": False})
+  result = {"meshes": [row], "ok": False, "equal": 0, "off": 1, "left_out": 0}
+  monkeypatch.setattr(checks, "check", lambda *_: result)
   assert cli.main(["check", f"--config={path}", "--json"]) == 1
   out, error = capsys.readouterr()
   assert "check failed: data 8" in error and "1.0e+00 a/up_df" in error
   assert json.loads(out.splitlines()[-1])["ok"] is False
+
+
+def test_a_mesh_that_cannot_run_proves_nothing_and_is_counted_apart(monkeypatch):
+  small = override(config(), ["--config.model.kv_heads=2", "--config.model.heads=8"])
+  seen = truth(shrink(small, 8))
+  monkeypatch.setattr(checks, "on_mesh", lambda *_, **__: seen)
+  meshes = [{"data": 8}, {"tensor": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2}]
+  found = checks.check(small, 8, meshes)
+  assert [row["ok"] for row in found["meshes"]] == [True, None, True, None]
+  assert "key_dkh' has 2 key/value heads" in found["meshes"][1]["error"]
+  assert (found["ok"], found["equal"], found["off"], found["left_out"]) == (True, 2, 0, 2)
+  assert "2 of 4 meshes equal one device, 0 are off, 2 cannot run" in checks.summary(found)
+  with pytest.raises(UserError, match="none of 1 meshes can run this config"):
+    checks.check(small, 8, [{"tensor": 8}])
 
 
 def test_the_command_prints_a_table_and_one_object(tmp_path, capsys):
@@ -122,7 +138,8 @@ def test_the_command_prints_a_table_and_one_object(tmp_path, capsys):
   command = ["check", f"--config={path}", "--devices=2", "--json", *small]
   assert cli.main(command) == 0
   out, _ = capsys.readouterr()
-  *table, last = out.strip().splitlines()
+  *table, counts, last = out.strip().splitlines()
+  assert counts.startswith("6 of 6 meshes equal one device")
   result = json.loads(last)
   assert result["ok"] and len(result["meshes"]) == len(table) == 6
   assert {tuple(row["mesh"].items()) for row in result["meshes"]} == {

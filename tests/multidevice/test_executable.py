@@ -12,11 +12,11 @@ from llmjax.core.errors import UserError
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import batch_sharding
 from llmjax.parallel.whole import no_cache
-from llmjax.plan.plan import with_vocab
 from llmjax.run import train
 from llmjax.train import executable
 from llmjax.train.config import Config
 from llmjax.train.metrics import read_metrics
+from llmjax.train.runnable import with_vocab
 from llmjax.train.shrink import made_up_batch
 from llmjax.train.state import abstract_state, init_sharded
 from llmjax.train.step import compile_step

@@ -23,7 +23,7 @@ def get_config():
   model = config.model
   model.layers, model.width, model.heads, model.mlp_width = 2, 256, 2, 512
   model.vocab_size, model.context, model.remat, model.dtype = 1024, 512, "full", "bfloat16"
-  config.data.batch_size = 8
+  config.tokenizer.vocab_size, config.data.batch_size = 1024, 8
   return config
 """
 KEYS = {
@@ -101,7 +101,16 @@ def test_without_the_compiler_formulas_answer_and_say_where_it_is(plan, monkeypa
       ["--topology=h100:8", "--slices=3", "--config.mesh.data=4", "--config.mesh.fsdp=6"],
       "mesh.data 4 is not a multiple of the 3 slices",
     ),
-    (["--topology=h100:8", "--price=-1"], "price -1.0 is negative"),
+    (["--topology=h100:8", "--price=-1"], "--price=-1.0 is not a number above 0"),
+    (["--topology=h100:8", "--price=0"], "--price=0.0 is not a number above 0"),
+    (["--topology=h100:8", "--price=nan"], "--price: nan is not a finite number"),
+    (["--topology=h100:8", "--search", "--price=0"], "--price=0.0 is not a number above 0"),
+    (["--topology=h100:8", "--search", "--max-days=-1"], "--max-days=-1.0 is not a number above"),
+    (["--topology=h100:8", "--search", "--tokens="], "--tokens is empty"),
+    (["--topology=h100:8", "--keep-hlo="], "--keep-hlo is empty"),
+    (["--topology=h100:8", "--decode", "--config.model.kind=encoder"], "wants model.kind=decoder"),
+    (["--topology=h100:6", "--decode"], "'batch' has 8 batch"),
+
     (["--topology=h100:8", "--config.model.layer=1"], "unknown config key 'model.layer'"),
     (["--topology=h100:8", "--decode", "--keep-executable=x"], "--keep-executable"),
     (["--topology=h100:8", "--keep-hlo=x"], "nothing can be kept: there is none for GPUs"),

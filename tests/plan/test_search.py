@@ -25,7 +25,8 @@ from llmjax.train.config import Config
 
 CHANGES = (
   "model.layers=4", "model.width=256", "model.heads=8", "model.kv_heads=4", "model.mlp_width=512",
-  "model.vocab_size=512", "model.context=2048", "data.batch_size=24", "model.remat=full",
+  "model.vocab_size=512", "tokenizer.vocab_size=512",
+  "model.context=2048", "data.batch_size=24", "model.remat=full",
 )
 
 

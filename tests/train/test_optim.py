@@ -90,9 +90,12 @@ def test_the_schedule_peaks_after_the_warmup_and_ends_on_its_share():
   assert_allclose(schedule(11), (2 + 0.5) / 2, rtol=1e-6)  # half way down
 
 
-def test_a_warmup_longer_than_the_run_is_cut_to_it():
-  schedule = make_schedule(OptimConfig(warmup=100), 10, 2.0)
-  assert_allclose([schedule(4), schedule(9)], [1, 2], rtol=1e-6)
+@pytest.mark.parametrize(("warmup", "steps"), [(100, 10), (11, 10), (10, 10)])
+def test_a_run_no_longer_than_its_warmup_warms_up_from_end_to_end(warmup, steps):
+  """As in transformers and Megatron: a warm-up's rates do not depend on the run's length."""
+  schedule = make_schedule(OptimConfig(warmup=warmup), steps, 2.0)
+  for number in range(1, steps + 1):
+    assert schedule(number - 1) == pytest.approx(2.0 * number / warmup, rel=1e-6)
 
 
 def test_a_no_decay_pattern_that_matches_nothing_is_a_user_error():
