@@ -33,7 +33,7 @@ class Totals(NamedTuple):
   sums: object
 
 
-def run_pipeline(schedule: Schedule, chunk: Callable, weights, outer, x, sums) -> Totals:
+def run_pipeline(schedule: Schedule, chunk: Callable, weights, outer, x, sums, common) -> Totals:
   """Runs a training step's microbatches through the stages; inside `shard_map` over `stage`.
 
   Args:
@@ -41,14 +41,16 @@ def run_pipeline(schedule: Schedule, chunk: Callable, weights, outer, x, sums) -
     chunk: (weights of one chunk, outer, x, virtual stage, microbatch) → (x, objective, sums).
       The objective and sums of all but the last virtual stage are zeros; the first does not read x.
     weights: this stage's, a leading axis of chunks.
-    outer: held by every stage: embedding and head.
+    outer: held by every stage: all that is not in the chunks.
     x: description of what goes from stage to stage.
     sums: description of what a chunk returns last.
+    common: for each leaf of `outer`, whether every virtual stage reads it (`leaves_read` tells);
+      the others are read by the first and the last alone.
   Returns:
     Gradients of the summed objective, and the sums.
   """
   plan, stages = tables(schedule), schedule.stages
-  actions, later = _actions(schedule, chunk, weights, outer, x)
+  actions, later = _actions(schedule, chunk, weights, outer, x, common)
   index = jax.lax.axis_index(_AXIS)
 
   def tick(carry, row):
@@ -71,7 +73,18 @@ def run_pipeline(schedule: Schedule, chunk: Callable, weights, outer, x, sums) -
   return totals
 
 
-def _actions(schedule: Schedule, chunk: Callable, weights, outer, x) -> tuple:
+def leaves_read(function: Callable, argument):
+  """Tells which leaves of an argument a function's result is computed from: a tree of bools.
+
+  A leaf that only a nested program might read counts as read.
+  """
+  jaxpr = jax.make_jaxpr(function)(argument).jaxpr
+  read = [var for eqn in _needed(jaxpr.eqns, jaxpr.outvars) for var in eqn.invars]
+  read = {var for var in read + jaxpr.outvars if isinstance(var, core.Var)}
+  return jax.tree.unflatten(jax.tree.structure(argument), [var in read for var in jaxpr.invars])
+
+
+def _actions(schedule: Schedule, chunk: Callable, weights, outer, x, common) -> tuple:
   """Makes what a stage may do in a tick, in the order of `CODES`, and describes what W will need.
 
   An action is (row of the tables, virtual stage, sums so far, what its buffers hold) → (sums,
@@ -96,10 +109,13 @@ def _actions(schedule: Schedule, chunk: Callable, weights, outer, x) -> tuple:
     made = backward(own, outer, held.saved, virtual, row.microbatch, held.gradient)
     (grad_x, grad_outer, sums), rest = made  # the weights' gradient, or what `finish` makes it of
     at_an_end = (virtual == 0) | (virtual == last)
-    add = lambda: jax.tree.map(jnp.add, totals.outer, grad_outer)  # noqa: E731
+    all_of = lambda: jax.tree.map(jnp.add, totals.outer, grad_outer)  # noqa: E731
+    some = lambda: jax.tree.map(  # noqa: E731
+      lambda read, total, grad: total + grad if read else total, common, totals.outer, grad_outer
+    )
     totals = Totals(
       totals.weights if split else _add(totals.weights, rest, row.chunk),
-      jax.lax.cond(at_an_end, add, lambda: totals.outer),
+      jax.lax.cond(at_an_end, all_of, some),
       jax.tree.map(jnp.add, totals.sums, sums),
     )
     return totals, _zeros(x), grad_x, rest if split else ()

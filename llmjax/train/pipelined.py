@@ -1,7 +1,8 @@
 """Loss and gradient where layers are cut over `stage`: the model as chunks of a pipeline.
 
-Embedding and head belong to the first and last virtual stage; every stage holds their weights, and
-their gradients are added over stages, so that tied ones get both.
+Embedding and head belong to the first and last virtual stage; what layers are given alike (masks,
+the table of relative positions) is made on every one. Every stage holds all weights outside the
+layers, and their gradients are added over stages, so that tied ones get both.
 """
 
 import copy
@@ -21,7 +22,7 @@ from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
 from llmjax.models.depth import count, run_some
-from llmjax.parallel.pipeline import run_pipeline
+from llmjax.parallel.pipeline import leaves_read, run_pipeline
 from llmjax.parallel.rules import REPLICATED, WEIGHTS, spec
 from llmjax.parallel.schedules import KINDS, check_numbers, make_schedule
 from llmjax.train.losses import LossConfig, head_loss, routing_loss
@@ -89,7 +90,8 @@ def pipelined_grad(
     one = jax.tree.map(lambda leaf: leaf[0], mine)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     sums = jax.eval_shape(functools.partial(chunk, given), one, outer, x, number, number)[2]
-    made = run_pipeline(schedule, functools.partial(chunk, given), mine, outer, x, sums)
+    common = leaves_read(functools.partial(chunk.shared, given, microbatch=0), outer)
+    made = run_pipeline(schedule, functools.partial(chunk, given), mine, outer, x, sums, common)
     outer_grads, sums = jax.lax.psum((made.outer, made.sums), "stage")
     return jax.tree.map(lambda leaf: leaf[None], made.weights), outer_grads, sums
 
@@ -120,10 +122,8 @@ class _Chunk:
 
   def __call__(self, given, weights, outer, x_btd, virtual, microbatch):
     """Returns (x_btd, objective, (cross-entropy sum, what routers did))."""
-    parts, key, each = given
-    part = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, microbatch, 0, False), parts)
-    drop = None if key is None else key if self.lone else jax.random.fold_in(key, microbatch)
-    shared, deal = outer.shared(part, drop), self.deal
+    part, drop = self._microbatch(given, microbatch)
+    shared, deal, each = self.shared(given, outer, microbatch), self.deal, given[2]
 
     def start(outer, x_btd):
       return outer.stack.run_first(outer.enter(part, drop), shared)[0]
@@ -144,6 +144,16 @@ class _Chunk:
       objective += each * routing_loss(self.loss, routing)
       routing = jax.tree.map(functools.partial(deal.place, virtual), routing)
     return x_btd, objective, (nll, routing)
+
+  def shared(self, given, outer, microbatch):
+    """Makes what the layers of every virtual stage are given alike."""
+    return outer.shared(*self._microbatch(given, microbatch))
+
+  def _microbatch(self, given, number):
+    """A microbatch and its key of dropout."""
+    parts, key, _ = given
+    part = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, 0, False), parts)
+    return part, None if key is None else key if self.lone else jax.random.fold_in(key, number)
 
 
 class _Deal:

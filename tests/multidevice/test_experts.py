@@ -7,7 +7,7 @@ import pytest
 
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
-from llmjax.nn import moe
+from llmjax.nn import moe, norm, position, router
 from llmjax.parallel import expert
 from llmjax.parallel.collectives import collectives
 from llmjax.parallel.mesh import MeshConfig, make_mesh
@@ -17,15 +17,11 @@ from llmjax.train.pipelined import PipelineConfig
 from llmjax.train.shrink import made_up_batch
 from llmjax.train.state import abstract_state
 from llmjax.train.step import compile_step
-from tests.multidevice.test_step import experiment, named, prove
+from tests.multidevice.test_step import BASE, EXPERTS, PIPELINES, experiment, named, prove
 
 # Weights of an expert with few tokens have gradients of nearly nothing, whose rounding Adam would
 # blow up to whole rates; a larger eps keeps an update smooth in its gradient.
-SMALL = (
-  "model.layers=3", "model.heads=8", "model.attention.pattern=('full',)", "model.remat=none",
-  "model.attention.window=0", "train.accumulation=2", "optim.eps=1e-4", "model.moe.experts=8",
-  "loss.balance=0.05", "loss.sequence_balance=0.03", "loss.router_z=0.01",
-)
+SMALL = (*EXPERTS, "train.accumulation=2", "optim.eps=1e-4")
 # As DeepSeek-V3's, with too little room for some.
 ROUTED = (
   *SMALL, "model.moe.router=sigmoid", "model.moe.bias=True", "model.moe.dense_first=1",
@@ -49,6 +45,15 @@ def test_loss_gradients_and_steps_equal_one_device(sizes):
   seen = prove(sizes, *ROUTED)
   biases = seen.weights["decoder/blocks/moe/bias_e"]
   assert biases.shape == (2, 8) and (np.abs(biases) > 0.005).mean() > 0.5  # they moved
+
+
+def test_pipelines_are_proven_with_every_kind_of_position_norm_and_router():
+  configs = [experiment(*changes).model for changes in (BASE, ROUTED)]  # of cubes with a stage
+  configs += [experiment(*changes).model for _, changes, _ in PIPELINES]
+  assert {config.position.kind for config in configs} == {*position.KINDS}
+  assert {config.norm.kind for config in configs} == {*norm.KINDS}
+  assert {config.norm.place for config in configs} == {*norm.PLACES}
+  assert {config.moe.router for config in configs if config.moe.experts} == {*router.ROUTERS}
 
 
 @pytest.fixture

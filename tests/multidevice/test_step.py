@@ -1,11 +1,13 @@
 """Every mesh gives the loss, every gradient and the optimizer steps of one device.
 
 The rule: each axis alone, and every two axes together (`some_meshes`) with accumulation, packing,
-windows, z-loss, clipping and remat on; all 56 meshes of 8 devices are marked slow.
+windows, z-loss, clipping and remat on; all 56 meshes of 8 devices are marked slow. Every kind of
+position, norm and router goes through a pipeline once (`PIPELINES`).
 """
 
 import dataclasses
 import functools
+import math
 import os
 import time
 
@@ -90,42 +92,77 @@ def test_all_other_meshes_of_eight(sizes):
   prove(sizes)
 
 
-ODD = ("model.width=60", "model.heads=30", "model.kv_heads=30", "model.mlp_width=60")
-
-
-@pytest.mark.parametrize(
-  ("devices", "sizes"),
-  [
-    (3, {"stage": 3}),
-    *(
-      pytest.param(*mesh, marks=pytest.mark.slow)
-      for mesh in (
-        (6, {"fsdp": 3, "context": 2}), (6, {"data": 2, "tensor": 3}), (3, {"fsdp": 3}),
-        (5, {"context": 5}), (5, {"tensor": 5}),
-      )
-    ),
-  ],
-  ids=lambda value: named(value) if isinstance(value, dict) else str(value),
-)
-def test_meshes_of_six_three_and_five(devices, sizes):
-  prove(sizes, *ODD, f"train.accumulation={devices}", devices=devices)
-
-
 SCHEDULES = (
   PipelineConfig("zb_h1"), PipelineConfig("interleaved", 2), PipelineConfig("gpipe"),
 )
 
 
 @pytest.mark.parametrize(
-  "pipeline", [*SCHEDULES[:2], pytest.param(SCHEDULES[2], marks=pytest.mark.slow)],
+  "pipeline", [SCHEDULES[0], pytest.param(SCHEDULES[2], marks=pytest.mark.slow)],
   ids=lambda p: p.schedule,
 )
 def test_every_schedule_gives_the_same(pipeline):
   prove({"stage": 2, "fsdp": 2, "tensor": 2}, pipeline=pipeline)
 
 
-def test_stages_may_have_unequal_layers_and_tied_embeddings():
-  prove({"stage": 2, "data": 2}, "model.layers=3", "model.tie_embeddings=True")
+ODD = ("model.width=60", "model.heads=30", "model.kv_heads=30", "model.mlp_width=60")
+TABLE = (
+  "model.position.kind=relative", "model.norm.place=sandwich", "model.layers=3",
+  "model.tie_embeddings=True",
+)
+EXPERTS = (
+  "model.layers=3", "model.heads=8", "model.attention.pattern=('full',)", "model.remat=none",
+  "model.attention.window=0", "model.moe.experts=8", "loss.balance=0.05",
+  "loss.sequence_balance=0.03", "loss.router_z=0.01",
+)
+# (mesh, config, schedule). Stages in the middle read what is neither theirs nor at an end: the
+# table of relative positions. Three layers are unequal on four stages, and on two of two chunks.
+PIPELINES = (
+  ({"stage": 4, "data": 2}, TABLE, PipelineConfig()),
+  ({"stage": 2, "fsdp": 2, "tensor": 2}, TABLE, SCHEDULES[1]),
+  (
+    {"stage": 3},
+    (*ODD, "train.accumulation=3", "model.position.kind=alibi", "model.norm.place=post",
+     "model.norm.kind=layer", "model.norm.bias=True"),
+    PipelineConfig(),
+  ),
+  (
+    {"data": 2, "stage": 2, "tensor": 2},
+    ("model.kind=encoder", "model.position.kind=learned", "model.norm.place=output",
+     "model.embed.types=2", "model.embed.norm=True", "model.dropout=0.1", *EXPERTS,
+     "model.moe.noisy=True"),
+    PipelineConfig(),
+  ),
+  (
+    {"stage": 4, "expert": 2},
+    (*EXPERTS, "model.moe.router=expert_choice", "model.position.kind=sinusoidal"),
+    PipelineConfig(),
+  ),
+  (
+    {"stage": 4, "expert": 2},
+    (*EXPERTS, "model.moe.router=hash", "model.moe.capacity=0.5", "model.position.kind=none",
+     "model.activation=gelu"),
+    PipelineConfig(),
+  ),
+)
+
+
+@pytest.mark.parametrize(("sizes", "changes", "pipeline"), PIPELINES)
+def test_a_pipeline_of_every_kind_of_layer_equals_one_device(sizes, changes, pipeline):
+  prove(sizes, *changes, pipeline=pipeline, devices=math.prod(sizes.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("devices", "sizes"),
+  [
+    (6, {"fsdp": 3, "context": 2}), (6, {"data": 2, "tensor": 3}), (3, {"fsdp": 3}),
+    (5, {"context": 5}), (5, {"tensor": 5}),
+  ],
+  ids=lambda value: named(value) if isinstance(value, dict) else str(value),
+)
+def test_meshes_of_six_three_and_five(devices, sizes):
+  prove(sizes, *ODD, f"train.accumulation={devices}", devices=devices)
 
 
 def test_gradients_may_be_summed_in_bfloat16():
@@ -160,16 +197,9 @@ def test_a_step_that_is_not_finite_moves_no_weight_on_any_device(sizes, zero):
     np.testing.assert_array_equal(seen.weights[path], leaf, err_msg=path)
 
 
-@pytest.mark.parametrize(
-  "sizes",
-  [
-    {"data": 2, "stage": 2, "tensor": 2},
-    pytest.param({"fsdp": 2, "context": 4}, marks=pytest.mark.slow),
-  ],
-  ids=named,
-)
-def test_dropout_draws_the_same_masks_on_any_mesh(sizes):
-  prove(sizes, "model.dropout=0.1")
+@pytest.mark.slow
+def test_dropout_draws_the_same_masks_on_any_mesh():
+  prove({"fsdp": 2, "context": 4}, "model.dropout=0.1")
 
 
 @pytest.mark.parametrize("context", ["gather", "all_to_all"])
