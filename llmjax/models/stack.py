@@ -90,7 +90,7 @@ class Stack(nnx.Module):
 
     Args:
       batch: segments, positions (with a cache: its slots), prefix, and tokens for routers that
-        read them. With a cache segments are not read: its rows hold one document each.
+        read them. A cache holds one document a row: segments then say what is padding, no more.
       key: PRNG key of dropout.
       cache: keys and values so far; its prefix counts, not the batch's.
       source_segments_bs: int32 document numbers of what cross attention looks at.

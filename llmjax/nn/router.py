@@ -6,10 +6,10 @@ add up and are divided once.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmjax.core.choices import check_choice, check_least
 from llmjax.core.errors import UserError
@@ -35,8 +35,9 @@ class MoeConfig:
     top_groups: see `groups`.
     noisy: learned noise on the scores in training.
     bias: scores get a bias where experts are picked, moved towards even load (`optim.bias_rate`).
-    capacity: most tokens of a row that an expert takes, as a multiple of its even share; 0: all.
-      A token's experts then depend on its whole row; with top_k 1 and drop=last, on what is before.
+    capacity: most tokens of a row that an expert takes, as a multiple of its even share of them,
+      padding not counted; 0: all. A token's experts then depend on its whole row; with top_k 1 and
+      drop=last, on what is before and on how many tokens there are.
     drop: over capacity go the last tokens of a row (second choices first), or the lightest.
   """
 
@@ -86,10 +87,14 @@ class MoeConfig:
     if "drop" in changed and not self.capacity:
       raise UserError("model.moe.drop changes nothing without model.moe.capacity")
 
-  def slots(self, length: int) -> int:
-    """Tokens of a row of `length` that an expert takes; 0 means any number."""
+  def slots(self, length):
+    """Tokens that an expert takes of a row of `length` (an int or many); 0 means any number."""
     factor = self.capacity or (1.0 if self.router == "expert_choice" else 0.0)
-    return min(length, math.ceil(factor * length * self.top_k / self.experts))
+    return np.minimum(length, np.ceil(factor * length * self.top_k / self.experts)).astype(int)
+
+  def slots_of(self, real_bt):
+    """The same of each row's real tokens, however many padding there is beside them: slots_b."""
+    return jnp.asarray(self.slots(np.arange(real_bt.shape[1] + 1)))[real_bt.sum(1)]
 
 
 @jax.tree_util.register_dataclass
@@ -150,7 +155,7 @@ def route(config: MoeConfig, logits_bte, real_bt, bias_e=None) -> tuple[Routes, 
   else:
     routes = _tokens_choose(config, scores_bte, log_bte, bias_e)
   wanted = _mask(routes, real_bt, config.experts)
-  kept = wanted if config.router == "expert_choice" else _within_capacity(config, wanted)
+  kept = wanted if config.router == "expert_choice" else _within_capacity(config, wanted, real_bt)
   share_bte = jax.nn.softmax(log_bte) if sigmoid else scores_bte
   return kept, _routing(config, wanted, kept, share_bte, logits_bte, real_bt)
 
@@ -165,7 +170,7 @@ def hashed(config: MoeConfig, tokens_bt, real_bt) -> tuple[Routes, Routing]:
   experts_btj = (first_bt[..., None] + jnp.arange(config.top_k)) % config.experts
   weights_btj = jnp.full(experts_btj.shape, config.scale / config.top_k, jnp.float32)
   wanted = _mask(Routes(experts_btj.astype(jnp.int32), weights_btj), real_bt, config.experts)
-  kept = _within_capacity(config, wanted)
+  kept = _within_capacity(config, wanted, real_bt)
   even_bte = jnp.full((*tokens_bt.shape, config.experts), 1 / config.experts)
   return kept, _routing(config, wanted, kept, even_bte, jnp.zeros_like(even_bte), real_bt)
 
@@ -204,12 +209,13 @@ def _experts_choose(config, scores_bte, real_bt) -> Routes:
   Source: Zhou et al. 2022, arXiv:2202.09368, sec. 3.2. A token's experts depend on later tokens.
   """
   e = config.experts
-  slots = config.slots(scores_bte.shape[1])
+  slots_b11 = config.slots_of(real_bt)[:, None, None]
   scored_bet = jnp.where(real_bt[:, None], _coarse(scores_bte.swapaxes(1, 2)), -1.0)
-  worst_be1 = jax.lax.top_k(scored_bet, slots)[0][..., -1:]
+  best_bec = jax.lax.top_k(scored_bet, config.slots(scores_bte.shape[1]))[0]
+  worst_be1 = jnp.take_along_axis(best_bec, jnp.maximum(slots_b11 - 1, 0), axis=-1)
   # Of equal scores at the border the first tokens are taken, as top_k does.
   above, equal = scored_bet > worst_be1, scored_bet == worst_be1
-  room = slots - above.sum(-1, keepdims=True)
+  room = slots_b11 - above.sum(-1, keepdims=True)
   taken_bte = (above | (equal & (jnp.cumsum(equal, -1) <= room))).swapaxes(1, 2)
   numbers_e = jnp.arange(e, dtype=jnp.int32)
   return Routes(jnp.where(taken_bte, numbers_e, e), config.scale * scores_bte)
@@ -221,15 +227,14 @@ def _mask(routes: Routes, real_bt, e: int) -> Routes:
   return Routes(experts_btj, jnp.where(experts_btj < e, routes.weights_btj, 0))
 
 
-def _within_capacity(config, routes: Routes) -> Routes:
+def _within_capacity(config, routes: Routes, real_bt) -> Routes:
   """Takes places away from tokens that an expert of their row has no room for.
 
   Source: capacity: Lepikhin et al. 2020, arXiv:2006.16668, alg. 1, with a row as the group;
   by weight: Riquelme et al. 2021, arXiv:2106.05974, sec. 4.1.
   """
   b, t, j = routes.experts_btj.shape
-  slots = config.slots(t)
-  if not slots:
+  if not config.slots(t):
     return routes
   order_bi = jnp.arange(j * t)[None].repeat(b, 0)
   experts_bi = routes.experts_btj.swapaxes(1, 2).reshape(b, j * t)  # first choices first
@@ -238,7 +243,8 @@ def _within_capacity(config, routes: Routes) -> Routes:
     order_bi = jnp.argsort(-_coarse(weights_bi), axis=1, stable=True)
   sorted_bi = jnp.take_along_axis(experts_bi, order_bi, axis=1)
   here_bie = sorted_bi[..., None] == jnp.arange(config.experts)
-  fits_bi = ((jnp.cumsum(here_bie, axis=1) <= slots) & here_bie).any(-1)
+  slots_b11 = config.slots_of(real_bt)[:, None, None]
+  fits_bi = ((jnp.cumsum(here_bie, axis=1) <= slots_b11) & here_bie).any(-1)
   fits_bi = jnp.take_along_axis(fits_bi, jnp.argsort(order_bi, axis=1), axis=1)
   fits_btj = fits_bi.reshape(b, j, t).swapaxes(1, 2)
   return Routes(

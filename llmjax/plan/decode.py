@@ -45,7 +45,8 @@ def serving_program(program: str, config: Config, mesh: Mesh):
   check_decodes(config, mesh)
   place = batch_sharding(mesh)
   ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)  # noqa: E731
-  start = _weights(model, mesh), Batch(ids(rows, model.context)), ids(rows)
+  prompts = Batch(ids(rows, model.context), segments_bt=ids(rows, model.context))
+  start = _weights(model, mesh), prompts, ids(rows)
 
   def read(weights, batch, lengths):
     return prefill(weights, batch, lengths, model.context)

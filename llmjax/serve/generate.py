@@ -6,6 +6,7 @@ overwritten before any query may look at it, so a row's text does not depend on 
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Generator, Iterator, Sequence
 
 import jax
@@ -185,6 +186,8 @@ def _steps(
     return
   context = model.config.context
   check_room(prompts, context)
+  if model.config.moe.router == "expert_choice":
+    _say_how_it_decodes(model.config.moe.experts)
   lengths = np.array([len(row) for row in prompts.rows], np.int32)
   room_b = np.minimum(sampling.max_tokens, context - lengths)
   _check_switch(model.config.position, lengths, room_b)
@@ -233,7 +236,10 @@ def _check_switch(position: PositionConfig, lengths, room_b):
 
 
 def _batch(prompts: Prompts, context: int) -> Batch:
-  """Lays prompts out as a batch; a prefix model sees the whole of each at once."""
+  """Lays prompts out as a batch; a prefix model sees the whole of each at once.
+
+  Segments tell routers of experts what is padding.
+  """
   tokens_bt, inside_bt = lay_out(prompts.rows, context)
   batch = Batch(
     tokens_bt, segments_bt=inside_bt.astype(np.int32), prefix_bt=inside_bt,
@@ -244,6 +250,16 @@ def _batch(prompts: Prompts, context: int) -> Batch:
   source_bs, inside_bs = lay_out(prompts.sources, context)
   segments_bs = inside_bs.astype(np.int32)
   return dataclasses.replace(batch, source_bs=source_bs, source_segments_bs=segments_bs)
+
+
+@functools.cache
+def _say_how_it_decodes(experts: int):
+  """Says once that what is written is routed in another way than what was trained on."""
+  print(
+    "llmjax: warning: with model.moe.router=expert_choice experts choose among the tokens of a "
+    f"prompt, but a token that is being written stands alone and goes to all {experts} of them",
+    file=sys.stderr,
+  )
 
 
 def prefill(model, batch: Batch, lengths, slots: int):

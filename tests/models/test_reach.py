@@ -115,6 +115,19 @@ def test_where_experts_have_room_for_some_a_token_changes_what_the_reference_say
   assert across  # the case is one: a token moved another document's
 
 
+@pytest.mark.parametrize("name", MIXING)
+def test_padding_takes_no_experts_room(name):
+  """A padded row, as evaluation has it, against the reference's row without padding."""
+  config, length = VARIANTS[name], 7
+  model, given = weights_of(config), row(inputs(config), 1)
+  logits = run(model, batch_of({key: np.where(np.arange(array.shape[1]) < length, array, 0)
+                                for key, array in given.items()}))[0, :length]
+  alone = {key: array[:, :length] for key, array in given.items()}
+  expected = reference.logits(values_of(model), reference_config(config), alone)[0]
+  atol = ROUNDING[config.dtype] * np.abs(expected).max()
+  assert_allclose(logits, expected, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("name", [name for name in PLAIN if "source" in inputs(VARIANTS[name])])
 def test_a_source_token_changes_the_target_of_its_number_alone_bit_for_bit(name):
   config = VARIANTS[name]

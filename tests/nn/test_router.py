@@ -146,17 +146,34 @@ def test_a_token_uses_no_more_groups_than_it_may():
 
 @pytest.mark.parametrize("drop", ["last", "lightest"])
 def test_an_expert_takes_its_share_of_a_row_and_no_more(drop):
-  """All want expert 0; of 9 tokens in a row with room for ⌈9 · 1 · 2.5 / 8⌉ = 3 of them."""
+  """All want expert 0, with room for ⌈6 · 1 · 2.5 / 8⌉ = 2 of one row and for ⌈7 · 2.5 / 8⌉ = 3
+  of the other, whose places are 9."""
   config = config_of(top_k=1, capacity=2.5, drop=drop, renormalize=False)
-  assert config.slots(T) == 3
+  assert_array_equal(config.slots(np.array([0, 6, 7, T])), [0, 2, 3, 3])
   logits = np.zeros_like(LOGITS)
   logits[..., 0] = np.array([3, 1, 2, 5, 4, 6, 9, 9, 9]) / 2
   _, count, terms, _ = run(config, logits, TOKENS, REAL, None)
   kept = [set(np.flatnonzero(row)) for row in np.asarray(count)[..., 0]]
   # Rows have padding in places 6 to 8, and in 2 and 3; of equals the first stay.
-  assert kept == ([{0, 1, 2}, {0, 1, 4}] if drop == "last" else [{3, 4, 5}, {6, 7, 8}])
-  assert float(terms.dropped) == 6 + 7 - 3 - 3
+  assert kept == ([{0, 1}, {0, 1, 4}] if drop == "last" else [{3, 5}, {6, 7, 8}])
+  assert float(terms.dropped) == 6 + 7 - 2 - 3
   assert_array_equal(terms.load_e, [13] + [0] * 7)  # what was wanted
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_padded_row_beside_another_is_routed_as_the_reference_routes_it_alone(name):
+  config = config_of(**CASES[name])
+  logits, bias = scores(config), BIAS if config.bias else None
+  weights, count, terms, _ = run(config, logits, TOKENS, REAL, bias)
+  alone = []
+  for row, real in enumerate(REAL):
+    own = (array[row : row + 1, real] for array in (logits.astype(np.float64), TOKENS, REAL))
+    alone.append(by_reference(config, *own, bias))
+    assert_allclose(weights[row, real, :-1], alone[-1][0][0], **FP32)
+    assert_array_equal(count[row, real, :-1], alone[-1][1][0])
+  for term in ("tokens", "load_e", "dropped", "entropy", "sequence", "z"):  # all but the batch's
+    total = np.sum([made[2][term] for made in alone], axis=0)
+    assert_allclose(getattr(terms, term), total, err_msg=term, **FP32)
 
 
 def test_second_choices_are_dropped_before_first_ones():

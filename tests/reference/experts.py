@@ -54,7 +54,7 @@ def weighed(scores, experts, cfg):
 
 
 def slots(cfg, length):
-  """Tokens of a row that an expert takes; a row's even share is length · top_k / experts."""
+  """Tokens of a row that an expert takes; its even share is (real tokens) · top_k / experts."""
   factor = cfg["moe.capacity"]
   if cfg["moe.router"] == "expert_choice" and not factor:
     factor = 1.0
@@ -69,7 +69,7 @@ def picked_by_experts(scores_te, real_t, cfg):
   tokens = [place for place in range(len(scores_te)) if real_t[place]]
   for expert in range(cfg["moe.experts"]):
     values = {place: coarse(scores_te[place][expert]) for place in tokens}
-    for place in best(tokens, values, slots(cfg, len(scores_te))):
+    for place in best(tokens, values, slots(cfg, len(tokens))):
       routes[place].append((expert, cfg["moe.scale"] * scores_te[place][expert]))
   return routes
 
@@ -83,17 +83,17 @@ def hashed(token, cfg):
   ]
 
 
-def within_capacity(routes, cfg):
+def within_capacity(routes, cfg, tokens):
   """Fills experts up, one place after another: Lepikhin et al. 2020, alg. 1.
 
-  First all first choices in the order of the row, then all second ones; or (`lightest`) heavy
-  weights first, Riquelme et al. 2021, sec. 4.1.
+  There are `tokens` in the row beside its padding. First all first choices in the order of the row,
+  then all second ones; or (`lightest`) heavy weights first, Riquelme et al. 2021, sec. 4.1.
   """
   places = [(j, t) for j in range(cfg["moe.top_k"]) for t in range(len(routes))]
   places = [(j, t) for j, t in places if j < len(routes[t])]
   if cfg["moe.drop"] == "lightest":
     places.sort(key=lambda place: -coarse(routes[place[1]][place[0]][1]))
-  room = [slots(cfg, len(routes))] * cfg["moe.experts"]
+  room = [slots(cfg, tokens)] * cfg["moe.experts"]
   kept = [[] for _ in routes]
   for j, t in places:
     expert, weight = routes[t][j]
@@ -120,7 +120,7 @@ def routed(logits_bte, cfg, tokens_bt, real_bt, bias=None):
       kept.append(wanted[-1])
     else:
       wanted.append([routes[t] if real_bt[row][t] else [] for t in range(len(routes))])
-      kept.append(within_capacity(wanted[-1], cfg))
+      kept.append(within_capacity(wanted[-1], cfg, sum(map(bool, real_bt[row]))))
   return wanted, kept, np.array(shares)
 
 

@@ -17,6 +17,8 @@ from llmjax.models.model import Model
 from llmjax.nn.attention import AttentionConfig
 from llmjax.nn.embed import EmbedConfig
 from llmjax.nn.position import PositionConfig
+from llmjax.nn.router import MoeConfig
+from llmjax.serve import generate as serving
 from llmjax.serve.generate import generate, generate_ids
 from llmjax.serve.prompt import Prompts, encode_prompts
 from llmjax.serve.sample import Sampling
@@ -178,3 +180,30 @@ def test_prompts_that_a_model_does_not_take_are_refused(translating, tmp_path):
     encode_prompts(LLAVA, Letters(), ["a"], [[tmp_path / "x.png"]])
   with pytest.raises(UserError, match="no chat template"):
     encode_prompts(BASE, Letters(), ["a"], chat=True)
+
+
+def test_experts_choose_of_a_prompt_beside_a_longer_one_what_they_choose_of_it_alone():
+  moe = MoeConfig(experts=8, router="expert_choice", capacity=0.5)
+  model = lively(dataclasses.replace(BASE, moe=moe))
+  rows = [[1, 5, 9, 33, 21], list(range(1, 19))]
+
+  def after_the_first(rows):
+    batch = serving._batch(Prompts(rows), CONTEXT)
+    read = jax.jit(serving.prefill, static_argnums=3)
+    return read(model.decoding, batch, np.array([len(row) for row in rows]), CONTEXT)[0][0]
+
+  # fp32 sums in another order; the scores are of order 1 to 10.
+  np.testing.assert_allclose(after_the_first(rows), after_the_first(rows[:1]), atol=2e-5)
+
+
+def test_how_a_router_that_looks_ahead_decodes_is_said_once(monkeypatch, capsys):
+  serving._say_how_it_decodes.cache_clear()
+  written = {"out": np.zeros((1, 6)), "counts": [6], "ended": [True]}
+  monkeypatch.setattr(serving, "_begin", lambda *_, **__: None)
+  monkeypatch.setattr(serving, "_go_on", lambda *_, **__: written)
+  for router in ("softmax", "expert_choice", "expert_choice"):
+    model = Model(dataclasses.replace(BASE, moe=MoeConfig(experts=4, router=router)), None)
+    monkeypatch.setattr(Model, "decoding", None)
+    generate_ids(model, [[1, 5]], GREEDY)
+  told = capsys.readouterr().err
+  assert told.count("\n") == 1 and told.endswith("stands alone and goes to all 4 of them\n")

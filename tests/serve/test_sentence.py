@@ -21,6 +21,7 @@ from llmjax.nn.attention import AttentionConfig
 from llmjax.nn.embed import EmbedConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
+from llmjax.nn.router import MoeConfig
 from llmjax.text.fast import WordPiece
 from llmjax.text.raw import Bytes
 from llmjax.train.checkpoint import save_model
@@ -47,8 +48,12 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="module")
 def model():
+  return made_of(CONFIG)
+
+
+def made_of(config):
   tokenizer = WordPiece.train([" ".join(WORDS)] * 20, 60)
-  config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
+  config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
   rng = np.random.default_rng(0)
   made = jax.tree.map(
     lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.4, jnp.float32), abstract(config)
@@ -73,6 +78,14 @@ def test_every_text_is_the_mean_of_its_own_tokens(model):
     # fp32; padding changes the order of attention's sums and of the mean's.
     np.testing.assert_allclose(made[number], want, atol=2e-5)
   assert np.abs(made[0] - made[3]).max() > 0.01
+
+
+def test_experts_have_as_much_room_for_a_text_in_a_batch_as_alone():
+  moe = MoeConfig(experts=4, capacity=0.6)
+  model = made_of(dataclasses.replace(CONFIG, layers=1, mlp_bias=False, moe=moe))
+  short, long = "the cat sat", "two dogs run over a mat and hills and saw the cat on a mat"
+  beside = llmjax.embed(model, [long, short])[1]
+  np.testing.assert_allclose(beside, llmjax.embed(model, [short])[0], atol=2e-5)  # fp32, as above
 
 
 def test_other_poolings_and_unit_length(model):
