@@ -5,15 +5,15 @@ those its config files say.
 """
 
 import numpy as np
-import PIL.Image
 import pytest
 
 import llmjax
-from llmjax.models.config import VisionConfig
 from llmjax.models.vision import patchify
 from llmjax.serve.generate import generate_ids
-from llmjax.serve.image import read_image
 from llmjax.serve.prompt import Prompts
+from llmjax.serve.sample import filter_logits, penalize
+from llmjax.text.folder import save
+from llmjax.text.raw import Bytes
 
 pytestmark = pytest.mark.oracle
 
@@ -89,16 +89,52 @@ def test_llava_writes_what_transformers_writes(torch, tmp_path):
   assert generate_ids(model, Prompts([row], patches_bsi=-patches), GREEDY) != want
 
 
-@pytest.mark.parametrize("size", [(50, 31), (20, 45), (24, 24)])
-def test_images_are_prepared_as_clips_are(size):
-  from transformers.models.clip import image_processing_pil_clip as clip
+@pytest.mark.parametrize("top_k", [0, 7])
+@pytest.mark.parametrize("penalty", [1.0, 1.4, 0.7])
+def test_scores_are_changed_as_transformers_changes_them(torch, penalty, top_k):
+  from transformers.generation import logits_process as theirs
 
   rng = np.random.default_rng(0)
-  image = PIL.Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
-  processor = clip.CLIPImageProcessorPil(
-    size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}
+  chosen = [(1.0, 1.0, 0.0), (0.7, 0.9, 0.0), (1.3, 1.0, 0.15), (2, 0.8, 0.3)]
+  for temperature, top_p, min_p in chosen:
+    logits = rng.normal(size=(8, 50)).astype(np.float32) * 3
+    ids = rng.integers(0, 50, (8, 12))
+    steps = [theirs.RepetitionPenaltyLogitsProcessor(penalty)]
+    steps.append(theirs.TemperatureLogitsWarper(float(temperature)))
+    steps += [theirs.TopKLogitsWarper(top_k)] if top_k else []
+    steps += [theirs.TopPLogitsWarper(top_p), theirs.MinPLogitsWarper(min_p)]
+    want = torch.tensor(logits)
+    for step in steps:
+      want = step(torch.tensor(ids), want)
+    seen = np.zeros((8, 50), bool)
+    seen[np.arange(8)[:, None], ids] = True
+    found = filter_logits(penalize(logits, seen, penalty), temperature, top_k, top_p, min_p)
+    np.testing.assert_array_equal(np.isinf(found), np.isinf(want.numpy()))
+    np.testing.assert_allclose(found, want.numpy(), rtol=1e-6)  # one product and one quotient
+
+
+def test_a_llama_ends_and_repeats_as_transformers_has_it(torch, tmp_path):
+  from transformers import LlamaConfig, LlamaForCausalLM
+
+  config = LlamaConfig(
+    vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+    intermediate_size=48, max_position_embeddings=64, bos_token_id=256, eos_token_id=257,
   )
-  want = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-  found = read_image(image, VisionConfig(image_size=24, patch=8))
-  # Both round what they scale to whole numbers of 255; the rest is fp32.
-  np.testing.assert_allclose(found, patchify(want[None], 8)[0], atol=1e-5)
+  theirs = lively(torch, LlamaForCausalLM(config))
+  prompt = [256, *b"the fox"]
+  make = lambda **how: theirs.generate(  # noqa: E731
+    torch.tensor([prompt]), do_sample=False, max_new_tokens=30, pad_token_id=0, **how
+  )[0, len(prompt) :].tolist()
+  free = make(repetition_penalty=1.8)
+  ends = [257, free[9], free[5]]
+  theirs.generation_config.eos_token_id = ends
+  theirs.save_pretrained(tmp_path)
+  save(Bytes(), tmp_path)
+  model = llmjax.load(tmp_path)
+  sampling = llmjax.Sampling(temperature=0, max_tokens=30, repetition_penalty=1.8)
+  want = make(repetition_penalty=1.8)
+  assert want == free[: min(free.index(i) for i in ends if i in free) + 1] and len(want) < 30
+  made = llmjax.generate(model, ["the fox"], sampling)[0]
+  assert (made.ids, made.finish) == (want[:-1], "stop")
+  assert generate_ids(model, [prompt], sampling) == [free]
+  assert free != make(repetition_penalty=1.0)[: len(free)]
