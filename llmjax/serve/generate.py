@@ -184,6 +184,8 @@ def _steps(
   """
   if not prompts.rows:
     return
+  if not model.config.causal:
+    raise UserError("this model's attention is bidirectional, so it writes no text")
   context = model.config.context
   check_room(prompts, context)
   if model.config.moe.router == "expert_choice":

@@ -13,6 +13,8 @@ from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.models.gguf_rope import with_divisors
 from llmjax.nn.position import PositionConfig, rope_frequencies
+from llmjax.serve.generate import generate_ids
+from llmjax.serve.sample import Sampling
 from tests.gguf_files import CONFIG, IDS, draw, llama_metadata, llama_tensors, write, write_folder
 
 # One layer of matrices whose rows are whole blocks of 256 numbers.
@@ -325,6 +327,16 @@ def test_what_is_not_known_is_named(tmp_path):
   write(path, "mamba9", {}, {"a": np.ones(3, np.float32)})
   with pytest.raises(UserError, match="architecture 'mamba9' is not one of bert, gemma, gemma2"):
     llmjax.load(path)
+
+
+def test_attention_that_is_not_causal_is_read_and_writes_no_text(tmp_path):
+  path = save_gguf(tmp_path / "a.gguf", draw(), CONFIG, **{"llama.attention.causal": False})
+  model = llmjax.load(path)
+  changed = np.where(np.arange(17) == 16, 5, IDS)  # the last token
+  first, other = (np.asarray(model.logits(ids))[:, 0] for ids in (IDS, changed))
+  assert np.abs(first - other).max() > 0.01  # seen by the first
+  with pytest.raises(UserError, match="attention is bidirectional, so it writes no text"):
+    generate_ids(model, [[1, 2]], Sampling())
 
 
 def test_a_position_without_scaling_stays(file):
