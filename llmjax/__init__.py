@@ -1,5 +1,6 @@
 """llmjax: one Python config becomes a proven run of a large language model."""
 
+import llmjax.core.interrupt  # noqa: F401  first, for Ctrl-C while all else is imported
 from llmjax.convert import convert
 from llmjax.core.config import defaults
 from llmjax.core.errors import UserError

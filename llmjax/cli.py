@@ -332,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
   spare_libtpu()
   try:
     args, rest = _parse(argv)
-    with interrupt.prompt(_unheard):
+    with interrupt.prompt():
       result = VERBS[args.verb](args, rest)
   except UserError as error:
     print(f"llmjax: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -341,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"llmjax: failed: {error}", file=sys.stderr)
     return join.leave(1)
   except KeyboardInterrupt as error:
-    _interrupted(str(error))
+    interrupt.say(str(error))
     # A stop that all processes agreed on says so; they end together.
     return 1 if error.args else join.leave(1)
   except Exception:
@@ -350,16 +350,6 @@ def main(argv: list[str] | None = None) -> int:
   if args.json and (args.verb != "train" or multihost.is_writer()):
     print(to_json(result))
   return 0 if result.get("ok", True) else 1
-
-
-def _interrupted(text: str):
-  print(f"llmjax: {text or 'interrupted'}; the same command goes on", file=sys.stderr, flush=True)
-
-
-def _unheard():
-  """Ends a command that Ctrl-C did not reach, in the words of one that it did."""
-  _interrupted("")
-  os._exit(1)
 
 
 def _parse(argv):

@@ -8,15 +8,38 @@ happened by then, ends the process.
 import contextlib
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 
 GRACE_S = 2.0  # for Python's own way: what is half written is removed
 
 
+def say(text: str = ""):
+  """Tells that the user stopped the command, and in what state it is if there is more to say."""
+  print(f"llmjax: {text or 'interrupted'}; the same command goes on", file=sys.stderr, flush=True)
+
+
+def _end():
+  say()
+  os._exit(1)
+
+
+def _at_start(kind, error, trace):
+  if issubclass(kind, KeyboardInterrupt):
+    _end()
+  sys.__excepthook__(kind, error, trace)
+
+
+# Of the command line alone, which takes seconds to import; what imports llmjax is not ours to end.
+if Path(sys.argv[0]).name in ("-m", "llmjax"):
+  sys.excepthook = _at_start
+
+
 @contextlib.contextmanager
-def prompt(end: Callable[[], None]) -> Iterator[None]:
-  """Calls `end`, which does not return, where SIGINT goes unheard for `GRACE_S`.
+def prompt() -> Iterator[None]:
+  """Ends the process with status 1 where SIGINT goes unheard for `GRACE_S`.
 
   Somebody else's handler, such as the training loop's, deals with the first SIGINT by itself.
   """
@@ -32,7 +55,7 @@ def prompt(end: Callable[[], None]) -> Iterator[None]:
     for times, number in enumerate(iter(lambda: os.read(reader, 1), b"")):
       ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
       if number[0] == signal.SIGINT and (ours or times) and not over.wait(GRACE_S):
-        end()
+        _end()
     os.close(reader)
 
   threading.Thread(target=wait, daemon=True).start()

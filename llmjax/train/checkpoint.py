@@ -37,6 +37,7 @@ from llmjax.train.state import TrainState
 
 # Orbax narrates every save at WARNING, and what fails at ERROR with every traceback; it raises too.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
 
 FOLDER = "checkpoints"
 # What a model's folder may say of its use, by the name of the `Model`'s attribute.

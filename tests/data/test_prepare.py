@@ -1,12 +1,14 @@
 """Proves that a token store holds its texts, is found by its content, and is whole or absent."""
 
 import dataclasses
+import json
 import os
 
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from llmjax.core import lock
 from llmjax.core.errors import UserError
 from llmjax.data import prepare as module
 from llmjax.data.prepare import prepare, store_key
@@ -125,3 +127,24 @@ def test_a_store_that_another_process_finished_first_is_used(tmp_path, tokenizer
   store = prepare(DOCUMENTS, tokenizer, tmp_path)
   assert len(store) == 3
   assert os.listdir(tmp_path) == [store.key]
+
+
+def test_what_a_killed_maker_left_is_removed_and_what_a_living_one_writes_is_not(
+  tmp_path, tokenizer
+):
+  left = {
+    "killed": lock.identity() | {"born": "1"},
+    "alive": lock.identity(),
+    "elsewhere": lock.identity() | {"machine": "another", "born": "1"},
+  }
+  for name, owner in left.items():
+    folder = tmp_path / f".{name}-x"
+    folder.mkdir()
+    (folder / "owner.json").write_text(json.dumps(owner))
+    (folder / "tokens.array_record").write_bytes(b"half")
+  store = prepare(DOCUMENTS, tokenizer, tmp_path)
+  found = {path.name for path in tmp_path.iterdir()}
+  assert found == {".alive-x", ".elsewhere-x", store.key}
+  assert {path.name for path in (tmp_path / store.key).iterdir()} == {
+    "lengths.npy", "meta.json", "tokens.array_record"
+  }
