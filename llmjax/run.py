@@ -195,7 +195,10 @@ def load(path: str | Path) -> Model:
     raise UserError(f"{str(path)!r} is a file, but not a GGUF file")
   if hf.is_folder(path):
     return hf.load_folder(path)
-  return load_model(path)[0]
+  model = load_model(path)[0]
+  if model.tokenizer is None and model.config.kind != "vision":
+    multihost.say("llmjax: note: the model has no tokenizer: the checkpoint holds none")
+  return model
 
 
 def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:

@@ -23,12 +23,11 @@ from llmjax.models.hf_layout import Tensors, from_tensors, matches, to_tensors
 from llmjax.models.hf_moe import MOES
 from llmjax.models.hf_vision import GEMMA3_SHELL, LLAVA, VIT
 from llmjax.models.model import Model
-from llmjax.text.folder import load_tokenizer
+from llmjax.text.folder import load_tokenizer, tokenizer_file
 from llmjax.text.tokenizer import start_id
 
 ALL = (*DECODERS, *MOES, BERT, ROBERTA, T5, VIT, LLAVA, GEMMA3_SHELL)
 FAMILIES = {family.name: family for family in ALL}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
 def is_folder(path) -> bool:
@@ -40,7 +39,7 @@ def load_folder(path) -> Model:
   """Loads a folder of `config.json` and safetensors; weights become fp32.
 
   Args:
-    path: the folder; a tokenizer in it is read as well.
+    path: the folder; a tokenizer in it is read as well, or a note says why there is none.
   Returns:
     The model, computing in fp32.
   Raises:
@@ -56,7 +55,7 @@ def load_folder(path) -> Model:
   images = processor.read(path, config.kind) if config.vision.image_size else None
   if config.vision.image_size and not images:
     note(f"{path} has no preprocessor_config.json: images are prepared as CLIP's")
-  return Model(config, parameters, _tokenizer(path), pooling.read(path), images)
+  return Model(config, parameters, _tokenizer(path, config.kind), pooling.read(path), images)
 
 
 def family_of(theirs: dict) -> Family:
@@ -98,10 +97,13 @@ def _tied(family: Family, config: ModelConfig, tensors: Tensors) -> ModelConfig:
   return config
 
 
-def _tokenizer(path: Path):
-  if not any((path / name).is_file() for name in TOKENIZER_FILES):
+def _tokenizer(path: Path, kind: str):
+  """The tokenizer; one that is not known does not keep the weights from being used."""
+  try:
+    return load_tokenizer(path) if kind != "vision" or tokenizer_file(path) else None
+  except UserError as error:
+    note(f"the model has no tokenizer: {error}")
     return None
-  return load_tokenizer(path)
 
 
 def save_folder(model: Model, path, dtype: str = "float32", family: str = ""):

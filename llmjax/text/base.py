@@ -131,6 +131,10 @@ class Tokenizer:
     """The id of a token by its own name, as a model file spells it; None where there is none."""
     return self.special_tokens.get(token)
 
+  def added_tokens(self) -> dict[str, dict]:
+    """The tokens that text is searched for as a whole → their flags, `special` among them."""
+    return {token: {"special": True} for token in self.special_tokens}
+
   def spell(self, i: int) -> str:
     """A token by its id, as a model file spells it."""
     return self.special_names[i]

@@ -69,6 +69,11 @@ class Fast(Tokenizer):
     i = self._plain.token_to_id(token)
     return super().find(token) if i is None else i
 
+  def added_tokens(self) -> dict[str, dict]:
+    names = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    found = self._plain.get_added_tokens_decoder().values()
+    return {token.content: {name: getattr(token, name) for name in names} for token in found}
+
   def spell(self, i: int) -> str:
     return self.special_names.get(i) or self._plain.id_to_token(i)
 

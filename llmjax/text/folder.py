@@ -4,28 +4,24 @@ A Hugging Face folder says beside the tokenizer which ids are BOS, EOS and PAD, 
 written; all of that is read here.
 """
 
+import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import tokenizers
-from tokenizers import models, pre_tokenizers, processors
-
 from llmjax.core.errors import UserError
-from llmjax.text import fast, sentencepiece
+from llmjax.text import vocabulary
+from llmjax.text.added import add, listed
 from llmjax.text.base import NONE, Settings, Tokenizer, ends
 from llmjax.text.export import to_json
-from llmjax.text.ranks import Tiktoken
-from llmjax.text.raw import Bytes
 
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
-_MERGES = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt"}
 # What a folder is searched for, fullest description first.
-_NAMES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", *_MERGES, "vocab.txt")
-_RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s*\n")
-_GPT2_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>")
+_NAMES = (
+  *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "*.tiktoken"),
+  *("tekken.json", *vocabulary.MERGES, "vocab.txt"),
+)
 # kind → the file that holds its model, where that is not tokenizer.json
 _FILES = {
   "sentencepiece": "tokenizer.model",
@@ -38,24 +34,33 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   """Reads a tokenizer.
 
   Args:
-    path: `tokenizer.json`, a SentencePiece model, a tiktoken rank file, BERT's `vocab.txt`,
-      GPT-2's `encoder.json` or `vocab.json` with its merges beside it; or the folder of one.
+    path: `tokenizer.json`, a SentencePiece model, a tiktoken rank file, Mistral's `tekken.json`,
+      BERT's `vocab.txt`, GPT-2's `encoder.json` or `vocab.json` with its merges beside it; or the
+      folder of one.
   Returns:
     The tokenizer, with the BOS, EOS, PAD and chat template that files beside it name.
   Raises:
     UserError: nothing there, or nothing that is understood.
   """
   path = Path(path)
-  file = _in_folder(path) if path.is_dir() else path
+  file = tokenizer_file(path) if path.is_dir() else path
+  if file is None:
+    raise UserError(f"tokenizer folder {str(path)!r} holds none of {', '.join(_NAMES)}")
   folder = file.parent
-  described = any(file.match(name) for name in (*_NAMES, *_MERGES.values()))
+  described = any(file.match(name) for name in (*_NAMES, *vocabulary.MERGES.values()))
   config = _json(folder / _CONFIG) if described else {}
   try:
-    model, kind = _recognize(file, config)
-    pattern = config.get("pattern") if kind is Tiktoken else None
-    plain = kind(model, Settings(pattern=pattern))
-    alone = Settings(pattern=pattern, around=_around({}, plain, (None, None)))
-    return kind(model, _settings(folder, config, plain) if described else alone)
+    model, kind, alone = vocabulary.read(file, config)
+    plain = kind(model, alone)
+    if not described:
+      around = _around({}, plain, (None, None), plain.adds)
+      return kind(model, dataclasses.replace(alone, around=around))
+    special = _json(folder / "special_tokens_map.json")
+    entries = listed(config, special, _json(folder / "added_tokens.json"))
+    model, kind, added = add(plain, entries, whole=file.name == "tokenizer.json")
+    made = plain if kind is type(plain) and model == plain.to_bytes() else kind(model)
+    added = {**made.settings.added, **added}
+    return kind(model, _settings(folder, config, special, added, made, plain.adds))
   except (OSError, UserError) as error:
     why = getattr(error, "strerror", error)
     raise UserError(f"tokenizer file {str(file)!r}: {why}") from error
@@ -125,62 +130,19 @@ def read_templates(folder: Path) -> dict[str, str]:
   return template
 
 
-def _in_folder(folder: Path) -> Path:
+def tokenizer_file(folder: Path) -> Path | None:
+  """The file that says most of a folder's tokenizer; None where there is none."""
   said = _json(folder / _CONFIG).get("model_file")  # a key of ours
   ours = [name for name in _FILES.values() if name == said]
   found = [file for name in (*ours, *_NAMES) for file in sorted(folder.glob(name))]
-  if not found:
-    raise UserError(f"tokenizer folder {str(folder)!r} holds none of {', '.join(_NAMES)}")
-  return found[0]
+  return found[0] if found else None
 
 
-def _recognize(file: Path, config: dict) -> tuple[bytes, type[Tokenizer]]:
-  """Reads a file: (model, its class); vocabularies become a `tokenizer.json` at once."""
-  data = file.read_bytes()
-  if file.name in (*_MERGES, *_MERGES.values()):
-    return _gpt2(file, config).to_str().encode(), fast.ByteBPE
-  if data[:1] == b"{":
-    kind = fast.kind_of(data)
-    ours = json.loads(to_json(Bytes(b"", Settings(added=_listed(config)))))
-    if {**json.loads(data), "post_processor": None} == ours:
-      return b"", Bytes
-    return data, kind
-  if _RANK_LINE.match(data):
-    return data, Tiktoken
-  if {b"[UNK]", b"[CLS]"} <= set(data.splitlines()):
-    return _bert(data, config).to_str().encode(), fast.WordPiece
-  return data, sentencepiece.kind_of(data)
-
-
-def _gpt2(file: Path, config: dict) -> tokenizers.Tokenizer:
-  made_for = config.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
-  if made_for not in ("GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer"):
-    raise UserError(f"a vocabulary with merges of {made_for} is not known; give tokenizer.json")
-  name = {merges: vocab for vocab, merges in _MERGES.items()}.get(file.name, file.name)
-  model = models.BPE.from_file(str(file.parent / name), str(file.parent / _MERGES[name]))
-  cutting = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
-  made = fast.byte_level(model, cutting)
-  special = {name: made.token_to_id(name) for name in _GPT2_SPECIAL}
-  made.add_special_tokens([name for name, i in special.items() if i is not None])
-  if made_for != "GPT2Tokenizer":
-    made.post_processor = processors.RobertaProcessing(*((t, special[t]) for t in ("</s>", "<s>")))
-  return made
-
-
-def _bert(data: bytes, config: dict) -> tokenizers.Tokenizer:
-  lines = data.decode().rstrip("\n").split("\n")  # splitlines would also cut at U+2028
-  vocabulary = {line.removesuffix("\r"): i for i, line in enumerate(lines)}
-  cased = any(line != line.lower() and not line.startswith("[") for line in vocabulary)
-  return fast.bert(vocabulary, config.get("do_lower_case", not cased))
-
-
-def _settings(folder: Path, config: dict, made: Tokenizer) -> Settings:
+def _settings(folder: Path, config: dict, special: dict, added, made, adds) -> Settings:
   """Gathers what a Hugging Face folder says of special tokens, the most specific file first."""
-  beside = {**_listed(config), **_json(folder / "added_tokens.json")}
-  added = {token: i for token, i in beside.items() if made.find(token) is None}
 
   def chosen(name: str) -> int | None:
-    for said in (config, _json(folder / "special_tokens_map.json")):
+    for said in (config, special):
       if f"{name}_token" in said:
         token = said[f"{name}_token"]
         token = token["content"] if isinstance(token, dict) else token
@@ -190,13 +152,13 @@ def _settings(folder: Path, config: dict, made: Tokenizer) -> Settings:
       i = i[0] if isinstance(i, list) and i else i
       if isinstance(i, int) and 0 <= i < max(made.vocab_size, *added.values(), 0):
         return i
-    return None
+    return getattr(made.settings, f"{name}_id")
 
   ids = chosen("bos"), chosen("eos"), chosen("pad")
-  around = _around(config, made, ids)
+  around = _around(config, made, ids, adds)
   templates = read_templates(folder)
   default, tools = map(templates.get, ("default", "tool_use"))
-  named = _named(config, _json(folder / "special_tokens_map.json"))
+  named = _named(config, special)
   if made.unk_id is not None and named.get("unk_token") == made.spell(made.unk_id):
     del named["unk_token"]  # what the model file says itself
   others = [i for i in _ends(folder) if i != (made.eos_id if ids[1] is None else ids[1])] or None
@@ -216,13 +178,15 @@ def _named(*files: dict) -> dict[str, str]:
   return {name: token for name, token in contents.items() if isinstance(token, str)}
 
 
-def _around(config: dict, made: Tokenizer, ids: Sequence[int | None]) -> list[list[int]]:
+def _around(config: dict, made: Tokenizer, ids: Sequence[int | None], adds) -> list[list[int]]:
   """The ids around a text: the tokenizer's own, else as its configuration or its kind has it."""
   if "around" in config and "model_file" in config:  # keys of ours
     return config["around"]
   own = (made.bos_id, made.eos_id)
   bos, eos = (there if i is None else i for i, there in zip(ids[:2], own, strict=True))
-  first, last = map(config.get, ("add_bos_token", "add_eos_token"), made.adds)
+  if made.settings.around is not None:
+    return made.settings.around
+  first, last = map(config.get, ("add_bos_token", "add_eos_token"), adds)
   return made.template() or ends(bos if first else None, eos if last else None)
 
 
@@ -238,11 +202,6 @@ def _ends(folder: Path) -> list[int]:
       raise UserError(f"{folder}: eos_token_id {found!r} is not a list of token ids")
     return listed
   return []
-
-
-def _listed(config: dict) -> dict[str, int]:
-  listed = config.get("added_tokens_decoder", {})
-  return {entry["content"]: int(i) for i, entry in listed.items()}
 
 
 def _json(file: Path) -> dict:

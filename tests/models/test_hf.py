@@ -23,6 +23,7 @@ from llmjax.models.model import Model
 from llmjax.nn.attention import AttentionConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
+from llmjax.train.checkpoint import save_model
 from llmjax.train.step import loss_and_grad
 from tests import golden
 
@@ -342,3 +343,17 @@ def test_an_architecture_of_no_family_is_told_with_the_nearest(tiny_config, valu
   config = ModelConfig(**(vars(tiny_config) | values))
   with pytest.raises(UserError, match=f"no family of transformers holds.*nearest.*{message}"):
     hf.choose(config)
+
+
+def test_a_model_without_a_tokenizer_says_so(tmp_path, capsys):
+  folder = shutil.copytree(golden.FOLDER / "llama", tmp_path / "llama")
+  assert hf.load_folder(folder).tokenizer is None
+  assert capsys.readouterr().err.count("note: the model has no tokenizer: ") == 1
+  (folder / "spiece.model").write_bytes(b"no model")  # one that is refused leaves the weights
+  assert hf.load_folder(folder).tokenizer is None
+  told = capsys.readouterr().err
+  assert "no tokenizer: tokenizer file" in told and "not a SentencePiece model" in told
+  save_model(hf.load_folder(folder), tmp_path / "checkpoint")
+  capsys.readouterr()
+  llmjax.load(tmp_path / "checkpoint")
+  assert capsys.readouterr().err.count("note: the model has no tokenizer: ") == 1

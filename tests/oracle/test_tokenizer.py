@@ -10,7 +10,7 @@ from llmjax.text import chat
 from llmjax.text.base import Settings, ends
 from llmjax.text.folder import load_tokenizer, save
 from llmjax.text.tokenizer import framed, start_id
-from tests.text import chats
+from tests.text import chats, test_added
 from tests.text.test_around import PROCESSORS, write
 from tests.text.test_kinds import EVERY
 
@@ -157,3 +157,16 @@ def test_real_folders_are_framed_as_in_transformers(name, tmp_path, shared_data)
   theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
   for text in TEXTS[1:]:
     assert framed(ours, "decoder", ours.encode(text)) == theirs.encode(text)
+
+
+def test_added_tokens_are_found_and_come_back_as_in_transformers(tmp_path):
+  from transformers import AutoTokenizer
+
+  (tmp_path / "tokenizer.json").write_bytes(EVERY["bpe"].to_bytes())
+  said = {"tokenizer_class": "PreTrainedTokenizerFast", "mask_token": "[left]"}
+  test_added.put(tmp_path, tokenizer_config={**said, **test_added.config()})
+  ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+  for text in [*test_added.CASES, "[p] [end][left]", "a[right]\n\nb[word]"]:
+    ids = theirs.encode(text, add_special_tokens=False)
+    assert ours.encode(text, allow_special=True) == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
