@@ -208,11 +208,11 @@ def test_a_stop_is_agreed_on_and_fewer_or_more_processes_go_on(config, alone, tm
 
 
 def test_wrong_input_that_only_the_processes_find_is_one_line(config, tmp_path):
-  argv = ("--on=local:2", "--config.data.batch_size=7")
+  argv = ("--on=local:2", "--config.data.sources=/no/where")
   status, out, err = run("launch", config, tmp_path / "run", *argv)
   lines = [line for line in err.splitlines() if "error" in line]
   assert status == 2 and out == "" and len(lines) == 1, err
-  assert lines[0].startswith("llmjax: error: ") and "7" in lines[0]
+  assert lines[0].startswith("llmjax: error: ") and "/no/where" in lines[0]
   assert "Traceback" not in err
 
 
@@ -229,6 +229,7 @@ def test_wrong_input_that_only_the_processes_find_is_one_line(config, tmp_path):
     (("--on=local:2", "--devices=x"), "invalid int value: 'x'"),
     (("--on=local:2", "--config.model.layrs=2"), "unknown config key 'model.layrs'"),
     (("--on=local:2", "--config.optim.beta1=2.0"), "optim.beta1 2.0 is not in"),
+    (("--on=local:2", "--config.data.batch_size=7"), "'micro-batch' has 7 batch ('b'), which mesh"),
     ((), "the following arguments are required: --on"),
   ],
 )
