@@ -116,11 +116,12 @@ def freeze(values: dict, schema: type, prefix: str = ""):
   for name, value in values.items():
     if name not in hints:
       raise UserError(f"unknown config key {prefix + name!r}; {nearest(name, hints)}")
-    made[name] = _coerce(value, hints[name], prefix + name)
+    made[name] = coerce(value, hints[name], prefix + name)
   return schema(**made)
 
 
-def _coerce(value, kind, key):
+def coerce(value, kind: type, key: str):
+  """Gives a key's value its type: an int may be a float, a list a tuple; another is a UserError."""
   if dataclasses.is_dataclass(kind):
     if not isinstance(value, dict):
       raise UserError(f"config key {key!r} is a section, not {value!r}")

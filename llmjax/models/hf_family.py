@@ -39,6 +39,7 @@ REFUSED = {
 # How a model is run, not what it computes.
 RUN_KEYS = ("dtype", "scan", "remat", "dropout", "attention.kernel", "attention.block")
 REQUIRED = object()
+KINDS = {key: type(value) for key, value in configs.flat(ModelConfig()).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,9 +155,13 @@ def read_values(family: Family, theirs: dict, quiet: bool = False) -> dict:
   for name, key in family.keys.items():
     value = _value(family, name, key, theirs, values)
     if key.ours:
-      values[key.ours] = value
+      values[key.ours] = configs.coerce(value, KINDS[key.ours], f"model.{key.ours}")
   for part in family.parts:
-    values |= part.read(theirs, values)
+    try:
+      values |= part.read(theirs, values)
+    except (TypeError, AttributeError) as error:  # a list or a text where a number is meant
+      keys = ", ".join(filter(None, part.keys))
+      raise UserError(f"one of {keys} has a value of another kind: {error}") from error
   for key in filter(theirs.get, REFUSED):
     raise UserError(f"this {family.name} folder {REFUSED[key]} ({key}); not supported")
   known = HARMLESS.union(REFUSED, family.keys, *(part.keys for part in family.parts))
@@ -180,10 +185,11 @@ def _value(family: Family, name: str, key: Key, theirs: dict, values: dict):
     value = value(values)
   if key.values is None:
     return value
-  if isinstance(key.values, tuple):
+  if isinstance(key.values, tuple) and not isinstance(value, str | dict):
     return key.values[0](value, values)
   if isinstance(value, list | dict) or value not in key.values:
-    known = ", ".join(repr(each) for each in key.values)
+    words = key.values if isinstance(key.values, dict) else ("numbers",)
+    known = ", ".join(repr(each) for each in words)
     raise UserError(f"{family.name} with {name}={value!r} is not supported; known: {known}")
   return key.values[value]
 

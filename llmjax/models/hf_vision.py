@@ -100,7 +100,7 @@ def _read_llava(theirs, values):
       f"{' or '.join(TEXTS)} with {CLIP.name}"
     )
   made = read_values(TEXTS[kind], text) | read_values(CLIP, tower)
-  made["tie_embeddings"] |= theirs.get("tie_word_embeddings", False)
+  made["tie_embeddings"] |= theirs.get("tie_word_embeddings") is True
   layer, layers = theirs.get("vision_feature_layer", -2), made["vision.layers"]
   if not isinstance(layer, int) or not -layers <= layer <= layers or layer == 0:
     raise UserError(f"llava with vision_feature_layer={layer!r} is not supported; known: a layer")

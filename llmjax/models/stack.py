@@ -11,11 +11,12 @@ from llmjax.models.block import Block, Shared
 from llmjax.models.config import ModelConfig
 from llmjax.models.depth import count, run_layers
 from llmjax.nn.attention import View
+from llmjax.nn.bias import Bias, alibi_slopes
 from llmjax.nn.cache import Cache, KVCache
 from llmjax.nn.mask import Mask, cache_mask, cross_mask, self_mask
 from llmjax.nn.norm import Norm
 from llmjax.nn.param import normal, param
-from llmjax.nn.position import Bias, alibi_slopes, rope_angles
+from llmjax.nn.position import rope_angles
 from llmjax.parallel.rules import shard
 
 

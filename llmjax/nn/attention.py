@@ -8,6 +8,7 @@ from flax import nnx
 from llmjax.core.choices import check_choice, check_least
 from llmjax.core.dot import dot
 from llmjax.core.errors import UserError
+from llmjax.nn.bias import Bias
 from llmjax.nn.cache import KVCache
 from llmjax.nn.context import CONTEXTS, attend_cut
 from llmjax.nn.dropout import named
@@ -15,7 +16,7 @@ from llmjax.nn.kernels import KERNELS
 from llmjax.nn.mask import Mask, Rule
 from llmjax.nn.norm import Norm, NormConfig
 from llmjax.nn.param import constant, fan_in, param
-from llmjax.nn.position import Bias, rotate
+from llmjax.nn.position import rotate
 from llmjax.nn.scores import Scores
 from llmjax.parallel.rules import shard
 from llmjax.parallel.tensor import columns, rows

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from llmjax.nn.position import Bias
+from llmjax.nn.bias import Bias
 
 
 @dataclasses.dataclass(frozen=True)

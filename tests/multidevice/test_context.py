@@ -10,10 +10,10 @@ from jax.sharding import PartitionSpec as P
 
 from llmjax.core.errors import UserError
 from llmjax.nn import ring
+from llmjax.nn.bias import Bias
 from llmjax.nn.context import attend_cut
 from llmjax.nn.kernels import attend
 from llmjax.nn.mask import Rule, self_mask
-from llmjax.nn.position import Bias
 from llmjax.nn.scores import Scores
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 

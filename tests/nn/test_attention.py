@@ -11,10 +11,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from llmjax.core.errors import UserError
 from llmjax.nn.attention import Attention, AttentionConfig, View
+from llmjax.nn.bias import Bias
 from llmjax.nn.cache import KVCache
 from llmjax.nn.mask import Rule, cache_mask, cross_mask, self_mask
 from llmjax.nn.norm import NormConfig
-from llmjax.nn.position import Bias, PositionConfig, rope_angles
+from llmjax.nn.position import PositionConfig, rope_angles
 from tests.reference import layers
 from tests.reference.gradient import assert_pulled
 from tests.reference.masks import keys_of

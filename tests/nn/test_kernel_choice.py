@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from llmjax.core.errors import UserError
+from llmjax.nn.bias import Bias
 from llmjax.nn.kernels import attend, choose
 from llmjax.nn.mask import Rule, cache_mask, self_mask
-from llmjax.nn.position import Bias
 from llmjax.nn.scores import Scores
 
 # It is memory that is measured, which XLA's optimizer of code does not change.

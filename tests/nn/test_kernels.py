@@ -14,9 +14,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from llmjax.core.errors import UserError
 from llmjax.nn import kernels
+from llmjax.nn.bias import Bias
 from llmjax.nn.kernels import attend
 from llmjax.nn.mask import Rule, cache_mask, cross_mask, self_mask
-from llmjax.nn.position import Bias
 from llmjax.nn.scores import Scores
 from tests.reference import layers
 from tests.reference.gradient import assert_pulled

@@ -9,9 +9,9 @@ import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 from numpy.testing import assert_allclose
 
+from llmjax.nn.bias import Bias
 from llmjax.nn.mask import Rule, self_mask
 from llmjax.nn.platform_kernels import _splash_local, cudnn
-from llmjax.nn.position import Bias
 from llmjax.nn.scores import Scores
 from tests.reference import layers
 from tests.reference.gradient import assert_pulled

@@ -7,11 +7,9 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from llmjax.core.errors import UserError
+from llmjax.nn.bias import Bias, alibi_slopes, relative_bucket
 from llmjax.nn.position import (
-  Bias,
   PositionConfig,
-  alibi_slopes,
-  relative_bucket,
   rope_angles,
   rope_frequencies,
   rotate,
