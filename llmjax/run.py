@@ -90,7 +90,13 @@ def _train(config: Config, workdir: Path) -> dict:
   store = make_store(config.data, documents, tokenizer, workdir)
   held_store = make_store(config.data, held_out, tokenizer, workdir)
   task = config.task_of(tokenizer)
-  config = with_vocab(config, tokenizer.vocab_size)
+  config = with_vocab(config, tokenizer)
+  windows = task.windows(config.model.context)
+  if windows > 1:
+    multihost.say(
+      f"llmjax: note: {len(task.marks)} sentinels do not suffice for a whole row, whose spans are "
+      f"hidden in {windows} windows that do not see each other"
+    )
   writes = config.model.kind == "decoder"
   if writes:  # fail now, not at the end
     encode_prompts(config.model, tokenizer, config.sample.prompts)

@@ -106,7 +106,7 @@ def test_eval_prints_its_scores(setup, capsys):
     ("--config.tokenizer.kind=bpe9", "unknown tokenizer kind 'bpe9'"),
     ("--config.tokenizer.path=/no/tokenizer.model", "/no/tokenizer.model': No such file"),
     ("--config.model.context=1000000", "fewer than one row of 1000001"),
-    ("--config.model.vocab_size=77", "model.vocab_size 77 is not the 400 of tokenizer and task"),
+    ("--config.model.vocab_size=77", "model.vocab_size 77 is less than the 400 of tokenizer and"),
     ("--config.model.attention.context=gather", "context=gather changes nothing on a mesh of con"),
     ("--config.mesh.across=stage", "mesh.across=stage changes nothing: all devices are of one"),
     ("--config.train.zero=2", "train.zero=2 changes nothing on a mesh of fsdp 1"),

@@ -5,7 +5,10 @@ made of (seed, step, row), so that a batch does not depend on who makes it.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -13,9 +16,11 @@ import numpy as np
 from llmjax.core.choices import check_choice, check_least
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
+from llmjax.text.base import Tokenizer
 
 TASKS = ("language_model", "prefix_lm", "masked_lm", "span_corruption")
-SENTINELS = 100  # ids after the tokenizer's own that stand for hidden spans
+SENTINELS = 100  # ids that stand for hidden spans where the tokenizer has none, as many as T5's
+_MASKS = ("[MASK]", "<mask>", "<|mask|>")
 _SHORTEST = 16  # tokens of a document in which spans are hidden; shorter ones are left out
 
 
@@ -47,18 +52,28 @@ class Task:
 
   Attributes:
     config: name (not auto) and shares.
-    tokens: ids of the tokenizer; the task's own come after them.
+    tokens: ids of the tokenizer.
     start: id that a decoder is given before it has written anything (span_corruption).
+    marks: ids that stand for what is hidden: the mask, or the sentinels in the order in which they
+      are used, at least two; by default new ids after the tokenizer's.
   """
 
   config: TaskConfig = TaskConfig(name="language_model")
   tokens: int = 0
   start: int = 0
+  marks: Sequence[int] = ()
+
+  def __post_init__(self):
+    new = {"masked_lm": 1, "span_corruption": SENTINELS}.get(self.config.name, 0)
+    marks = tuple(self.marks) or tuple(range(self.tokens, self.tokens + new))
+    if self.config.name == "span_corruption" and len(marks) < 2:
+      raise UserError(f"span_corruption needs two sentinels or more; the tokenizer has {marks}")
+    object.__setattr__(self, "marks", marks)
 
   @property
   def extra_tokens(self) -> int:
     """Ids that the model needs beyond the tokenizer's."""
-    return {"masked_lm": 1, "span_corruption": SENTINELS}.get(self.config.name, 0)
+    return max(0, 1 + max(self.marks, default=-1) - self.tokens)
 
   def batch(self, tokens_bu: np.ndarray, segments_bu: np.ndarray, seeds) -> Batch:
     """Makes a batch of rows one token longer than it.
@@ -100,7 +115,7 @@ class Task:
     hidden = (rng.random(len(tokens_t)) < self.config.hidden) & (row.segments_bt > 0)
     how = rng.random(len(tokens_t))
     anything = rng.integers(0, self.tokens, len(tokens_t))
-    shown = np.where(how < 0.8, self.tokens, np.where(how < 0.9, anything, tokens_t))
+    shown = np.where(how < 0.8, self.marks[0], np.where(how < 0.9, anything, tokens_t))
     return dataclasses.replace(
       row,
       tokens_bt=np.where(hidden, shown, tokens_t).astype(np.int32),
@@ -111,12 +126,20 @@ class Task:
   def _span_corruption(self, tokens_u, segments_u, rng) -> Batch:
     """Spans of each document are replaced by sentinels, and written out after them.
 
+    A document that has more spans than there are sentinels is cut evenly into windows that each
+    are a document of their own, so that the spans' mean length is what was asked for.
+
     Source: Raffel et al. 2019, arXiv:1910.10683, sec. 3.1.4.
     """
     t = len(tokens_u) - 1
     numbers = range(1, int(segments_u.max()) + 1)
     documents = [tokens_u[:-1][segments_u[:-1] == number] for number in numbers]
-    pairs = [self._corrupt(ids, rng) for ids in documents if len(ids) >= _SHORTEST]
+    pairs = [
+      self._corrupt(window, rng)
+      for ids in documents
+      if len(ids) >= _SHORTEST
+      for window in np.array_split(ids, self.windows(len(ids)))
+    ]
     source_s, source_segments_s = _lay_out([source for source, _ in pairs], t)
     target_t, segments_t = _lay_out([target for _, target in pairs], self.target_width(t))
     positions_t = segment_positions(segments_t)
@@ -134,24 +157,64 @@ class Task:
 
   def target_width(self, t: int) -> int:
     """Positions that the targets of a row of `t` source positions can need at most."""
-    per_span = 1 + 1 / self.config.span
-    share = self.config.hidden * per_span + (0.5 * per_span + 1.5) / _SHORTEST
-    return math.ceil(t * share)
+    return _target_width(self, t)
+
+  def windows(self, length: int) -> int:
+    """Counts the windows into which a document is cut, each with sentinels enough."""
+    if self.config.name != "span_corruption":
+      return 1
+    enough = (
+      count
+      for count in itertools.count(1)
+      if self._spans(math.ceil(length / count))[1] < len(self.marks)
+    )
+    return next(enough)
+
+  def _spans(self, length: int) -> tuple[int, int]:
+    """Of a window: (how many tokens are hidden, in how many spans)."""
+    hidden = max(1, min(round(length * self.config.hidden), length // 2))
+    return hidden, max(1, round(hidden / self.config.span))
 
   def _corrupt(self, ids, rng):
-    """One document: (its source, its target with a last sentinel as the end)."""
-    hidden = max(1, round(len(ids) * self.config.hidden))
-    spans = min(max(1, round(hidden / self.config.span)), SENTINELS - 1)
+    """One window: (its source, its target with a last sentinel as the end)."""
+    hidden, spans = self._spans(len(ids))
     hidden_lengths = _partition(hidden, spans, rng)
     shown_lengths = _partition(len(ids) - hidden, spans, rng)
     source, target, place = [], [], 0
     for number, (shown, gone) in enumerate(zip(shown_lengths, hidden_lengths, strict=True)):
-      sentinel = [self.tokens + number]
+      sentinel = [self.marks[number]]
       source += [ids[place : place + shown], sentinel]
       target += [sentinel, ids[place + shown : place + shown + gone]]
       place += shown + gone
-    target.append([self.tokens + spans])
+    target.append([self.marks[spans]])
     return np.concatenate(source), np.concatenate(target)
+
+
+@functools.cache
+def _target_width(task: Task, t: int) -> int:
+  """The dearest window's targets for each of its tokens, times the tokens of a row."""
+  needs = [task._spans(length) for length in range(1, t + 1)]
+  longest = sum(spans < len(task.marks) for _, spans in needs)
+  # Documents that must be cut are cut evenly, into windows of half the longest or more.
+  shortest = min(_SHORTEST, t if longest == t else (longest + 1) // 2)
+  lengths = range(shortest, longest + 1)
+  return math.ceil(t * max((1 + sum(needs[length - 1])) / length for length in lengths))
+
+
+def marks_of(name: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+  """Finds the tokens that a tokenizer has for what a task hides.
+
+  Returns:
+    Of masked_lm the id of BERT's `[MASK]` or its like; of span_corruption those of T5's
+    `<extra_id_0>`, `<extra_id_1>` …; () where there are none.
+  """
+  if name == "masked_lm":
+    special = tokenizer.special_tokens
+    return tuple(special[mask] for mask in _MASKS if mask in special)[:1]
+  if name == "span_corruption":
+    ids = map(tokenizer.find, map("<extra_id_{}>".format, itertools.count()))
+    return tuple(itertools.takewhile(lambda i: i is not None, ids))
+  return ()
 
 
 def _partition(total: int, parts: int, rng) -> np.ndarray:

@@ -5,7 +5,7 @@ import dataclasses
 from llmjax.core.choices import check_choice, check_finite, check_least, check_texts
 from llmjax.core.errors import UserError
 from llmjax.data.loader import DataConfig
-from llmjax.data.tasks import Task, TaskConfig
+from llmjax.data.tasks import Task, TaskConfig, marks_of
 from llmjax.models.config import ModelConfig
 from llmjax.models.upcycle import InitConfig
 from llmjax.parallel.mesh import MeshConfig
@@ -182,7 +182,8 @@ class Config:
     """The run's task, for a tokenizer."""
     start = self.model.embed.start_token
     start = start_id(tokenizer) if start < 0 else start
-    return Task(self.known_task(), tokenizer.vocab_size, start)
+    task = self.known_task()
+    return Task(task, tokenizer.vocab_size, start, marks_of(task.name, tokenizer))
 
 
 # What may differ when a run goes on: it changes where and how often, not what is learned.

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from llmjax.core import tree
 from llmjax.core.errors import UserError
-from llmjax.data.tasks import Task
+from llmjax.data.tasks import Task, marks_of
 from llmjax.models.build import abstract
 from llmjax.nn.context import check_heads
 from llmjax.parallel.rules import (
@@ -25,7 +25,7 @@ from llmjax.parallel.rules import (
   check_layout,
   weight_shardings,
 )
-from llmjax.text.tokenizer import train_tokenizer
+from llmjax.text.tokenizer import Tokenizer, train_tokenizer
 from llmjax.train.config import Config
 from llmjax.train.pipelined import check_stages
 from llmjax.train.shrink import made_up_batch
@@ -75,27 +75,34 @@ def check_config(config: Config) -> Config:
   return config
 
 
-def with_vocab(config: Config, tokens: int = 0) -> Config:
+def with_vocab(config: Config, tokenizer: Tokenizer | None = None) -> Config:
   """Fills `model.vocab_size` in from tokenizer and task, or holds it against them.
 
   Args:
-    config: the experiment.
-    tokens: of the tokenizer; by default as many as the config says. Where that is for a file to
-      say, a `model.vocab_size` above 0 is believed.
+    config: the experiment. A `model.vocab_size` above what is needed stays: published models have
+      rows to spare.
+    tokenizer: the run's; by default the one that the config says. Where that is for a file to say,
+      a `model.vocab_size` above 0 is believed.
   Raises:
-    UserError: `model.vocab_size` is another; no tokenizer where `tokenizer.path` says.
+    UserError: `model.vocab_size` is too small; no tokenizer where `tokenizer.path` says.
   """
-  made, size = config.tokenizer, config.model.vocab_size
-  if not tokens and made.path and size:
+  made, size, known = config.tokenizer, config.model.vocab_size, config.known_task()
+  if not tokenizer and made.path and size:
     return config
-  if made.path or made.kind == "bytes":
-    tokens = tokens or train_tokenizer(made, ()).vocab_size
-  wanted = (tokens or made.vocab_size) + Task(config.known_task()).extra_tokens
-  if size not in (0, wanted):
+  if not tokenizer and (made.path or made.kind == "bytes"):
+    tokenizer = train_tokenizer(made, ())
+  if tokenizer:
+    least = tokenizer.vocab_size
+    least += Task(known, least, marks=marks_of(known.name, tokenizer)).extra_tokens
+  else:  # of the kinds that are trained here WordPiece alone has a mask
+    masks = known.name == "masked_lm" and made.kind == "wordpiece"
+    least = made.vocab_size + (0 if masks else Task(known).extra_tokens)
+  if 0 < size < least:
     raise UserError(
-      f"model.vocab_size {size} is not the {wanted} of tokenizer and task; leave it at 0"
+      f"model.vocab_size {size} is less than the {least} of tokenizer and task; leave it at 0"
     )
-  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted))
+  model = dataclasses.replace(config.model, vocab_size=size or least)
+  return dataclasses.replace(config, model=model)
 
 
 def check_mesh(config: Config, mesh: Mesh | AbstractMesh):

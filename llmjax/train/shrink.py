@@ -91,8 +91,8 @@ def made_up_batch(config: Config) -> Batch:
   Raises:
     UserError: models of this kind do not learn from text.
   """
-  task = Task(config.known_task())
-  task = dataclasses.replace(task, tokens=config.model.vocab_size - task.extra_tokens)
+  known = config.known_task()
+  task = Task(known, config.model.vocab_size - Task(known).extra_tokens)
   rng = np.random.default_rng(config.seed)
   rows, length = config.data.batch_size, config.model.context + 1
   tokens_bu = rng.integers(0, task.tokens, (rows, length), np.int32)

@@ -16,9 +16,12 @@ from llmjax.data.tasks import (
   Task,
   TaskConfig,
   language_model,
+  marks_of,
   score_only,
   segment_positions,
 )
+from llmjax.text.base import PLAIN, Tokenizer
+from tests.reference.spans import spans_of
 
 #              two documents, then padding       one document that fills its row
 TOKENS = np.array([[5, 6, 7, 8, 9, 0, 0], [1, 2, 3, 4, 5, 6, 7]])
@@ -160,9 +163,97 @@ def test_spans_put_back_give_the_document(lengths, hidden, span, seed):
     assert not spans
     assert_array_equal(whole, tokens[segments == number])
     gone = len(whole) - (source < VOCAB).sum()
-    assert gone == max(1, round(len(whole) * hidden))
+    assert gone == max(1, min(round(len(whole) * hidden), len(whole) // 2))
     assert target.max() < VOCAB + SENTINELS
   assert not batch.loss_mask_bt[0][batch.segments_bt[0] == 0].any()
+
+
+def spans_and_shown(batch, sentinels):
+  """Reads the rows back: lengths of the hidden spans, and of what is shown before each."""
+  hidden, shown = [], []
+  for numbers, targets, other_numbers, source in zip(
+    batch.segments_bt, batch.targets_bt, batch.source_segments_bs, batch.source_bs, strict=True
+  ):
+    for number in range(1, numbers.max() + 1):
+      for ids, lengths in (
+        (targets[numbers == number], hidden), (source[other_numbers == number], shown)
+      ):
+        places = np.flatnonzero(np.isin(ids, sentinels))
+        assert ids[places].tolist() == list(sentinels[: len(places)])
+        first = places if lengths is hidden else np.concatenate([[-1], places])
+        lengths += (np.diff(first) - 1).tolist()
+  return np.array(hidden), np.array(shown)
+
+
+@pytest.mark.parametrize("length", [64, 512, 1981, 1982, 4096, 16_384])
+def test_spans_have_t5s_mean_length_at_every_length(length):
+  batch = make("span_corruption", row(length, width=length))
+  hidden, shown = spans_and_shown(batch, range(VOCAB, VOCAB + SENTINELS))
+  windows = int(batch.segments_bt.max())
+  assert windows == (1 if length < 1982 else -(-length // 1983))
+  rng = np.random.default_rng(1)
+  parts = [spans_of((length + n) // windows, 0.15, 3.0, rng) for n in range(windows)]
+  assert len(hidden) == sum(len(gone) for gone, _ in parts)
+  assert hidden.sum() == sum(sum(gone) for gone, _ in parts)
+  assert hidden.sum() + shown.sum() == length
+  # The number of spans is rounded, once a window.
+  assert abs(hidden.sum() / 3 - len(hidden)) <= 0.5 * windows
+
+
+def test_spans_are_distributed_as_in_t5s_recipe():
+  batch = make("span_corruption", *[row(200, width=200)] * 400)
+  made = spans_and_shown(batch, range(VOCAB, VOCAB + SENTINELS))
+  rng = np.random.default_rng(7)
+  drawn = [spans_of(200, 0.15, 3.0, rng) for _ in range(400)]
+  for ours, theirs in zip(made, zip(*drawn, strict=True), strict=True):
+    theirs = np.concatenate(theirs)
+    edges = np.unique(np.quantile(theirs, np.linspace(0, 1, 12)))
+    one, other = np.histogram(ours, edges)[0], np.histogram(theirs, edges)[0]
+    # Chi-squared of two samples; spans of a row are not quite independent, which makes it smaller.
+    chi2 = ((one - other) ** 2 / (one + other)).sum()
+    freedom = len(edges) - 2
+    assert chi2 < freedom + 5 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("marks", [(), (VOCAB + 9, VOCAB + 8), tuple(range(90, 70, -1))])
+@pytest.mark.parametrize("hidden", [0.001, 0.15, 1 / 3, 0.5])
+@pytest.mark.parametrize("span", [1.0, 1.5, 3.0, 1e9])
+def test_no_length_fails_and_no_target_outgrows_its_row(marks, hidden, span):
+  config = TaskConfig("span_corruption", hidden, span)
+  task = Task(config, VOCAB, marks=marks)
+  for width in (*range(16, 34), 64, 150):
+    lengths = [width], [16] * (width // 16), [17] * max(1, width // 17), [5, width - 5]
+    lengths = [some for some in lengths if sum(some) <= width]
+    rows = [row(*some, width=width) for some in lengths]
+    tokens, segments = map(np.stack, zip(*rows, strict=True))
+    batch = task.batch(tokens, segments, [(0, n) for n in range(len(rows))])
+    assert batch.loss_mask_bt[0].any()
+    if span == 1.0:
+      assert (spans_and_shown(batch, task.marks)[0] == 1).all()
+
+
+def test_ids_that_stand_for_what_is_hidden_are_the_tokenizers_own():
+  t5 = Tokenizer(b"", PLAIN, 32_100, {f"<extra_id_{n}>": 32_099 - n for n in range(100)})
+  bert = Tokenizer(b"", PLAIN, 30_522, {"[PAD]": 0, "[MASK]": 103})
+  bart = Tokenizer(b"", PLAIN, 50_265, {"<mask>": 50_264})
+  assert marks_of("span_corruption", t5) == tuple(range(32_099, 31_999, -1))
+  assert (marks_of("masked_lm", bert), marks_of("masked_lm", bart)) == ((103,), (50_264,))
+  assert marks_of("masked_lm", t5) == marks_of("span_corruption", bert) == ()
+  assert marks_of("language_model", bert) == ()
+
+  task = Task(TaskConfig("span_corruption"), 32_100, marks=marks_of("span_corruption", t5))
+  assert task.extra_tokens == 0
+  tokens, segments = row(100, width=100)
+  batch = task.batch(tokens[None], segments[None], [(0,)])
+  assert batch.targets_bt[0, 0] == 32_099 and 32_098 in batch.targets_bt
+  assert 32_099 in batch.source_bs and batch.source_bs.max() < 32_100
+
+  task = Task(TaskConfig("masked_lm"), 30_522, marks=(103,))
+  batch = task.batch(tokens[None], segments[None], [(0,)])
+  assert task.extra_tokens == 0 and (batch.tokens_bt == 103).any()
+  assert Task(TaskConfig("masked_lm"), VOCAB, marks=(VOCAB + 4,)).extra_tokens == 5
+  with pytest.raises(UserError, match="needs two sentinels or more"):
+    Task(TaskConfig("span_corruption"), VOCAB, marks=(3,))
 
 
 @pytest.mark.parametrize(

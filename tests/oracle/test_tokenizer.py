@@ -6,6 +6,7 @@ import re
 import pytest
 
 from llmjax.core.errors import UserError
+from llmjax.data.tasks import marks_of
 from llmjax.text import chat
 from llmjax.text.base import Settings, ends
 from llmjax.text.folder import load_tokenizer, save
@@ -170,3 +171,21 @@ def test_added_tokens_are_found_and_come_back_as_in_transformers(tmp_path):
     ids = theirs.encode(text, add_special_tokens=False)
     assert ours.encode(text, allow_special=True) == ids
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_masks_and_sentinels_are_those_of_transformers(tmp_path):
+  from transformers import T5Tokenizer
+
+  pieces = ["<pad>", "</s>", "<unk>", "▁", "a", "▁a"]
+  t5 = T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=100)
+  t5.save_pretrained(tmp_path)
+  expected = t5.convert_tokens_to_ids([f"<extra_id_{number}>" for number in range(100)])
+  assert marks_of("span_corruption", load_tokenizer(tmp_path)) == tuple(expected)
+
+
+def test_the_mask_of_a_published_bert_is_that_of_transformers(shared_data):
+  from transformers import AutoTokenizer
+
+  folder = shared_data / "minilm-l6"
+  theirs = AutoTokenizer.from_pretrained(folder).mask_token_id
+  assert marks_of("masked_lm", load_tokenizer(folder)) == (theirs,) == (103,)
