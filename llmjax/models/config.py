@@ -88,6 +88,8 @@ class ModelConfig:
     block: attention then mlp (sequential), or both of one input (parallel), with a shared norm
       (parallel_shared).
     vocab_size: tokens (v); 0 means the tokenizer's. Classes of a vision model.
+    source_vocab_size: tokens of an encoder_decoder's source, which then has an embedding of its own
+      (OpenNMT, Marian); 0 means that source and target share vocabulary and embedding (T5).
     context: positions of a training row, and the most a prompt and its continuation may fill.
     tie_embeddings: the output head reads the embedding.
     dropout: share of the embedding's and of every sublayer's output that training zeroes.
@@ -110,6 +112,7 @@ class ModelConfig:
   mlp_bias: bool = False
   block: str = "sequential"
   vocab_size: int = 0
+  source_vocab_size: int = 0
   context: int = 256
   tie_embeddings: bool = True
   dropout: float = 0.0
@@ -132,7 +135,7 @@ class ModelConfig:
     if not set(self.remat.split("+")) <= set(NAMES):
       check_choice("model.remat", self.remat, (*REMAT, *NAMES))
     check_least("model", self, layers=1, width=1, heads=1, mlp_width=1, context=1, kv_heads=0)
-    check_least("model", self, head_dim=0, encoder_layers=0, vocab_size=0)
+    check_least("model", self, head_dim=0, encoder_layers=0, vocab_size=0, source_vocab_size=0)
     if not 0 <= self.dropout < 1:
       raise UserError(f"model.dropout {self.dropout} is not in [0, 1)")
     _check_heads(self)
@@ -181,6 +184,12 @@ def _check_heads(config: ModelConfig):
     )
   if config.position.kind == "rope":
     _check_rotary(config.position, config.rotary_head)
+  halves = config.position.kind in ("sinusoidal_halves", "sinusoidal_t2t")
+  if halves and (config.width % 2 or config.width < 4):
+    raise UserError(
+      f"model.position.kind={config.position.kind} needs an even model.width of at least 4, "
+      f"not {config.width}"
+    )
 
 
 def _check_rotary(position: PositionConfig, h: int):
@@ -227,6 +236,10 @@ def _check_kind(config: ModelConfig):
       raise UserError("an encoder_decoder decides its masks itself: leave model.attention.mask")
     if config.block != "sequential":
       raise UserError("an encoder_decoder has sequential blocks: leave model.block")
+  elif config.source_vocab_size:
+    raise UserError(
+      f"model.source_vocab_size is of an encoder_decoder; model.kind={config.kind} has no source"
+    )
   if config.moe.experts:
     if config.kind not in ("decoder", "encoder"):
       raise UserError(f"model.kind={config.kind} has no experts: set model.moe.experts to 0")

@@ -1,5 +1,7 @@
 """The encoder-decoder (T5-type): a decoder whose every layer looks at an encoder's result."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -8,10 +10,11 @@ from llmjax.models.config import ModelConfig
 from llmjax.models.stack import Stack
 from llmjax.models.text import TextModel, split_or_none
 from llmjax.nn.cache import Cache
+from llmjax.nn.embed import Embed
 
 
 class EncoderDecoder(TextModel):
-  """A model of one text given another; both share the token table.
+  """A model of one text given another; both share the token table, unless the source has its own.
 
   Args:
     key: PRNG key of the whole model.
@@ -22,6 +25,12 @@ class EncoderDecoder(TextModel):
   def __init__(self, key, config: ModelConfig):
     keys = jax.random.split(key, 3)
     super().__init__(keys[0], config)
+    if config.source_vocab_size:
+      dims = config.dims | {"v": config.source_vocab_size}
+      plain = dataclasses.replace(config.embed, head_bias=False)
+      self.source_embed = Embed(
+        jax.random.fold_in(keys[0], 1), dims, plain, config.position, config.norm, tied=True
+      )
     layers = config.encoder_layers or config.layers
     self.encoder = Stack(keys[1], config, causal=False, layers=layers)
     self.decoder = Stack(keys[2], config, causal=True, cross=True)
@@ -56,7 +65,7 @@ class EncoderDecoder(TextModel):
     source = Batch(
       batch.source_bs, segments_bt=segments_bs, positions_bt=batch.source_positions_bs
     )
-    x_bsd = self._embedded(source, keys[0])
+    x_bsd = self._embedded(source, keys[0], embed=getattr(self, "source_embed", self.embed))
     return self.encoder(x_bsd, self.encoder.shared(source, keys[1]))[0], segments_bs
 
   def start(self, batch: Batch, slots: int) -> Cache:

@@ -1,7 +1,7 @@
 """Hugging Face folders, read and written: `config.json`, safetensors, a tokenizer.
 
-The families are tables (`hf_decoders`, `hf_moe`, `hf_encoders`, `hf_vision`), which `hf_family` and
-`hf_layout` read in both directions.
+The families are tables (`hf_decoders`, `hf_moe`, `hf_encoders`, `hf_marian`, `hf_vision`), which
+`hf_family` and `hf_layout` read in both directions.
 """
 
 import dataclasses
@@ -20,13 +20,14 @@ from llmjax.models.hf_encoders import BERT, ROBERTA, T5
 from llmjax.models.hf_family import Family, misfits, note, read_config, write_config
 from llmjax.models.hf_files import DTYPES, open_tensors, read_json, save_tensors, write_json
 from llmjax.models.hf_layout import Tensors, from_tensors, matches, to_tensors
+from llmjax.models.hf_marian import MARIAN
 from llmjax.models.hf_moe import MOES
 from llmjax.models.hf_vision import GEMMA3_SHELL, LLAVA, VIT
 from llmjax.models.model import Model
 from llmjax.text.folder import load_tokenizer, tokenizer_file
 from llmjax.text.tokenizer import start_id
 
-ALL = (*DECODERS, *MOES, BERT, ROBERTA, T5, VIT, LLAVA, GEMMA3_SHELL)
+ALL = (*DECODERS, *MOES, BERT, ROBERTA, T5, MARIAN, VIT, LLAVA, GEMMA3_SHELL)
 FAMILIES = {family.name: family for family in ALL}
 
 

@@ -8,7 +8,7 @@ import math
 
 from llmjax.models.config import ModelConfig, VisionConfig
 from llmjax.nn.attention import AttentionConfig
-from llmjax.nn.position import PositionConfig
+from llmjax.nn.position import SINUSOIDS, PositionConfig
 from llmjax.nn.router import MoeConfig
 
 
@@ -67,7 +67,7 @@ def _canonical_moe(config: ModelConfig) -> MoeConfig:
 # What a kind of positions or a scaling of rotary ones reads.
 READ = {
   "rope": ("theta", "local_theta", "fraction", "scaling"),
-  "sinusoidal": ("theta",),
+  **dict.fromkeys(SINUSOIDS, ("theta", "first")),
   "relative": ("buckets", "max_distance"),
   "linear": ("factor",),
   "ntk": ("factor",),

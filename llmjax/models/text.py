@@ -88,9 +88,9 @@ class TextModel(nnx.Module):
     """Runs everything between the blocks and the head: x_btd."""
     return self._transform(self.stack.leave(x_btd))
 
-  def _embedded(self, batch: Batch, key, images=None):
-    dtype = jnp.dtype(self.config.dtype)
-    x_btd = self.embed(batch.tokens_bt, positions_of(batch), dtype, batch.types_bt, images)
+  def _embedded(self, batch: Batch, key, images=None, embed: Embed | None = None):
+    dtype, embed = jnp.dtype(self.config.dtype), embed or self.embed
+    x_btd = embed(batch.tokens_bt, positions_of(batch), dtype, batch.types_bt, images)
     return dropout(x_btd, self.config.dropout, key)
 
   def _images(self, batch: Batch, key):

@@ -13,7 +13,7 @@ from llmjax.core.dot import dot
 from llmjax.core.errors import UserError
 from llmjax.nn.norm import Norm, NormConfig
 from llmjax.nn.param import constant, fan_in, normal, param
-from llmjax.nn.position import PositionConfig, sinusoids
+from llmjax.nn.position import SINUSOIDS, PositionConfig, sinusoids
 from llmjax.parallel.rules import (
   ACTIVATIONS,
   WEIGHTS,
@@ -108,8 +108,8 @@ class Embed(nnx.Module):
       x_btd = jnp.where(replace[0][..., None], replace[1].astype(dtype), x_btd)
     if self.position.kind == "learned":
       x_btd += look_up(self.position_td, positions_bt, "t", dtype)
-    elif self.position.kind == "sinusoidal":
-      x_btd += sinusoids(positions_bt, x_btd.shape[-1], self.position.theta).astype(dtype)
+    elif self.position.kind in SINUSOIDS:
+      x_btd += sinusoids(positions_bt, x_btd.shape[-1], self.position).astype(dtype)
     if config.types:
       types_bt = jnp.zeros_like(tokens_bt) if types_bt is None else types_bt
       x_btd += look_up(self.type_id, types_bt, "i", dtype)

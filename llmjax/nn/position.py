@@ -16,7 +16,8 @@ from llmjax.core.choices import check_choice, check_least
 from llmjax.core.errors import UserError
 from llmjax.core.platform import platform
 
-KINDS = ("rope", "learned", "sinusoidal", "alibi", "relative", "none")
+SINUSOIDS = ("sinusoidal", "sinusoidal_halves", "sinusoidal_t2t")
+KINDS = ("rope", "learned", *SINUSOIDS, "alibi", "relative", "none")
 LAYOUTS = ("half", "interleaved")
 SCALINGS = ("none", "linear", "ntk", "yarn", "llama3", "longrope")
 
@@ -26,9 +27,12 @@ class PositionConfig:
   """How a model knows where a token stands.
 
   Attributes:
-    kind: rope; learned (a table of `model.context` rows); sinusoidal; alibi; relative (T5's
-      learned bias by distance); none.
-    theta: base of the rotary angles.
+    kind: rope; learned (a table of `model.context` rows); sinusoidal (sines and cosines in turn),
+      sinusoidal_halves (all sines, then all cosines: Marian), sinusoidal_t2t (likewise, the last
+      wavelength exactly theta times the first: Tensor2Tensor, OpenNMT, fairseq); alibi; relative
+      (T5's learned bias by distance); none.
+    first: number of a document's first position, for sinusoids: OpenNMT's is 1, fairseq's 2.
+    theta: base of the rotary angles, and of sinusoids.
     local_theta: base in the window layers of `model.attention.pattern`, unscaled; 0 means theta.
     fraction: share of a head's channels that rope turns, from its first on; where that is an odd
       number of channels, one more turns.
@@ -49,6 +53,7 @@ class PositionConfig:
   """
 
   kind: str = "rope"
+  first: int = 0
   theta: float = 10_000.0
   local_theta: float = 0.0
   fraction: float = 1.0
@@ -73,6 +78,11 @@ class PositionConfig:
       "model.position", self, factor=1, attention_factor=0, original_context=0, buckets=4,
       max_distance=self.buckets // 2 + 1,
     )
+    check_least("model.position", self, first=0)
+    if self.first and self.kind not in SINUSOIDS:
+      raise UserError(
+        f"model.position.first {self.first} changes nothing with model.position.kind={self.kind}"
+      )
     if self.theta <= 1:
       raise UserError(f"model.position.theta {self.theta} is not above 1")
     if self.local_theta and self.local_theta <= 1:
@@ -262,14 +272,23 @@ def _swapped(layout, x):
   return jnp.stack([wide[..., 1::2], wide[..., ::2]], axis=-1).reshape(wide.shape)
 
 
-def sinusoids(positions_bt, width: int, theta: float):
-  """Computes fixed position vectors: sin and cos of position · theta^(-2i/width), in turn.
+def sinusoids(positions_bt, width: int, config: PositionConfig):
+  """Computes fixed position vectors: sin and cos of position · theta^(-2i/width).
 
+  Args:
+    positions_bt: int32 places within the document, from 0; `config.first` is added.
+    width: d; odd ones only where sines and cosines stand in turn.
+    config: its kind decides the order of channels, and whether exponents are 2i/width or, as in
+      sinusoidal_t2t, i / (width/2 - 1).
   Returns:
     p_btd, fp32.
-  Source: Vaswani et al. 2017, arXiv:1706.03762, sec. 3.5.
+  Source: Vaswani et al. 2017, arXiv:1706.03762, sec. 3.5, and its released code, Tensor2Tensor.
   """
-  frequencies = jnp.asarray(theta ** -(np.arange(0, width, 2) / width), jnp.float32)
-  angles = positions_bt[..., None].astype(jnp.float32) * frequencies
+  steps = np.arange((width + 1) // 2)
+  span = width / 2 - 1 if config.kind == "sinusoidal_t2t" else width / 2
+  frequencies = jnp.asarray(config.theta ** -(steps / span), jnp.float32)
+  angles = (positions_bt[..., None] + config.first).astype(jnp.float32) * frequencies
   waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+  if config.kind != "sinusoidal":
+    waves = waves.swapaxes(-1, -2)
   return waves.reshape(*positions_bt.shape, -1)[..., :width]

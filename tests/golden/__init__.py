@@ -35,7 +35,7 @@ def inputs(name: str) -> dict[str, np.ndarray]:
     case "bert" | "roberta":
       types = {"token_type_ids": rng.integers(0, 3, ids.shape)} if name == "bert" else {}
       return {"input_ids": ids, "attention_mask": mask, **types}
-    case "t5":
+    case "t5" | "marian":
       return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, 3:12]}
     case "vit":
       return {"pixel_values": images}

@@ -30,6 +30,19 @@ T5 = TEXT | {
   "relative_attention_max_distance": 10,
   "pad_token_id": 0,
 }
+MARIAN = TEXT | {
+  "d_model": 16,
+  "encoder_layers": 2,
+  "decoder_layers": 3,
+  "encoder_attention_heads": 4,
+  "decoder_attention_heads": 4,
+  "encoder_ffn_dim": 24,
+  "decoder_ffn_dim": 24,
+  "max_position_embeddings": 32,
+  "activation_function": "swish",
+  "pad_token_id": 0,
+  "decoder_start_token_id": 0,
+}
 BERT = SMALL | {"pad_token_id": 0, "layer_norm_eps": 1e-12, "type_vocab_size": 3}
 VISION = {
   "hidden_size": 12,
@@ -191,6 +204,12 @@ CASES = {
   "t5_gated": (
     "T5ForConditionalGeneration",
     T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+  ),
+  "marian": ("MarianMTModel", MARIAN | {"scale_embedding": True}),
+  "marian_apart": (
+    "MarianMTModel",
+    MARIAN
+    | {"vocab_size": 41, "decoder_vocab_size": 37, "share_encoder_decoder_embeddings": False},
   ),
   "vit": ("ViTForImageClassification", VISION | {"num_labels": 5}),
   "llava": (

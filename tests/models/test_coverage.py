@@ -13,6 +13,7 @@ import pytest
 from llmjax.models import build, config
 from llmjax.models.config import ModelConfig
 from llmjax.nn import attention, context, kernels, mlp, norm, position, router
+from llmjax.nn.position import SINUSOIDS
 from tests.models.variants import VARIANTS, reference_config
 
 CHOICES = {
@@ -81,7 +82,8 @@ READ_IF = {
   "attention.sparse": lambda v: "sparse" in v["attention.pattern"],
   "attention.block": lambda v: v["attention.kernel"] == "blockwise",
   "attention.latent": lambda v: v["attention.latent.kv_rank"] > 0,
-  "position.theta": lambda v: v["position.kind"] in ("rope", "sinusoidal"),
+  "position.theta": lambda v: rope(v) or v["position.kind"] in SINUSOIDS,
+  "position.first": lambda v: v["position.kind"] in SINUSOIDS,
   "position.local_theta": lambda v: rope(v) and "window" in v["attention.pattern"],
   "position.fraction": lambda v: rope(v),
   "position.layout": lambda v: rope(v),
@@ -109,6 +111,7 @@ READ_IF = {
   "moe.renormalize": lambda v: v["moe.experts"] > 0 and v["moe.router"] in ("softmax", "sigmoid"),
   "moe.": lambda v: v["moe.experts"] > 0,
   "encoder_layers": lambda v: v["kind"] == "encoder_decoder",
+  "source_vocab_size": lambda v: v["kind"] == "encoder_decoder",
   "embed.": lambda v: v["kind"] != "vision" or v["embed.norm"],
   "tie_embeddings": lambda v: v["kind"] != "vision",
 }

@@ -78,6 +78,7 @@ ROWS = {
     "norm.place": "post", "norm.kind": "layer", "position.kind": "sinusoidal",
     "position.theta": 500.0, "activation": "relu2", "mlp_bias": True,
   },
+  "halves": {"position.kind": "sinusoidal_halves", "position.theta": 500.0, "activation": "silu"},
   "alibi": {
     "position.kind": "alibi", "heads": 6, "head_dim": 4, "embed.norm": True, "norm.kind": "layer",
     "activation": "geglu", "mlp_bias": True,
@@ -131,6 +132,11 @@ ROWS = {
     "kind": "encoder_decoder", "norm.kind": "layer", "norm.bias": True, "norm.place": "post",
     "position.kind": "learned", "attention.bias": "all", "mlp_bias": True, "embed.norm": True,
     "activation": "gelu", "embed.scale": 2.0,
+  },
+  "open_nmt": {
+    "kind": "encoder_decoder", "norm.kind": "layer", "norm.bias": True, "attention.bias": "all",
+    "position.kind": "sinusoidal_t2t", "position.first": 1, "source_vocab_size": V + 9,
+    "mlp_bias": True, "activation": "silu", "embed.scale": 32**0.5, "embed.head_bias": True,
   },
   "rope_t5": {
     "kind": "encoder_decoder", "norm.place": "sandwich", "attention.qk_norm": "all",
@@ -242,7 +248,8 @@ def inputs(config: ModelConfig, seed: int = 0) -> dict:
     made["types"] = rng.integers(0, config.embed.types, (2, t)).astype(np.int32)
   if config.kind == "encoder_decoder":
     lengths = [3, 4, 2]
-    made["source"] = rng.integers(0, V, (2, S)).astype(np.int32)
+    ids = config.source_vocab_size or V
+    made["source"] = rng.integers(0, ids, (2, S)).astype(np.int32)
     made["source_segments"] = np.array([_numbers(lengths, S), [1] * (S - 2) + [0] * 2], np.int32)
     made["source_positions"] = np.array([_places(lengths, S), [*range(S)]], np.int32)
   if config.vision.image_size:

@@ -1,5 +1,7 @@
 """Proves that rotary positions, their scalings, sinusoids and biases are those of their papers."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,10 +170,25 @@ def test_window_layers_have_a_base_of_their_own_without_scaling():
 
 @pytest.mark.parametrize("width", [8, 7])
 def test_sinusoids_equal_the_reference(width):
-  mine = sinusoids(jnp.asarray(POSITIONS), width, 100.0)
+  config = PositionConfig(kind="sinusoidal", theta=100.0)
+  mine = sinusoids(jnp.asarray(POSITIONS), width, config)
   theirs = [[reference.sinusoid(p, width, 100.0) for p in row] for row in POSITIONS.tolist()]
   assert mine.dtype == jnp.float32
   assert_allclose(mine, theirs, rtol=0, atol=30 * 2**-23)
+
+
+def test_other_orders_of_sinusoids_are_those_of_marian_and_tensor2tensor():
+  """Marian: PE[j] = sin(p / θ^(2j/d)), PE[d/2 + j] its cosine. Tensor2Tensor: of d/2 timescales
+  1 … θ, evenly apart in their logarithms. OpenNMT counts positions from 1."""
+  places = jnp.asarray([[0, 1, 5]])
+  halves = sinusoids(places, 8, PositionConfig(kind="sinusoidal_halves", theta=100.0))[0]
+  for row, p in zip(halves, (0, 1, 5), strict=True):
+    want = [f(p / 100 ** (2 * j / 8)) for f in (math.sin, math.cos) for j in range(4)]
+    assert_allclose(row, want, rtol=0, atol=8 * 2**-23)
+  t2t = PositionConfig(kind="sinusoidal_t2t", theta=1000.0, first=1)
+  for row, p in zip(sinusoids(places, 8, t2t)[0], (1, 2, 6), strict=True):
+    want = [f(p / scale) for f in (math.sin, math.cos) for scale in (1, 10, 100, 1000)]
+    assert_allclose(row, want, rtol=0, atol=8 * 2**-23)
 
 
 def test_alibi_slopes_are_the_papers():

@@ -145,9 +145,9 @@ def stack(x, w, cfg, causal, positions, segments, prefix=None, source=None, toke
   return x
 
 
-def embedded(weights, cfg, tokens, positions, types=None, images=None):
+def embedded(weights, cfg, tokens, positions, types=None, images=None, place="embed"):
   """Vectors of tokens: scaled, an image's in their place, positions and types added, normed."""
-  w = below(weights, "embed")
+  w = below(weights, place)
   x = w["token_vd"][tokens] * cfg["embed.scale"]
   if images is not None:
     for row in range(len(tokens)):
@@ -157,9 +157,8 @@ def embedded(weights, cfg, tokens, positions, types=None, images=None):
           x[row, place] = next(waiting)
   if cfg["position.kind"] == "learned":
     x = x + w["position_td"][positions]
-  if cfg["position.kind"] == "sinusoidal":
-    d, theta = x.shape[-1], cfg["position.theta"]
-    x = x + np.array([[sinusoid(p, d, theta) for p in row] for row in positions])
+  if cfg["position.kind"].startswith("sinusoidal"):
+    x = x + np.array([[sinusoid(p, x.shape[-1], cfg) for p in row] for row in positions])
   if cfg["embed.types"]:
     x = x + w["type_id"][np.zeros_like(tokens) if types is None else types]
   return norm(x, below(w, "norm"), cfg) if cfg["embed.norm"] else x
@@ -213,7 +212,8 @@ def read_source(weights, cfg, batch, segments):
   tokens = batch["source"]
   positions = positions_of(tokens, batch.get("source_positions"))
   numbers = batch.get("source_segments", np.ones_like(tokens))
-  x = embedded(weights, cfg, tokens, positions)
+  own = "source_embed" if cfg["source_vocab_size"] else "embed"
+  x = embedded(weights, cfg, tokens, positions, place=own)
   x = stack(x, below(weights, "encoder"), cfg, False, positions, numbers)
   return x, segments[:, :, None] == numbers[:, None, :]
 

@@ -128,10 +128,23 @@ def rotary(x_btnh, positions_bt, cfg, local):
   return y
 
 
-def sinusoid(position, d, theta):
-  """Vaswani et al. 2017, sec. 3.5, one position's vector."""
-  angle = [position / theta ** (2 * (i // 2) / d) for i in range(d)]
-  return np.array([math.sin(a) if i % 2 == 0 else math.cos(a) for i, a in enumerate(angle)])
+def sinusoid(position, d, cfg):
+  """One position's vector: Vaswani et al. 2017, sec. 3.5, and two orders found in released code.
+
+  Marian: all sines, then all cosines. Tensor2Tensor: likewise, of num_timescales = d/2 wavelengths
+  whose logarithms lie evenly from the first to the last, both included.
+  """
+  theta, kind = cfg["position.theta"], cfg["position.kind"]
+  position += cfg["position.first"]
+  if kind == "sinusoidal":
+    angle = [position / theta ** (2 * (i // 2) / d) for i in range(d)]
+    return np.array([math.sin(a) if i % 2 == 0 else math.cos(a) for i, a in enumerate(angle)])
+  half = d // 2
+  if kind == "sinusoidal_t2t":
+    scales = [math.exp(-i * math.log(theta) / (half - 1)) for i in range(half)]
+  else:
+    scales = [1 / theta ** (2 * i / d) for i in range(half)]
+  return np.array([f(position * scale) for f in (math.sin, math.cos) for scale in scales])
 
 
 def alibi_slopes(n):
