@@ -21,7 +21,7 @@ from llmjax.core import interrupt
 from llmjax.core.errors import RunFailed, UserError, nearest
 from llmjax.core.files import to_json
 from llmjax.core.platform import spare_libtpu
-from llmjax.parallel import join, multihost
+from llmjax.parallel import channels, join, multihost
 from llmjax.parallel.mesh import abstract_mesh
 from llmjax.plan import command
 from llmjax.serve.generate import Completion, stream
@@ -296,6 +296,7 @@ def _force_devices(count: int):
     if flag not in flags:
       flags += f" --{flag}={value}"
   os.environ["XLA_FLAGS"] = flags.strip()
+  channels.reserve_threads()
 
 
 def _convert(args, overrides) -> dict:

@@ -94,7 +94,8 @@ def test_config_stays_small():
   from llmjax.core.config import flat
   from llmjax.train.config import Config
 
-  assert len(flat(Config())) <= 151  # of which longrope's divisors nobody chooses by hand
+  others = ("eval.", "sample.")  # sections of other verbs, which score and write
+  assert len([key for key in flat(Config()) if not key.startswith(others)]) <= 150
   for field in dataclasses.fields(Config):
     section = getattr(Config(), field.name)
     if dataclasses.is_dataclass(section):

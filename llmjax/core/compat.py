@@ -21,32 +21,7 @@ def same_bits_options(platform: str, jax_version: str = jax.__version__) -> dict
   Returns:
     Options for `jax.jit(…, compiler_options=…)`, for what runs once.
   """
+  release = tuple(int(part) for part in jax_version.split(".")[:2])
   if platform != "cpu":
     return {}
-  return {"xla_backend_optimization_level": 1 if _release(jax_version) <= (0, 10) else 0}
-
-
-def cpu_mesh_options(jax_version: str = jax.__version__) -> dict[str, str | bool]:
-  """Compiler options under which a program for several CPU devices runs correctly.
-
-  Instructions keep the order that needs least memory. In the order XLA prefers on a CPU, which runs
-  many at once, arrays are overwritten before they are read: weights came out NaN in six steps of
-  seven where dropout, remat and the ring meet.
-
-  In jax 0.12 XLA orders two collectives only by when they begin, and a conditional or a loop counts
-  as begun before the collectives inside it are: once the executor has handed half of its ready
-  instructions to another thread, one device may enter a later collective while its neighbour still
-  waits in an earlier one, for ever. Without a pool of threads for one device's instructions nothing
-  is handed over, and collectives keep the order of the program. Devices still run in parallel.
-
-  Args:
-    jax_version: release of jax, the installed one by default.
-  """
-  options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-  if _release(jax_version) > (0, 10):
-    options["xla_cpu_multi_thread_eigen"] = False
-  return options
-
-
-def _release(jax_version: str) -> tuple[int, ...]:
-  return tuple(int(part) for part in jax_version.split(".")[:2])
+  return {"xla_backend_optimization_level": 1 if release <= (0, 10) else 0}

@@ -16,6 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from llmjax.core.errors import UserError, nearest
+from llmjax.parallel.channels import separate_channels
 
 AXES = ("data", "fsdp", "stage", "context", "expert", "tensor")
 
@@ -64,6 +65,8 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   devices = list(jax.devices() if devices is None else devices)
   sizes = axis_sizes(config, len(devices))
   grid = lay_out(devices, sizes, config.slices, config.across)
+  if len(devices) > 1 and devices[0].platform == "cpu":
+    separate_channels()
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

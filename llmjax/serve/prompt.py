@@ -181,6 +181,11 @@ def _patches(config: ModelConfig, images, processor) -> np.ndarray | None:
 
 
 def _as_sources(config: ModelConfig, tokenizer: Tokenizer, rows) -> Prompts:
+  if config.source_vocab_size:
+    raise UserError(
+      "this model reads sources of another vocabulary than its tokenizer's: give generate_ids "
+      "Prompts(rows, sources) of ids"
+    )
   first = config.embed.start_token
   first = start_id(tokenizer) if first < 0 else first
   return Prompts([[first] for _ in rows], rows)

@@ -176,6 +176,11 @@ class Config:
         f"llmjax train reads text, which model.kind={self.model.kind} does not; "
         "train it from Python with llmjax.train.step on batches of patches"
       )
+    if self.model.source_vocab_size:
+      raise UserError(
+        "llmjax train has one tokenizer, and model.source_vocab_size is for two; train from Python "
+        "with llmjax.train.step on batches of source and target"
+      )
     return dataclasses.replace(self.task, name=self.task_name)
 
   def task_of(self, tokenizer: Tokenizer) -> Task:

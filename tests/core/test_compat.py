@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.core.compat import cpu_mesh_options, same_bits_options
+from llmjax.core.compat import same_bits_options
 
 PACKAGE = Path(__file__).parents[2] / "llmjax"
 
@@ -39,14 +39,6 @@ def test_options_are_for_cpu_alone_and_stricter_on_new_releases():
   for newer in ("0.11.0", "0.12.0.1", "1.0", "0.13.0.dev20270101"):
     assert same_bits_options("cpu", newer) == {"xla_backend_optimization_level": 0}
   assert same_bits_options("tpu", "0.12.0.1") == {}
-
-
-def test_programs_for_several_cpu_devices_hand_nothing_to_other_threads_on_new_releases():
-  """The multi-device suite hangs on jax 0.12 without this; here, that XLA knows both options."""
-  assert "xla_cpu_multi_thread_eigen" not in cpu_mesh_options("0.10.2")
-  assert cpu_mesh_options("0.12.0.1")["xla_cpu_multi_thread_eigen"] is False
-  for options in (cpu_mesh_options("0.10.2"), cpu_mesh_options("0.12.0.1")):
-    assert jax.jit(jnp.sin, compiler_options=options)(0.0) == 0
 
 
 def test_no_other_file_asks_for_a_version():

@@ -11,6 +11,7 @@ import pytest
 
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
+from llmjax.models import hf
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig, VisionConfig
 from llmjax.models.model import Model
@@ -23,6 +24,8 @@ from llmjax.serve.generate import generate, generate_ids
 from llmjax.serve.prompt import Prompts, encode_prompts
 from llmjax.serve.sample import Sampling
 from llmjax.text.base import Settings
+from llmjax.train.config import Config
+from tests import golden
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 
@@ -122,6 +125,21 @@ def test_an_encoder_decoders_prompt_is_its_source(translating):
   made = generate(translating, ["abc"], GREEDY)[0]
   ids = naive(translating, [0], source_bs=np.array([[10, 11, 12, 2]], np.int32))
   assert made.ids == (ids[: ids.index(2)] if 2 in ids else ids)
+
+
+def test_a_source_of_another_vocabulary_is_given_as_ids():
+  model = hf.load_folder(golden.FOLDER / "marian_apart")  # 41 source ids, 37 target ids
+  source, row = [40, 38, 7, 2], [0]
+  for _ in range(4):
+    tokens, source_bs = np.array([row], np.int32), np.array([source], np.int32)
+    x_btd, *_ = model.parameters.hidden(Batch(tokens, source_bs=source_bs))
+    row = [*row, int(np.argmax(model.parameters.logits(x_btd)[0, -1]))]
+  greedy = Sampling(temperature=0, max_tokens=4)
+  assert generate_ids(model, Prompts([[0]], [source]), greedy) == [row[1:]]
+  with pytest.raises(UserError, match="another vocabulary"):
+    encode_prompts(model.config, Letters(), ["abc"])
+  with pytest.raises(UserError, match="train has one tokenizer"):
+    Config(model=model.config).known_task()
 
 
 def test_a_decoder_with_images_writes_what_full_passes_write(seeing):
