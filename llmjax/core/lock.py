@@ -46,7 +46,7 @@ def locked(workdir: Path) -> Iterator[None]:
     yield
   finally:
     done.set()
-    if _read(workdir / _NAME) == me:
+    if _look(workdir / _NAME)[0] == me:
       (workdir / _NAME).unlink(missing_ok=True)
     if new:
       with contextlib.suppress(OSError):  # something is in it
@@ -60,14 +60,31 @@ def _take(path: Path, workdir: Path) -> dict:
     with contextlib.suppress(FileExistsError):
       _make(path, me)
       return me
-    owner, alive = _watch(path)
-    if alive and path.exists() and _read(path) == owner:
+    found, alive = _watch(path)
+    owner = found[0]
+    if not alive:
+      _remove(path, found, me)
+    elif _look(path)[0] == owner and path.exists():
       who = "a run" if owner is None else (
         f"process {owner['pid']} on {owner['host']}, which began at {owner['began']}"
       )
       raise UserError(f"workdir {str(workdir)!r} is held by {who}; use another, or end that run")
-    if not alive:
-      _remove(path, owner)
+
+
+def _remove(path: Path, found: tuple, me: dict):
+  """Removes a dead owner's lock, one process at a time: nobody removes that of a successor."""
+  taking = path.with_name(f"{path.name}.taking")
+  try:
+    _make(taking, me)
+  except FileExistsError:
+    if not _watch(taking)[1]:  # killed between these lines
+      taking.unlink(missing_ok=True)
+    return
+  try:
+    if _look(path) == found:
+      path.unlink(missing_ok=True)
+  finally:
+    taking.unlink(missing_ok=True)
 
 
 def _make(path: Path, me: dict):
@@ -80,35 +97,26 @@ def _make(path: Path, me: dict):
       raise
 
 
-def _remove(path: Path, owner: dict | None):
-  """Removes a dead owner's lock; puts it back if meanwhile another run took it."""
-  aside = path.with_name(f"{_NAME}.{uuid.uuid4().hex}")
-  with contextlib.suppress(FileNotFoundError):
-    path.rename(aside)
-    if _read(aside) != owner:
-      with contextlib.suppress(FileExistsError):
-        os.link(aside, path)
-    aside.unlink()
-
-
-def _watch(path: Path) -> tuple[dict | None, bool]:
-  """Who holds a lock, and whether it still lives; clocks differ, so on other machines we look."""
-  owner, seen = _read(path), _touched(path)
+def _watch(path: Path) -> tuple[tuple, bool]:
+  """What a lock is and whether its owner lives; clocks differ, so other machines' are watched."""
+  found = owner, touched = _look(path)
   known = owner and is_alive(owner) is not None
   if owner and not known:
     text = f"waiting up to {DEAD_S:.0f} s for a sign of process {owner['pid']} on {owner['host']}"
     print(text, file=sys.stderr, flush=True)
   until_s = time.monotonic() + (_KILLED_S if known else DEAD_S)
-  while (is_alive(owner) if known else _touched(path) == seen) and time.monotonic() < until_s:
-    time.sleep(0.1)
-  return owner, is_alive(owner) if known else _touched(path) != seen
+  while True:
+    alive = is_alive(owner) if known else _look(path)[1] != touched
+    if bool(alive) != bool(known) or time.monotonic() > until_s or not path.exists():
+      return found, bool(alive) or not path.exists()
+    time.sleep(0.05)
 
 
 def _beat(path: Path, me: dict, done: threading.Event):
   """Touches the lock; ends the process where another run has taken it."""
   while not done.wait(BEAT_S):
     with contextlib.suppress(OSError):  # the file system is away: others see no touch
-      found = _read(path)
+      found = _look(path)[0]
       if found not in (me, None) and not done.is_set():
         text = f"llmjax: failed: {path} was taken by another run while this process stood still"
         print(text, file=sys.stderr, flush=True)
@@ -159,18 +167,16 @@ def _born(pid: int) -> str:
   return "" if state in "ZX" else fields[18]
 
 
-def _read(path: Path) -> dict | None:
-  """What a lock says; None where there is none, or one that is not whole."""
-  try:
-    return json.loads(path.read_text())
-  except (FileNotFoundError, ValueError):
-    return None
+def _look(path: Path) -> tuple[dict | None, int | None]:
+  """What a lock says, None if it is not whole, and when it was last touched, None if it is gone.
 
-
-def _touched(path: Path) -> float | None:
-  """When a lock was last touched; opened, because network file systems then ask the server."""
+  The file is opened, because network file systems then ask the server.
+  """
   try:
     with path.open() as file:
-      return os.fstat(file.fileno()).st_mtime_ns
+      touched = os.fstat(file.fileno()).st_mtime_ns
+      return json.load(file), touched
   except FileNotFoundError:
-    return None
+    return None, None
+  except ValueError:
+    return None, touched

@@ -13,6 +13,7 @@ import json
 import logging
 import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,18 @@ from llmjax.train.state import TrainState
 # Orbax narrates every save at WARNING, and what fails at ERROR with every traceback; it raises too.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
+_unraisable = sys.unraisablehook
+
+
+def _spare_callbacks(raised):
+  """`sys.unraisablehook`, without what Orbax and TensorStore leave when a save or a read failed."""
+  frames = traceback.extract_tb(raised.exc_traceback)
+  ours = any("/orbax/" in frame.filename for frame in frames)
+  if not ours and str(raised.exc_value) != "Event loop is closed":
+    _unraisable(raised)
+
+
+sys.unraisablehook = _spare_callbacks
 
 FOLDER = "checkpoints"
 # What a model's folder may say of its use, by the name of the `Model`'s attribute.
@@ -57,7 +70,6 @@ class Checkpoints:
 
   def __init__(self, workdir: Path, keep: int):
     self._root = Path(workdir, FOLDER).absolute()
-    sys.unraisablehook = _spare_callbacks
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     self._manager = ocp.CheckpointManager(
       self._root, options=options, item_names=("model", "optimizer", "meta")
@@ -131,12 +143,6 @@ class Checkpoints:
         shutil.rmtree(partial, ignore_errors=True)
     steps = self._manager.all_steps(read=True)
     return f"the checkpoint of step {max(steps)} stands" if steps else "there is no checkpoint yet"
-
-
-def _spare_callbacks(raised):
-  """`sys.unraisablehook`, without TensorStore's callbacks that come after a save has failed."""
-  if str(raised.exc_value) != "Event loop is closed":
-    sys.__unraisablehook__(raised)
 
 
 @contextlib.contextmanager

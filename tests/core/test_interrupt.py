@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -14,7 +15,7 @@ HEAD = """
 import ctypes, signal, sys, time
 sys.path.append("llmjax/core")
 import interrupt
-interrupt.GRACE_S = 0.2
+interrupt.GRACE_S = 0.5
 library, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 def be_deaf():
   print("ready", flush=True)
@@ -34,6 +35,7 @@ def start(code: str) -> subprocess.Popen:
 
 
 def end(process) -> tuple[int, str]:
+  time.sleep(0.5)  # until it is in the call that it spoke before
   process.send_signal(signal.SIGINT)
   _, err = process.communicate(timeout=60)
   return process.returncode, err
@@ -51,7 +53,7 @@ with interrupt.prompt():
 """)
   process.send_signal(signal.SIGINT)
   with pytest.raises(subprocess.TimeoutExpired):
-    process.wait(0.6)
+    process.wait(1.5)
   assert end(process) == (1, SAID)
 
 

@@ -84,7 +84,9 @@ def test_elsewhere_a_heartbeat_tells_the_living(content, touched, tmp_path, monk
   assert ("sign of process 1 on node7" in capsys.readouterr().err) == bool(content)
 
 
-def test_one_of_many_who_find_a_dead_owner_gets_the_lock(tmp_path):
+@pytest.mark.parametrize("killed", [".lock", ".lock.taking"])
+def test_one_of_many_who_find_a_dead_owner_gets_the_lock(killed, tmp_path):
+  (tmp_path / killed).write_text(json.dumps(lock.identity() | {"born": "1", "run": "x"}))
   (tmp_path / ".lock").write_text(json.dumps(lock.identity() | {"born": "1", "run": "x"}))
   start, got, refused = threading.Barrier(8), [], []
 
@@ -116,11 +118,11 @@ def test_a_heartbeat_is_seen_and_a_lock_that_was_taken_ends_the_process(tmp_path
     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )
   process.stdout.readline()
-  first = lock._touched(tmp_path / ".lock")
+  first = lock._look(tmp_path / ".lock")[1]
   until_s = time.monotonic() + 30
-  while lock._touched(tmp_path / ".lock") == first and time.monotonic() < until_s:
+  while lock._look(tmp_path / ".lock")[1] == first and time.monotonic() < until_s:
     time.sleep(0.01)
-  assert lock._touched(tmp_path / ".lock") > first
+  assert lock._look(tmp_path / ".lock")[1] > first
   (tmp_path / ".lock").write_text(json.dumps(lock.identity()))
   _, err = process.communicate(timeout=30)
   assert process.returncode == 1 and re.search("taken by another run while this", err)

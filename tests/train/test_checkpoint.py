@@ -64,7 +64,7 @@ def test_a_bit_flipped_anywhere_never_changes_what_is_read(saved, tmp_path, caps
   rng = random.Random(0)
   root = saved / "checkpoints/2"
   largest = max((p for p in root.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-  files = [p.relative_to(root) for p in root.rglob("*") if p.is_file() and p.stat().st_size]
+  files = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file() and p.stat().st_size)
   meta = restore(saved)[1]
   found = set()
   for number, path in enumerate([*files, *[largest.relative_to(root)] * 5]):
