@@ -156,7 +156,10 @@ class Task:
     )
 
   def target_width(self, t: int) -> int:
-    """Positions that the targets of a row of `t` source positions can need at most."""
+    """Positions that the targets of `t` source positions can need, as a multiple of 8.
+
+    Meshes cut positions evenly.
+    """
     return _target_width(self, t)
 
   def windows(self, length: int) -> int:
@@ -198,7 +201,8 @@ def _target_width(task: Task, t: int) -> int:
   # Documents that must be cut are cut evenly, into windows of half the longest or more.
   shortest = min(_SHORTEST, t if longest == t else (longest + 1) // 2)
   lengths = range(shortest, longest + 1)
-  return math.ceil(t * max((1 + sum(needs[length - 1])) / length for length in lengths))
+  most = max((1 + sum(needs[length - 1])) / length for length in lengths)
+  return 8 * math.ceil(t * most / 8)
 
 
 def marks_of(name: str, tokenizer: Tokenizer) -> tuple[int, ...]:

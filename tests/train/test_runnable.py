@@ -147,8 +147,9 @@ PUBLISHED = (  # Llama-2-7B on h100:64
     (("data.batch_size=64", "model.vocab_size=31999"), "31999 is less than the 32000 of tok"),
     (("data.batch_size=64", "tokenizer.path=/no/x"), "/no/x': No such file"),
     (
-      ("data.batch_size=64", "model.kind=encoder_decoder", "mesh.data=1", "mesh.context=8"),
-      "'row of targets' has .* which mesh context 8 does not divide",
+      ("data.batch_size=64", "model.kind=encoder_decoder", "model.context=512", "mesh.data=1",
+       "mesh.fsdp=4", "mesh.context=16"),
+      "'row of targets' has 152 .* which mesh context 16 does not divide",
     ),
     (
       ("data.batch_size=64", "model.kind=vision", "model.vision.image_size=32",
