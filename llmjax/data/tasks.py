@@ -21,6 +21,7 @@ from llmjax.text.base import Tokenizer
 TASKS = ("language_model", "prefix_lm", "masked_lm", "span_corruption")
 SENTINELS = 100  # ids that stand for hidden spans where the tokenizer has none, as many as T5's
 _MASKS = ("[MASK]", "<mask>", "<|mask|>")
+_SENTINELS = ("<extra_id_{}>", "▁<extra_id_{}>")  # of T5 and of mT5
 _SHORTEST = 16  # tokens of a document in which spans are hidden; shorter ones are left out
 
 
@@ -210,14 +211,16 @@ def marks_of(name: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
   Returns:
     Of masked_lm the id of BERT's `[MASK]` or its like; of span_corruption those of T5's
-    `<extra_id_0>`, `<extra_id_1>` …; () where there are none.
+    or mT5's `<extra_id_0>`, `<extra_id_1>` …; () where there are none.
   """
   if name == "masked_lm":
     special = tokenizer.special_tokens
     return tuple(special[mask] for mask in _MASKS if mask in special)[:1]
   if name == "span_corruption":
-    ids = map(tokenizer.find, map("<extra_id_{}>".format, itertools.count()))
-    return tuple(itertools.takewhile(lambda i: i is not None, ids))
+    for name in _SENTINELS:
+      ids = map(tokenizer.find, map(name.format, itertools.count()))
+      if found := tuple(itertools.takewhile(lambda i: i is not None, ids)):
+        return found
   return ()
 
 

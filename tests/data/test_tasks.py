@@ -238,6 +238,8 @@ def test_ids_that_stand_for_what_is_hidden_are_the_tokenizers_own():
   bart = Tokenizer(b"", PLAIN, 50_265, {"<mask>": 50_264})
   assert marks_of("span_corruption", t5) == tuple(range(32_099, 31_999, -1))
   assert (marks_of("masked_lm", bert), marks_of("masked_lm", bart)) == ((103,), (50_264,))
+  mt5 = Tokenizer(b"", PLAIN, 250_100, {f"▁<extra_id_{n}>": 250_099 - n for n in range(100)})
+  assert marks_of("span_corruption", mt5) == tuple(range(250_099, 249_999, -1))
   assert marks_of("masked_lm", t5) == marks_of("span_corruption", bert) == ()
   assert marks_of("language_model", bert) == ()
 
