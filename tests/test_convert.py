@@ -158,7 +158,7 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, tmp_path, capsys):
   assert "not empty" in refused(capsys, here, there)
   assert (tmp_path / "made" / "mine").read_text() == "kept"
   (tmp_path / "file").write_text("kept")
-  assert "not empty" in refused(capsys, here, f"--to={tmp_path / 'file'}")
+  assert "a file, not a folder" in refused(capsys, here, f"--to={tmp_path / 'file'}")
 
 
 def test_an_empty_folder_is_filled_and_a_broken_attempt_leaves_nothing(

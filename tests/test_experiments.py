@@ -156,7 +156,7 @@ def test_the_quickstart_shrunk_runs_on_the_standard_library(tmp_path, monkeypatc
   monkeypatch.setattr(loader.sources, "read_sources", lambda spec: everything[:60])
   overrides = ["model.width=32", "model.heads=2", "model.mlp_width=64", "model.layers=1"]
   overrides += ["train.steps=6", "optim.warmup=2", "tokenizer.vocab_size=600", "model.context=64"]
-  overrides += ["sample.max_tokens=8"]
+  overrides += ["sample.max_tokens=8", "eval.stride=32"]
   path = Path(__file__).parent.parent / "experiments" / "quickstart.py"
   config = load(str(path), [f"--config.{item}" for item in overrides], Config)
   result = llmjax.train(config, tmp_path / "run")

@@ -8,16 +8,17 @@ from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig
 from llmjax.models.hf_family import Family, Key, Part, only
 
-_PAIRS = ("attention_heads", "ffn_dim")  # keys of which encoder and decoder have one each
+# Keys of which encoder and decoder have one each: ours, and what theirs is where it is missing.
+_PAIRS = {"attention_heads": ("heads", 16), "ffn_dim": ("mlp_width", 4096)}
 
 
 def _read(theirs: dict, values: dict) -> dict:
   """Vocabularies, and what both stacks must have alike."""
-  for name in _PAIRS:
-    sides = [theirs.get(f"{side}_{name}", theirs.get(f"encoder_{name}")) for side in STACKS]
-    if sides[0] != sides[1]:
+  for name, (ours, default) in _PAIRS.items():
+    decoders = theirs.get(f"decoder_{name}", default)
+    if values[ours] != decoders:
       raise UserError(
-        f"marian with encoder_{name}={sides[0]} and decoder_{name}={sides[1]} is not supported; "
+        f"marian with encoder_{name}={values[ours]} and decoder_{name}={decoders} is not known; "
         "they must be equal"
       )
   source = theirs.get("vocab_size", 58101)
@@ -55,15 +56,14 @@ def _stack(side: str) -> dict:
   }
 
 
-STACKS = ("encoder", "decoder")
 D = "model.decoder.layers.{l}."
 MARIAN = Family(
   "marian", "MarianMTModel",
   {
-    "d_model": Key("width", 1024),
-    "encoder_layers": Key("encoder_layers", 12),
+    "d_model": Key("width", 1024, other="hidden_size"),
+    "encoder_layers": Key("encoder_layers", 12, other="num_hidden_layers"),
     "decoder_layers": Key("layers", 12),
-    "encoder_attention_heads": Key("heads", 16),
+    "encoder_attention_heads": Key("heads", 16, other="num_attention_heads"),
     "encoder_ffn_dim": Key("mlp_width", 4096),
     "max_position_embeddings": Key("context", 1024),
     "activation_function": Key(

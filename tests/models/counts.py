@@ -14,6 +14,7 @@ def parameters(config: ModelConfig) -> int:
     return _tower_parameters(config) + v * d + v
   total = v * d * (1 if config.tie_embeddings else 2) + v * config.embed.head_bias
   total += d * config.embed.types + norm * config.embed.norm
+  total += d * config.source_vocab_size
   if config.position.kind == "learned":
     total += config.context * d
   cross = config.kind == "encoder_decoder"

@@ -71,7 +71,6 @@ def keys(draw):
     "position.original_context": draw(often(8, 0, 64)),
     "position.attention_factor": draw(often(0.0, 1.2)),
     "position.buckets": draw(often(8, 4, 5)), "position.max_distance": draw(often(10, 5)),
-    "position.first": draw(often(0, 2)), "source_vocab_size": draw(often(0, 40)),
     "embed.types": draw(often(0, 2)), "embed.scale": draw(often(1.0, 3.0)),
     "embed.logit_scale": draw(often(1.0, 0.5)), "embed.logit_softcap": draw(often(0.0, 5.0)),
   }
@@ -114,10 +113,6 @@ def _mostly_legal(draw, made):
     made["block"] = "sequential"
   if made["kind"] == "encoder_decoder":
     made |= {"block": "sequential", "attention.mask": "auto", "embed.types": 0}
-  else:
-    made["source_vocab_size"] = 0
-  if not made["position.kind"].startswith("sinusoidal"):
-    made["position.first"] = 0
   if made["kind"] in ("encoder", "encoder_decoder"):
     made["vision.image_size"] = 0
   if made["kind"] == "vision":

@@ -27,6 +27,7 @@ ROUNDING = {"float32": 5e-6, "bfloat16": 0.04}
 PLAIN = [name for name in TEXT if not VARIANTS[name].vision.image_size]
 CACHED = [name for name in PLAIN if VARIANTS[name].kind != "encoder"]
 CACHED.remove("both_ways")  # what comes later cannot be in a cache
+CACHED.remove("untied")  # longrope turns all keys anew in a long row: tests/serve/test_lengths.py
 
 
 def mixing(config) -> str:
@@ -142,10 +143,10 @@ def test_a_source_token_changes_the_target_of_its_number_alone_bit_for_bit(name)
     assert (np.abs(after - before).max(-1)[~same] > 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in PLAIN if mixing(VARIANTS[name]) != "all"])
+# Where an expert has room for so many of a row's tokens, all of the row decide how many.
+@pytest.mark.parametrize("name", [name for name in PLAIN if mixing(VARIANTS[name]) == "none"])
 def test_a_packed_document_equals_itself_alone(name):
-  config = VARIANTS[name]
-  number = 2 if mixing(config) == "none" else 1  # what comes first has nothing before it
+  config, number = VARIANTS[name], 2
   model, given = weights_of(config), row(inputs(config), 0)
   packed = np.asarray(run(model, batch_of(given)))[0]
   here = given["segments"][0] == number

@@ -38,9 +38,12 @@ def latent_attention(x, w, cfg, view):
   positions_bt, see_bts, _, layer = view[:4]
   nope, heads = cfg["attention.latent.nope_dim"], w["key_up_rnh"].shape[1]
   turn = lambda x_bth: rotary(x_bth[:, :, None], positions_bt, cfg, layer == "window")[:, :, 0]  # noqa: E731
-  c_query = norm(x @ w["query_down_dr"], below(w, "query_norm"), cfg) if "query_down_dr" in w else x
+  cfg_1e6 = cfg | {"norm.eps": 1e-6}  # of the released code, whatever the other norms have
+  c_query = x
+  if "query_down_dr" in w:
+    c_query = norm(x @ w["query_down_dr"], below(w, "query_norm"), cfg_1e6)
   query = w.get("query_up_rnh", w.get("query_dnh"))
-  c = norm(x @ w["latent_dr"], below(w, "latent_norm"), cfg)
+  c = norm(x @ w["latent_dr"], below(w, "latent_norm"), cfg_1e6)
   k_rope = turn(x @ w["key_rope_dh"])
   y = 0.0
   for i in range(heads):
