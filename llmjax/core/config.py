@@ -82,7 +82,8 @@ def _run_file(path: str) -> ConfigDict:
   except Exception as error:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     place = f"{path}:{lines[-1]}" if lines else path
-    text = " ".join(str(error).split()).strip("'\"")
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = " ".join(str(text).split())
     raise UserError(f"{place}: {type(error).__name__}: {text}") from error
   if not isinstance(tree, ConfigDict):
     raise UserError(f"{path}: get_config() must return an ml_collections.ConfigDict")

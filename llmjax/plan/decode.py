@@ -16,7 +16,7 @@ from llmjax.parallel.rules import (
   spec,
   weight_shardings,
 )
-from llmjax.serve.generate import decode, prefill
+from llmjax.serve.decoding import decode, prefill
 from llmjax.train.config import Config
 
 

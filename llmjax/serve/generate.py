@@ -17,9 +17,10 @@ from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.model import Model
 from llmjax.nn.position import PositionConfig
+from llmjax.serve.decoding import begin, go_on
 from llmjax.serve.detokenize import Detokenizer
 from llmjax.serve.prompt import Prompts, bucket, check_room, encode_prompts, end_ids, lay_out
-from llmjax.serve.sample import Sampling, draw, penalize
+from llmjax.serve.sample import Sampling
 
 _STRIDE = 16  # tokens between two looks for a stop text
 
@@ -205,12 +206,12 @@ def _steps(
   }
   if sampling.repetition_penalty != 1:
     knobs["penalty"] = jnp.float32(sampling.repetition_penalty)
-  state = _begin(model.decoding, batch, lengths, knobs, top_k=sampling.top_k, slots=slots)
+  state = begin(model.decoding, batch, lengths, knobs, top_k=sampling.top_k, slots=slots)
   stopped_b = np.zeros(len(lengths), bool) if stopped_b is None else stopped_b
   read_b, done = np.zeros(len(lengths), int), min(stride, 1)
   while True:
     done = min(done + stride, most) if stride and done else most
-    state = _go_on(
+    state = go_on(
       model.decoding, state, lengths, knobs, jnp.int32(done), stopped_b, top_k=sampling.top_k
     )
     counts_b = np.minimum(np.asarray(state["counts"]), room_b)
@@ -262,71 +263,3 @@ def _say_how_it_decodes(experts: int):
     f"prompt, but a token that is being written stands alone and goes to all {experts} of them",
     file=sys.stderr,
   )
-
-
-def prefill(model, batch: Batch, lengths, slots: int):
-  """Reads prompts into a new cache: (logits_bv after each row's last token, cache)."""
-  x_btd, cache, _ = model.hidden(batch, model.start(batch, slots))
-  last_btd = x_btd[jnp.arange(len(lengths)), lengths - 1][:, None]
-  return model.logits(last_btd)[:, 0], cache
-
-
-def decode(model, batch: Batch, cache):
-  """Reads one more token of every row: (logits_bv after it, cache)."""
-  x_btd, cache, _ = model.hidden(batch, cache)
-  return model.logits(x_btd)[:, 0], cache
-
-
-@functools.partial(jax.jit, static_argnames=("top_k", "slots"))
-def _begin(model, batch, lengths, knobs, top_k, slots):
-  """Fills the cache with the prompts and draws every row's first token: the state of the loop."""
-  logits_bv, cache = prefill(model, batch, lengths, slots)
-  state = {
-    "cache": cache.alone(),
-    "done": jnp.int32(0),
-    "out": jnp.zeros((len(lengths), slots), jnp.int32),
-    "counts": jnp.zeros(len(lengths), jnp.int32),
-    "ended": jnp.zeros(len(lengths), bool),
-  }
-  if "penalty" in knobs:
-    rows = jnp.arange(len(lengths))[:, None]
-    state["seen"] = jnp.zeros(logits_bv.shape, bool).at[rows, batch.tokens_bt].max(batch.prefix_bt)
-  return _drawn(state, logits_bv, knobs, top_k)
-
-
-def _drawn(state, logits_bv, knobs, top_k) -> dict:
-  """The state with one more token of every row that has not ended."""
-  seen_bv, done = state.get("seen"), state["done"]
-  if seen_bv is not None:
-    logits_bv = penalize(logits_bv, seen_bv, knobs["penalty"])
-  key = jax.random.fold_in(knobs["key"], done)
-  token_b = draw(key, logits_bv, knobs["temperature"], top_k, knobs["top_p"], knobs["min_p"])
-  state |= {
-    "done": done + 1,
-    "out": jax.lax.dynamic_update_index_in_dim(state["out"], token_b, done, axis=1),
-    "counts": state["counts"] + ~state["ended"],
-    "ended": state["ended"] | (token_b[:, None] == knobs["ends"]).any(axis=1),
-  }
-  if seen_bv is not None:
-    state["seen"] = seen_bv.at[jnp.arange(len(token_b)), token_b].set(True)
-  return state
-
-
-@functools.partial(jax.jit, static_argnames="top_k", donate_argnames="state")
-def _go_on(model, state, lengths, knobs, until, stopped_b, top_k):
-  """Writes tokens until there are `until`, or every row has ended or been stopped."""
-  slots = state["out"].shape[1]
-  state = state | {"ended": state["ended"] | stopped_b}
-
-  def unfinished(state):
-    return (state["done"] < until) & ~jnp.all(state["ended"])
-
-  def write_one(state):
-    # A row whose context is full goes on in its last slot; what it writes there is cut off later.
-    positions = jnp.minimum(lengths + state["done"] - 1, slots - 1)[:, None]
-    token = jax.lax.dynamic_index_in_dim(state["out"], state["done"] - 1, axis=1)
-    batch = Batch(token, positions_bt=positions)
-    logits_bv, cache = decode(model, batch, state["cache"].batched())
-    return _drawn(state | {"cache": cache.alone()}, logits_bv, knobs, top_k)
-
-  return jax.lax.while_loop(unfinished, write_one, state)

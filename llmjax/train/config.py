@@ -140,7 +140,8 @@ class Config:
       raise UserError(f"seed {self.seed} is negative")
     if self.eval.stride > self.model.context:
       raise UserError(
-        f"eval.stride {self.eval.stride} is more than the {self.model.context} positions of a row"
+        f"eval.stride {self.eval.stride} is more than the {self.model.context} positions of a row "
+        "(model.context); 0 takes half of them"
       )
     name, suits = self.task.name, SUITABLE[self.model.kind]
     if name not in ("auto", *suits):

@@ -18,7 +18,8 @@ from llmjax.models.model import Model
 from llmjax.nn.attention import AttentionConfig, LatentConfig
 from llmjax.nn.latent import LatentAttention
 from llmjax.nn.mask import Rule, self_mask
-from llmjax.serve.generate import _begin, _go_on, generate_ids
+from llmjax.serve.decoding import begin, go_on
+from llmjax.serve.generate import generate_ids
 from llmjax.serve.sample import Sampling
 from tests.models.variants import VARIANTS, make_config, weights_of
 
@@ -156,9 +157,9 @@ def test_decoding_writes_the_cache_in_place(rows):
   lengths = np.full(rows, 4, np.int32)
   batch = Batch(np.zeros((rows, 4), np.int32))
   state = jax.eval_shape(
-    functools.partial(_begin, top_k=0, slots=352), model, batch, lengths, knobs
+    functools.partial(begin, top_k=0, slots=352), model, batch, lengths, knobs
   )
-  lowered = _go_on.lower(model, state, lengths, knobs, jnp.int32(9), False, top_k=0)
+  lowered = go_on.lower(model, state, lengths, knobs, jnp.int32(9), False, top_k=0)
   text = lowered.compile().as_text()
   bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
   parts = re.split(r"\n(?=%|ENTRY)", text)

@@ -20,6 +20,7 @@ from llmjax.nn.embed import EmbedConfig
 from llmjax.nn.position import PositionConfig
 from llmjax.nn.router import MoeConfig
 from llmjax.serve import generate as serving
+from llmjax.serve.decoding import prefill
 from llmjax.serve.generate import generate, generate_ids
 from llmjax.serve.prompt import Prompts, encode_prompts
 from llmjax.serve.sample import Sampling
@@ -207,7 +208,7 @@ def test_experts_choose_of_a_prompt_beside_a_longer_one_what_they_choose_of_it_a
 
   def after_the_first(rows):
     batch = serving._batch(Prompts(rows), CONTEXT)
-    read = jax.jit(serving.prefill, static_argnums=3)
+    read = jax.jit(prefill, static_argnums=3)
     return read(model.decoding, batch, np.array([len(row) for row in rows]), CONTEXT)[0][0]
 
   # fp32 sums in another order; the scores are of order 1 to 10.
@@ -217,8 +218,8 @@ def test_experts_choose_of_a_prompt_beside_a_longer_one_what_they_choose_of_it_a
 def test_how_a_router_that_looks_ahead_decodes_is_said_once(monkeypatch, capsys):
   serving._say_how_it_decodes.cache_clear()
   written = {"out": np.zeros((1, 6)), "counts": [6], "ended": [True]}
-  monkeypatch.setattr(serving, "_begin", lambda *_, **__: None)
-  monkeypatch.setattr(serving, "_go_on", lambda *_, **__: written)
+  monkeypatch.setattr(serving, "begin", lambda *_, **__: None)
+  monkeypatch.setattr(serving, "go_on", lambda *_, **__: written)
   for router in ("softmax", "expert_choice", "expert_choice"):
     model = Model(dataclasses.replace(BASE, moe=MoeConfig(experts=4, router=router)), None)
     monkeypatch.setattr(Model, "decoding", None)
