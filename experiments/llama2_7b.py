@@ -14,15 +14,15 @@ default 5.3 GiB, 2.93 s, and a third of the time to compile.
 """
 
 from llmjax.core.config import defaults, editable
-from llmjax.models.presets import preset
-from llmjax.train.config import Config
+from llmjax.formats.presets import preset
+from llmjax.training.config import Config
 
 
 def get_config():
   """Returns the config of 64 chips with 16 GiB each."""
   config = defaults(Config)
   config.model = editable(preset("Llama-2-7B"))
-  config.model.context = 2048
+  config.model.max_seq_len = 2048
   config.data.batch_size = 256
   config.tokenizer.path = "tokenizers/llama2/tokenizer.model"
 
@@ -37,6 +37,6 @@ def get_config():
   config.optim.learning_rate = 3e-4
   config.optim.warmup = 2000
   config.optim.eps = 1e-5
-  config.train.sum_dtype = "bfloat16"  # as MaxText sums; half as much on the links
+  config.train.grad_reduce_dtype = "bfloat16"  # as MaxText sums; half as much on the links
   config.train.vmem_mib = 48  # slower to compile, 7 % faster
   return config

@@ -14,15 +14,15 @@ dollars a billion tokens at the list price.
 """
 
 from llmjax.core.config import defaults, editable
-from llmjax.models.presets import preset
-from llmjax.train.config import Config
+from llmjax.formats.presets import preset
+from llmjax.training.config import Config
 
 
 def get_config():
   """Returns the config of 2,048 chips with 95 GiB each."""
   config = defaults(Config)
   config.model = editable(preset("Llama-3-405B"))
-  config.model.context = 8192
+  config.model.max_seq_len = 8192
   config.data.batch_size = 2048
   config.train.steps = 15_600_000_000_000 // (2048 * 8192)
 
@@ -32,7 +32,7 @@ def get_config():
   config.mesh.data = 1
   config.mesh.fsdp = 512
   config.mesh.tensor = 4
-  config.train.accumulation = 4
+  config.train.grad_accum_steps = 4
   config.model.remat = "save_projections"
   config.model.attention.block = 256
 
@@ -40,8 +40,8 @@ def get_config():
   config.tokenizer.path = "tokenizers/llama3/tokenizer.model"
   config.optim.learning_rate = 8e-5
   config.optim.warmup = 8000
-  config.optim.final = 0.01
-  config.train.sum_dtype = "bfloat16"  # as MaxText sums; half as much on the links
+  config.optim.min_lr_ratio = 0.01
+  config.train.grad_reduce_dtype = "bfloat16"  # as MaxText sums; half as much on the links
   config.train.vmem_mib = 48  # slower to compile, 3 % faster
   config.loss.chunk = 2048  # its gradient of the head is added up fewer times
   return config

@@ -13,8 +13,8 @@ dollars a billion tokens at the list price.
 """
 
 from llmjax.core.config import defaults, editable
-from llmjax.models.presets import preset
-from llmjax.train.config import Config
+from llmjax.formats.presets import preset
+from llmjax.training.config import Config
 
 ROWS = 1024  # 8.4 million tokens
 
@@ -28,18 +28,18 @@ def get_config():
   config.mesh.data = 1
   config.mesh.fsdp = 256
   config.mesh.tensor = 2
-  config.train.accumulation = 4
+  config.train.grad_accum_steps = 4
   config.model.remat = "save_projections"
   config.model.attention.block = 256
 
   config.data.batch_size = ROWS
   config.tokenizer.kind = "tiktoken"
   config.tokenizer.path = "tokenizers/llama3/tokenizer.model"
-  config.train.steps = 15_000_000_000_000 // (ROWS * config.model.context)
+  config.train.steps = 15_000_000_000_000 // (ROWS * config.model.max_seq_len)
   config.optim.warmup = 8000
   config.optim.learning_rate = 1.5e-4
-  config.optim.final = 0.01
-  config.train.sum_dtype = "bfloat16"  # as MaxText sums; half as much on the links
+  config.optim.min_lr_ratio = 0.01
+  config.train.grad_reduce_dtype = "bfloat16"  # as MaxText sums; half as much on the links
   config.train.vmem_mib = 48  # slower to compile, 4 % faster
   config.loss.chunk = 2048  # its gradient of the head is added up fewer times
   return config

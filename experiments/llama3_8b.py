@@ -13,8 +13,8 @@ and 5.73 s.
 """
 
 from llmjax.core.config import defaults, editable
-from llmjax.models.presets import preset
-from llmjax.train.config import Config
+from llmjax.formats.presets import preset
+from llmjax.training.config import Config
 
 
 def get_config():
@@ -34,9 +34,9 @@ def get_config():
 
   config.optim.learning_rate = 3e-4
   config.optim.warmup = 8000
-  config.optim.final = 0.01
+  config.optim.min_lr_ratio = 0.01
   config.train.steps = 15_000_000_000_000 // (256 * 8192)
-  config.train.sum_dtype = "bfloat16"  # as MaxText sums; half as much on the links
+  config.train.grad_reduce_dtype = "bfloat16"  # as MaxText sums; half as much on the links
   config.train.vmem_mib = 48  # slower to compile, 3 % faster
   config.loss.chunk = 1024  # its gradient of the head is added up fewer times
   return config

@@ -14,8 +14,8 @@ dollars a billion tokens at the list price. `--search` finds nothing faster.
 """
 
 from llmjax.core.config import defaults, editable
-from llmjax.models.presets import preset
-from llmjax.train.config import Config
+from llmjax.formats.presets import preset
+from llmjax.training.config import Config
 
 LENGTH = 4096
 
@@ -24,9 +24,9 @@ def get_config():
   """Returns the config of 64 chips with 95 GiB each."""
   config = defaults(Config)
   config.model = editable(preset("Mixtral-8x7B"))
-  config.model.context = LENGTH
+  config.model.max_seq_len = LENGTH
   config.data.batch_size = 256
-  config.loss.balance = 0.02
+  config.loss.moe_aux = 0.02
 
   # Experts' width cut in two halves what each chip gathers, and takes no more memory. Experts on
   # chips of their own would send less still, with room for all rows on each, twice the memory.
@@ -39,6 +39,6 @@ def get_config():
   config.optim.learning_rate = 3e-4
   config.optim.warmup = 2000
   config.train.steps = 1_000_000_000_000 // (256 * LENGTH)
-  config.train.sum_dtype = "bfloat16"  # as MaxText sums; half as much on the links
+  config.train.grad_reduce_dtype = "bfloat16"  # as MaxText sums; half as much on the links
   config.train.vmem_mib = 48  # slower to compile, 1 % faster
   return config

@@ -1,7 +1,7 @@
 """Eight experts, two for each token, against a dense model of as many active parameters.
 
   llmjax train --config=experiments/moe.py --workdir=runs/moe
-  llmjax train --config=experiments/moe.py --workdir=runs/moe-unbalanced --config.loss.balance=0
+  llmjax train --config=experiments/moe.py --workdir=runs/moe-unbalanced --config.loss.moe_aux=0
   llmjax train --config=experiments/moe.py --workdir=runs/moe-dense \\
     --config.model.moe.experts=0 --config.model.moe.width=0 --config.model.mlp_width=512
 
@@ -12,7 +12,7 @@ starve, and the dense model is as good. docs/moe.md shows the three side by side
 """
 
 from llmjax.core.config import defaults
-from llmjax.train.config import Config
+from llmjax.training.config import Config
 
 
 def get_config():
@@ -29,14 +29,14 @@ def get_config():
   config.model.moe.experts = 8
   config.model.moe.top_k = 2
   config.model.moe.width = 256
-  config.model.context = 256
+  config.model.max_seq_len = 256
   config.model.dtype = "float32"
   config.model.scan = False
-  config.loss.balance = 0.01
+  config.loss.moe_aux = 0.01
 
   config.optim.learning_rate = 4e-3
   config.optim.warmup = 50
-  config.optim.final = 0.05
+  config.optim.min_lr_ratio = 0.05
   config.train.steps = 500
   config.checkpoint.every = 250
   config.eval.stride = 192

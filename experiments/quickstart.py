@@ -8,7 +8,7 @@ that runs it, so another Python gives slightly other figures.
 """
 
 from llmjax.core.config import defaults
-from llmjax.train.config import Config
+from llmjax.training.config import Config
 
 
 def get_config():
@@ -23,7 +23,7 @@ def get_config():
   config.model.heads = 3
   config.model.kv_heads = 1
   config.model.mlp_width = 512
-  config.model.context = 256
+  config.model.max_seq_len = 256
   config.model.dtype = "float32"  # on CPU as fast as bfloat16
   config.model.scan = False  # on CPU unrolled layers run faster
 
@@ -32,7 +32,7 @@ def get_config():
   config.optim.matrix_learning_rate = 0.03
   config.optim.learning_rate = 1.6e-2
   config.optim.warmup = 50
-  config.optim.final = 0.02
+  config.optim.min_lr_ratio = 0.02
   config.train.steps = 520
   config.checkpoint.every = 100
 

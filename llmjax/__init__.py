@@ -6,12 +6,12 @@ from llmjax.core.config import defaults
 from llmjax.core.errors import UserError
 from llmjax.core.memory import tune_allocator
 from llmjax.models.model import Model
-from llmjax.plan.plan import plan
+from llmjax.planning.plan import plan
 from llmjax.run import evaluate, load, train
 from llmjax.serve.embed import embed
 from llmjax.serve.generate import generate, stream
 from llmjax.serve.sample import Sampling
-from llmjax.train.config import Config
+from llmjax.training.config import Config
 
 __all__ = [
   "Config",

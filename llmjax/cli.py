@@ -23,11 +23,11 @@ from llmjax.core.files import to_json
 from llmjax.core.platform import spare_libtpu
 from llmjax.parallel import channels, join, multihost
 from llmjax.parallel.mesh import abstract_mesh
-from llmjax.plan import command
+from llmjax.planning import command
 from llmjax.serve.generate import Completion, stream
-from llmjax.train import check as checks
-from llmjax.train.checkpoint import newest_meta
-from llmjax.train.config import Config
+from llmjax.training import check as checks
+from llmjax.training.checkpoint import newest_meta
+from llmjax.training.config import Config
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,12 +11,12 @@ import jax
 
 from llmjax.core.errors import UserError, nearest
 from llmjax.core.files import check_place
-from llmjax.models import hf
+from llmjax.formats.hf import folder as hf
 from llmjax.models.model import Model
 from llmjax.run import load
 from llmjax.text.folder import save as save_tokenizer
 from llmjax.text.tokenizer import around
-from llmjax.train.checkpoint import save_model
+from llmjax.training.checkpoint import save_model
 
 FORMATS = ("huggingface", "checkpoint")
 

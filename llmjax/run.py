@@ -20,10 +20,11 @@ from llmjax.data.loader import make_store, make_tokenizer, read_split
 from llmjax.data.prepare import store_key
 from llmjax.data.sources import read_sources
 from llmjax.eval.loss import compressor_bits_per_byte, evaluate_loss
-from llmjax.models import gguf, hf
+from llmjax.formats.gguf import file as gguf
+from llmjax.formats.hf import folder as hf
 from llmjax.models.build import count_parameters
 from llmjax.models.model import Model
-from llmjax.models.upcycle import begin_from
+from llmjax.models.upcycle import init_from
 from llmjax.parallel import multihost
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import weight_shardings
@@ -32,12 +33,12 @@ from llmjax.serve.prompt import encode_prompts
 from llmjax.serve.sample import Sampling
 from llmjax.text.report import report
 from llmjax.text.tokenizer import from_state, to_state
-from llmjax.train.checkpoint import load_model, newest_meta
-from llmjax.train.config import Config, binding
-from llmjax.train.loop import fit
-from llmjax.train.metrics import rates, read_metrics
-from llmjax.train.plot import plot_experts, plot_loss
-from llmjax.train.runnable import check_run, with_vocab
+from llmjax.training.checkpoint import load_model, newest_meta
+from llmjax.training.config import Config, binding
+from llmjax.training.loop import fit
+from llmjax.training.metrics import rates, read_metrics
+from llmjax.training.plot import plot_experts, plot_loss
+from llmjax.training.runnable import check_run, with_vocab
 
 _REPORTED = 1000  # held-out documents that the tokenizer is measured on
 EVAL_KEYS = ("data.sources", "data.cache", "eval.batch_size", "eval.stride")
@@ -91,7 +92,7 @@ def _train(config: Config, workdir: Path) -> dict:
   held_store = make_store(config.data, held_out, tokenizer, workdir)
   task = config.task_of(tokenizer)
   config = with_vocab(config, tokenizer)
-  windows = task.windows(config.model.context)
+  windows = task.windows(config.model.max_seq_len)
   if windows > 1:
     multihost.say(
       f"llmjax: note: {len(task.marks)} sentinels do not suffice for a whole row, whose spans are "
@@ -162,7 +163,7 @@ def _begin(config: Config, fresh):
   if not where:
     return fresh
   multihost.say(f"weights of {where}")
-  return begin_from(load(where), config.model, fresh, config.init.drop, config.seed)
+  return init_from(load(where), config.model, fresh, config.init.drop, config.seed)
 
 
 def _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s) -> dict:

@@ -37,7 +37,7 @@ def tiny_config():
     kv_heads=2,
     mlp_width=64,
     vocab_size=96,
-    context=16,
+    max_seq_len=16,
     dtype="float32",
   )
 

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 from llmjax.core.config import defaults, freeze
-from llmjax.train.config import Config
+from llmjax.training.config import Config
 
 
 def write_text(folder: Path, files: int = 12, words: int = 250) -> Path:
@@ -27,7 +27,7 @@ def tiny_values(sources: Path, steps: int = 12):
   config.model.heads = 4
   config.model.kv_heads = 2
   config.model.mlp_width = 64
-  config.model.context = 32
+  config.model.max_seq_len = 32
   config.model.dtype = "float32"
   config.tokenizer.vocab_size = 400
   config.data.sources = str(sources)

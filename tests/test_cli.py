@@ -94,7 +94,7 @@ def test_eval_prints_its_scores(setup, capsys):
     ("--config.optim.no_decay=('*/bias_d',)", r"pattern '\*/bias_d' matches no parameter"),
     ("--config.mesh.tensor=3", "mesh data -1 × tensor 3 does not divide the 1 devices"),
     ("--config.mesh.data=2", "does not divide the 1 devices"),
-    ("--config.data.batch_size=7 --config.train.accumulation=2", "7 is not a multiple of"),
+    ("--config.data.batch_size=7 --config.train.grad_accum_steps=2", "7 is not a multiple of"),
     ("--config.data.sources=/no/such/folder", "source '/no/such/folder' does not exist"),
     ("--config.data.sources=", "data.sources is empty"),
     ("--config.data.sources={tmp}/empty", "source '.*/empty' holds no text"),
@@ -105,12 +105,18 @@ def test_eval_prints_its_scores(setup, capsys):
     ("--config.tokenizer.vocab_size=100", "100 is too small: 256 bytes"),
     ("--config.tokenizer.kind=bpe9", "unknown tokenizer kind 'bpe9'"),
     ("--config.tokenizer.path=/no/tokenizer.model", "/no/tokenizer.model': No such file"),
-    ("--config.model.context=1000000", "fewer than one row of 1000001"),
+    ("--config.model.max_seq_len=1000000", "fewer than one row of 1000001"),
     ("--config.model.vocab_size=77", "model.vocab_size 77 is less than the 400 of tokenizer and"),
-    ("--config.model.attention.context=gather", "context=gather changes nothing on a mesh of con"),
+    (
+      "--config.model.attention.context_parallel=gather",
+      "context_parallel=gather changes nothing on a mesh of con",
+    ),
     ("--config.mesh.across=stage", "mesh.across=stage changes nothing: all devices are of one"),
-    ("--config.train.zero=2", "train.zero=2 changes nothing on a mesh of fsdp 1"),
-    ("--config.train.sum_dtype=bfloat16", "sum_dtype=bfloat16 changes nothing on a mesh of fsdp 1"),
+    ("--config.train.zero_stage=2", "train.zero_stage=2 changes nothing on a mesh of fsdp 1"),
+    (
+      "--config.train.grad_reduce_dtype=bfloat16",
+      "grad_reduce_dtype=bfloat16 changes nothing on a mesh of fsdp 1",
+    ),
     ("--config.pipeline.schedule=zb_h1", "pipeline.schedule=zb_h1 changes nothing on a mesh of s"),
     ("--config.seed=x", "invalid literal for int"),
     ("--config.seed=-1", "seed -1 is negative"),
@@ -179,14 +185,14 @@ def test_config_files_with_mistakes(tmp_path, capsys):
   assert "no get_config() in it" in attempt("x = 1\n")
   assert "must return an ml_collections.ConfigDict" in attempt("def get_config():\n  return 3\n")
   assert "config.py:1: " in attempt("def get_config(:\n")
-  head = "from llmjax.core.config import defaults\nfrom llmjax.train.config import Config\n"
+  head = "from llmjax.core.config import defaults\nfrom llmjax.training.config import Config\n"
   typo = head + "def get_config():\n  c = defaults(Config)\n  c.model.layrs = 3\n  return c\n"
   assert "config.py:5: " in attempt(typo) and "layrs" in attempt(typo)
   wrong = head + "def get_config():\n  c = defaults(Config)\n  c.train.steps = 'x'\n  return c\n"
   assert "config.py:5: " in attempt(wrong)
   extra = "from ml_collections import ConfigDict\n"
   extra += "def get_config():\n  return ConfigDict({'model': {'layerz': 3}})\n"
-  assert "unknown config key 'model.layerz'; did you mean 'layers'?" in attempt(extra)
+  assert "unknown config key 'model.layerz'; did you mean 'model.layers'?" in attempt(extra)
 
 
 def test_bad_input_to_generate_and_eval(setup, tmp_path, capsys):

@@ -16,7 +16,7 @@ from llmjax.models.model import Model
 from llmjax.serve.sample import Sampling
 from llmjax.text.base import Settings
 from llmjax.text.sentencepiece import SentencePiece
-from llmjax.train.checkpoint import save_model
+from llmjax.training.checkpoint import save_model
 from tests.gguf_files import CONFIG, draw, llama_metadata, llama_tensors, write, write_folder
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -30,8 +30,8 @@ def model():
   trained = SentencePiece.train([text * 20], 300)
   tokenizer = SentencePiece(trained.to_bytes(), Settings(chat_template=TEMPLATE, ends=[297, 299]))
   config = ModelConfig(
-    layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp_width=48, vocab_size=300, context=64,
-    dtype="float32",
+    layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp_width=48, vocab_size=300,
+    max_seq_len=64, dtype="float32",
   )
   rng = np.random.default_rng(0)
   made = jax.tree.map(
@@ -171,7 +171,7 @@ def test_an_empty_folder_is_filled_and_a_broken_attempt_leaves_nothing(
     raise OSError(28, "No space left on device")
 
   with monkeypatch.context() as patch:
-    patch.setattr("llmjax.models.hf.save_folder", fails)
+    patch.setattr("llmjax.formats.hf.folder.save_folder", fails)
     with pytest.raises(UserError, match="cannot be written: No space left"):
       llmjax.convert(checkpoint, tmp_path / "made")
   assert [file.name for file in tmp_path.iterdir()] == ["made"]

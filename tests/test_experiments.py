@@ -18,14 +18,14 @@ from jax.sharding import AbstractMesh, AxisType
 from llmjax.core.chips import topology
 from llmjax.core.config import flat, load
 from llmjax.core.errors import UserError
+from llmjax.formats.presets import preset
 from llmjax.models.build import count_parameters
-from llmjax.models.presets import preset
 from llmjax.parallel.mesh import AXES, axis_sizes
-from llmjax.plan.formulas import roofline
-from llmjax.train.config import Config
-from llmjax.train.shrink import made_up_batch
-from llmjax.train.state import abstract_state
-from llmjax.train.step import compile_step
+from llmjax.planning.formulas import roofline
+from llmjax.training.config import Config
+from llmjax.training.shrink import made_up_batch
+from llmjax.training.state import abstract_state
+from llmjax.training.step import compile_step
 
 FILES = sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))
 # Experiment → model, and the weights that a token passes: of experts, those that it goes to.
@@ -74,10 +74,10 @@ def test_there_are_experiments():
 @published
 def test_a_published_model_is_whole_and_its_first_line_true(name):
   config, chips, _ = _experiment(name)
-  model, length = preset(PUBLISHED[name][0]), config.model.context
+  model, length = preset(PUBLISHED[name][0]), config.model.max_seq_len
   theirs, ours = flat(model), flat(config.model)
   changed = {key for key in ours if ours[key] != theirs[key]}
-  assert changed <= {"context", "remat", "attention.block"}  # how it is run, not what it is
+  assert changed <= {"max_seq_len", "remat", "attention.block"}  # how it is run, not what it is
   assert count_parameters(config.model) == count_parameters(model)
   assert config.model.dtype == "bfloat16"  # a file of weights alone would be read as float32
   number, kind, rows, tokens = re.search(_HEAD, _text(name).splitlines()[0]).groups()
@@ -107,7 +107,7 @@ def test_the_step_of_a_published_model_divides_over_its_chips(name):
 def test_formulas_answer_for_a_published_model_and_find_compute_to_be_the_bound(name):
   config, chips, mesh = _experiment(name)
   line = roofline(config, chips, dict(mesh.shape))
-  tokens = config.data.batch_size * config.model.context
+  tokens = config.data.batch_size * config.model.max_seq_len
   flops = line.model_s * chips.chip.peak("bfloat16") * chips.chips
   # 6 for each weight and token, without the look-up, with attention: from 0.98 to 1.25 of it.
   assert 0.98 < flops / (6 * PUBLISHED[name][1] * tokens) < 1.25
@@ -116,7 +116,7 @@ def test_formulas_answer_for_a_published_model_and_find_compute_to_be_the_bound(
 
 @published
 def test_a_published_model_fits_its_chips_by_formula(name):
-  memory = pytest.importorskip("llmjax.plan.memory")
+  memory = pytest.importorskip("llmjax.planning.memory")
   config, chips, mesh = _experiment(name)
   needed = memory.memory(config, dict(mesh.shape), chips.chip).peak
   assert needed < chips.chip.hbm_bytes / chips.chip.devices
@@ -155,7 +155,8 @@ def test_the_quickstart_shrunk_runs_on_the_standard_library(tmp_path, monkeypatc
   assert not {doc.path for doc in train} & {doc.path for doc in held_out}
   monkeypatch.setattr(loader.sources, "read_sources", lambda spec: everything[:60])
   overrides = ["model.width=32", "model.heads=2", "model.mlp_width=64", "model.layers=1"]
-  overrides += ["train.steps=6", "optim.warmup=2", "tokenizer.vocab_size=600", "model.context=64"]
+  overrides += ["train.steps=6", "optim.warmup=2", "tokenizer.vocab_size=600"]
+  overrides += ["model.max_seq_len=64"]
   overrides += ["sample.max_tokens=8", "eval.stride=32"]
   path = Path(__file__).parent.parent / "experiments" / "quickstart.py"
   config = load(str(path), [f"--config.{item}" for item in overrides], Config)

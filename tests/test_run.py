@@ -13,10 +13,10 @@ import llmjax
 from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.train.checkpoint import Checkpoints, load_model, read_meta
-from llmjax.train.loop import Interrupted
-from llmjax.train.metrics import read_metrics
-from llmjax.train.state import abstract_state
+from llmjax.training.checkpoint import Checkpoints, load_model, read_meta
+from llmjax.training.loop import Interrupted
+from llmjax.training.metrics import read_metrics
+from llmjax.training.state import abstract_state
 from tests.runs import tiny, write_text
 
 pytestmark = pytest.mark.usefixtures("quick_module")
@@ -126,7 +126,7 @@ def test_eval_says_when_the_text_is_no_longer_that_of_the_run(text, tmp_path, ca
 
 def test_an_interrupted_run_resumes_bit_for_bit(finished, text, tmp_path, monkeypatch):
   workdir, config, result = finished
-  from llmjax.train import loop
+  from llmjax.training import loop
 
   class Press(loop.Reporter):
     """Presses Ctrl-C while step 6, which no checkpoint is due at, is under way."""
@@ -245,7 +245,7 @@ def test_two_runs_of_one_config_are_the_same_and_another_seed_is_not(finished, t
 
 def test_accumulation_unrolling_remat_and_scan_do_not_change_the_run(finished, text, tmp_path):
   _, _, result = finished
-  variants = {"model__scan": False, "model__remat": "dots", "train__accumulation": 4}
+  variants = {"model__scan": False, "model__remat": "dots", "train__grad_accum_steps": 4}
   made = llmjax.train(tiny(text, **variants), tmp_path / "variant")
   # fp32 rounding in another order, over 12 steps of Adam at a high rate.
   assert made["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=2e-3)

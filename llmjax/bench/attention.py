@@ -10,9 +10,9 @@ import timeit
 import jax
 import jax.numpy as jnp
 
-from llmjax.nn.kernels import attend
-from llmjax.nn.mask import Rule, self_mask
-from llmjax.nn.scores import Scores
+from llmjax.nn.attention.kernels import attend
+from llmjax.nn.attention.mask import MaskSpec, self_mask
+from llmjax.nn.attention.scores import Scores
 
 POSITIONS = (512, 1024, 2048, 4096, 8192, 16384)
 KERNELS = ("direct", "blockwise")
@@ -51,7 +51,7 @@ def _row(kernel: str, length: int, options) -> dict:
 
 def _gradient(kernel: str, q_btnh, k_bskh, v_bskh):
   """The gradient of the sum of squares of causal attention."""
-  mask = self_mask(Rule(), None, jnp.arange(q_btnh.shape[1])[None])
+  mask = self_mask(MaskSpec(), None, jnp.arange(q_btnh.shape[1])[None])
 
   def loss(q_btnh, k_bskh, v_bskh):
     o_btnh = attend(q_btnh, k_bskh, v_bskh, mask, Scores(_HEAD_DIM**-0.5), kernel)

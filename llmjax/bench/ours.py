@@ -22,18 +22,18 @@ from llmjax.core.memory import give_back, settle, tune_allocator
 from llmjax.data import loader
 from llmjax.data.pack import PackedRows
 from llmjax.data.tasks import language_model
-from llmjax.models import hf
+from llmjax.formats.hf import folder as hf
 from llmjax.models.build import abstract
 from llmjax.models.model import Model
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import batch_sharding
 from llmjax.serve.generate import generate_ids
 from llmjax.serve.sample import Sampling
-from llmjax.train.config import Config
-from llmjax.train.losses import LossConfig
-from llmjax.train.optim import OptimConfig
-from llmjax.train.state import init_sharded
-from llmjax.train.step import compile_step
+from llmjax.training.config import Config
+from llmjax.training.losses import LossConfig
+from llmjax.training.optim import OptimConfig
+from llmjax.training.state import init_sharded
+from llmjax.training.step import compile_step
 
 tune_allocator()  # as `import llmjax` does: a worker's own `llmjax` is the bare folder
 
@@ -49,12 +49,12 @@ def make_config(size: str, dtype: str, overrides=()) -> Config:
   model = hf.read_config(hf.family_of(theirs), theirs)
   beta1, beta2 = ADAMW["betas"]
   config = Config(
-    model=dataclasses.replace(model, context=wanted.length, dtype=dtype, scan=False),
+    model=dataclasses.replace(model, max_seq_len=wanted.length, dtype=dtype, scan=False),
     data=loader.DataConfig(batch_size=wanted.batch_size),
-    loss=LossConfig(balance=0.0),
+    loss=LossConfig(moe_aux=0.0),
     optim=OptimConfig(
-      learning_rate=ADAMW["lr"], warmup=0, final=1.0, beta1=beta1, beta2=beta2, eps=ADAMW["eps"],
-      weight_decay=ADAMW["weight_decay"], clip_norm=0.0,
+      learning_rate=ADAMW["lr"], warmup=0, min_lr_ratio=1.0, beta1=beta1, beta2=beta2,
+      eps=ADAMW["eps"], weight_decay=ADAMW["weight_decay"], clip_norm=0.0,
     ),
   )
   return override(config, overrides)
@@ -97,7 +97,7 @@ def decode(spec: Spec):
   """Prepares greedy decoding."""
   size = SIZES[spec.size]
   config = make_config(spec.size, spec.dtype, spec.overrides).model
-  model = _loaded(spec, dataclasses.replace(config, context=max(config.context, 256)))
+  model = _loaded(spec, dataclasses.replace(config, max_seq_len=max(config.max_seq_len, 256)))
 
   def write(rows, new_tokens: int) -> list[list[int]]:
     return generate_ids(model, rows, Sampling(temperature=0.0, max_tokens=new_tokens))
@@ -140,7 +140,7 @@ def load(spec: Spec):
   config, documents, tokenizer = _text(spec)
   folder = tempfile.TemporaryDirectory()
   store = loader.make_store(config.data, documents, tokenizer, Path(folder.name))
-  rows = PackedRows(store, config.model.context, config.seed)
+  rows = PackedRows(store, config.model.max_seq_len, config.seed)
   sharding = batch_sharding(make_mesh(config.mesh))
   size = config.data.batch_size
   feed = loader.batches(rows, config.task_of(tokenizer), sharding, size, 0, 1 << 40)
@@ -151,7 +151,7 @@ def load(spec: Spec):
   def measure(request: dict) -> dict:
     for _ in range(loader.READ_AHEAD + 2):  # what was made while another one computed
       next(feed)
-    return timed_steps(run_step, size * config.model.context, request["seconds"])
+    return timed_steps(run_step, size * config.model.max_seq_len, request["seconds"])
 
   run_step()
   measure.folder = folder  # lives as long as what reads from it

@@ -12,17 +12,17 @@ from llmjax.core.memory import give_back, settle
 from llmjax.data import loader
 from llmjax.parallel.mesh import axis_sizes, make_mesh
 from llmjax.parallel.rules import batch_sharding
-from llmjax.plan.formulas import step_flops
-from llmjax.plan.memory import memory
-from llmjax.train.config import Config
-from llmjax.train.shrink import made_up_batch
-from llmjax.train.state import abstract_state, init_sharded
-from llmjax.train.step import compile_step
+from llmjax.planning.formulas import step_flops
+from llmjax.planning.memory import memory
+from llmjax.training.config import Config
+from llmjax.training.shrink import made_up_batch
+from llmjax.training.state import abstract_state, init_sharded
+from llmjax.training.step import compile_step
 
 CASES = (
-  "layers=4 width=512 heads=8 mlp_width=1536 vocab_size=8192 context=256",
-  "layers=6 width=512 heads=8 mlp_width=1536 vocab_size=8192 context=256 remat=full",
-  "layers=4 width=768 heads=12 mlp_width=2048 vocab_size=16384 context=256 remat=dots",
+  "layers=4 width=512 heads=8 mlp_width=1536 vocab_size=8192 max_seq_len=256",
+  "layers=6 width=512 heads=8 mlp_width=1536 vocab_size=8192 max_seq_len=256 remat=full",
+  "layers=4 width=768 heads=12 mlp_width=2048 vocab_size=16384 max_seq_len=256 remat=dots",
 )
 _SIDE = 2048  # of the matrices that say what this machine can do
 

@@ -13,15 +13,15 @@ from llmjax.core.chips import topology
 from llmjax.core.config import override
 from llmjax.core.errors import UserError
 from llmjax.parallel.mesh import axis_sizes
-from llmjax.plan.formulas import step_flops
-from llmjax.plan.memory import memory
-from llmjax.plan.plan import plan
-from llmjax.train.config import Config
+from llmjax.planning.formulas import step_flops
+from llmjax.planning.memory import memory
+from llmjax.planning.plan import plan
+from llmjax.training.config import Config
 
 ROWS, PICTURE = Path("docs/plan-sanity.jsonl"), Path("docs/plan-sanity.png")
 _BASE = {
   "model.layers": 4, "model.width": 1024, "model.heads": 8, "model.kv_heads": 4,
-  "model.mlp_width": 2816, "model.vocab_size": 32_000, "model.context": 2048,
+  "model.mlp_width": 2816, "model.vocab_size": 32_000, "model.max_seq_len": 2048,
   "model.tie_embeddings": False, "model.remat": "full", "data.batch_size": 16, "mesh.data": 1,
 }
 _WIDE = "layers=8 width=2048 heads=16 mlp_width=5632"
@@ -32,31 +32,33 @@ CASES = (
   ("v5e:2x2", "mesh.fsdp=4 remat=none"),
   ("v5e:2x2", "mesh.fsdp=4 remat=dots heads=16"),
   ("v5e:2x2", "mesh.fsdp=4 remat=save_projections layers=12 width=512 mlp_width=2048"),
-  ("v5e:2x2", "mesh.fsdp=4 train.accumulation=4 data.batch_size=64"),
+  ("v5e:2x2", "mesh.fsdp=4 train.grad_accum_steps=4 data.batch_size=64"),
   ("v5e:2x4", f"mesh.fsdp=8 {_WIDE} data.batch_size=32"),
   ("v5e:2x4", f"mesh.fsdp=8 {_WIDE} remat=dots"),
-  ("v5e:2x4", "mesh.fsdp=4 mesh.context=2 attention.context=all_to_all context=8192"),
+  ("v5e:2x4", "mesh.fsdp=4 mesh.context=2 attention.context_parallel=all_to_all max_seq_len=8192"),
   ("v5e:2x4", "mesh.data=2 mesh.fsdp=4 remat=none tie_embeddings=True vocab_size=50304"),
   ("v5e:4x4", f"mesh.fsdp=16 {_7B} data.batch_size=32"),
-  ("v5e:4x4", f"mesh.fsdp=16 {_7B} remat=dots train.accumulation=2 data.batch_size=32"),
+  ("v5e:4x4", f"mesh.fsdp=16 {_7B} remat=dots train.grad_accum_steps=2 data.batch_size=32"),
   ("v5e:4x4", f"mesh.fsdp=4 mesh.tensor=4 {_7B} data.batch_size=32"),
   ("v6e:2x2", "mesh.fsdp=4 layers=6 vocab_size=128256 remat=dots"),
   ("v6e:2x2", "mesh.fsdp=2 mesh.tensor=2 remat=none kv_heads=8"),
-  ("v6e:2x4", f"mesh.fsdp=8 {_WIDE} remat=save_projections context=4096"),
+  ("v6e:2x4", f"mesh.fsdp=8 {_WIDE} remat=save_projections max_seq_len=4096"),
   ("v6e:2x4", f"mesh.fsdp=4 mesh.expert=2 {_MOE} moe.shared=1"),
   ("v6e:2x4", "mesh.data=8 width=512 heads=4 mlp_width=1536 remat=none data.batch_size=64"),
   ("v5p:2x2x1", f"mesh.tensor=4 {_WIDE} data.batch_size=4"),
   ("v5p:2x2x1", f"mesh.fsdp=4 {_7B} layers=2 remat=none data.batch_size=8"),
-  ("v5p:2x2x1", "mesh.data=2 mesh.fsdp=2 remat=dots activation=gelu train.accumulation=2"),
-  ("v5p:2x2x1", "mesh.context=4 context=16384 data.batch_size=2 attention.context=gather"),
+  ("v5p:2x2x1", "mesh.data=2 mesh.fsdp=2 remat=dots activation=gelu train.grad_accum_steps=2"),
+  ("v5p:2x2x1", "mesh.context=4 max_seq_len=16384 data.batch_size=2 "
+   "attention.context_parallel=gather"),
   ("v5p:2x2x1", f"mesh.fsdp=4 {_MOE}"),
-  ("v5p:2x2x1", "mesh.stage=4 layers=8 train.accumulation=8 data.batch_size=32"),
-  ("v5p:2x2x2", f"mesh.fsdp=8 {_WIDE} train.zero=1"),
-  ("v5p:2x2x2", f"mesh.fsdp=8 {_WIDE} train.zero=2 train.accumulation=2 data.batch_size=32"),
+  ("v5p:2x2x1", "mesh.stage=4 layers=8 train.grad_accum_steps=8 data.batch_size=32"),
+  ("v5p:2x2x2", f"mesh.fsdp=8 {_WIDE} train.zero_stage=1"),
+  ("v5p:2x2x2", f"mesh.fsdp=8 {_WIDE} train.zero_stage=2 train.grad_accum_steps=2 "
+   "data.batch_size=32"),
   ("v5p:2x2x2", f"mesh.fsdp=4 mesh.tensor=2 {_WIDE} remat=dots"),
   ("v5p:2x2x2", f"mesh.expert=8 {_MOE} moe.experts=16 remat=full"),
-  ("v5p:2x2x2", f"mesh.fsdp=8 {_MOE} remat=dots moe.dense_first=1"),
-  ("v5p:2x2x2", "mesh.stage=2 mesh.fsdp=4 layers=8 train.accumulation=4 remat=none"),
+  ("v5p:2x2x2", f"mesh.fsdp=8 {_MOE} remat=dots moe.first_k_dense=1"),
+  ("v5p:2x2x2", "mesh.stage=2 mesh.fsdp=4 layers=8 train.grad_accum_steps=4 remat=none"),
   ("v5p:2x2x2", f"mesh.fsdp=8 {_7B} layers=3 optim.kind=muon data.batch_size=8"),
   ("v5p:2x2x4", f"mesh.data=2 mesh.fsdp=8 {_7B} data.batch_size=64"),
 )

@@ -15,7 +15,7 @@ from llmjax.bench.sizes import NEW_TOKENS, PROMPT_TOKENS, SIZES, write_weights
 from llmjax.core.config import override
 from llmjax.core.errors import UserError, nearest
 from llmjax.models.config import DTYPES
-from llmjax.train.config import Config
+from llmjax.training.config import Config
 
 ALONE = {"attention": attention.measure, "plan": plan_table.measure}  # without peers
 BENCHES = (*PEERS, *ALONE)

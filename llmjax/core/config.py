@@ -8,6 +8,7 @@ A key nobody declared is an error that names its nearest neighbour.
 import dataclasses
 import hashlib
 import json
+import re
 import runpy
 import traceback
 import typing
@@ -19,6 +20,26 @@ from ml_collections import ConfigDict, config_flags
 from llmjax.core.choices import check_finite
 from llmjax.core.errors import UserError, nearest
 from llmjax.core.files import check_file
+
+# Keys that were renamed: old name → new name.
+RENAMED = {
+  "model.context": "model.max_seq_len",
+  "model.attention.context": "model.attention.context_parallel",
+  "model.moe.dense_first": "model.moe.first_k_dense",
+  "train.zero": "train.zero_stage",
+  "train.accumulation": "train.grad_accum_steps",
+  "train.sum_dtype": "train.grad_reduce_dtype",
+  "optim.final": "optim.min_lr_ratio",
+  "loss.balance": "loss.moe_aux",
+  "task.hidden": "task.mask_prob",
+}
+
+
+def unknown_key(key: str, known) -> UserError:
+  """The error of a key that nobody declared: its new name, or what is nearest."""
+  if key in RENAMED:
+    return UserError(f"config key {key!r} is now called {RENAMED[key]!r}")
+  return UserError(f"unknown config key {key!r}; {nearest(key, known)}")
 
 
 def defaults(schema: type) -> ConfigDict:
@@ -44,7 +65,7 @@ def load(path: str, overrides: Sequence[str], schema: type):
     UserError: no such file, an error inside it, an unknown key, a value of the wrong type.
   """
   check_file("config file", path)
-  return _apply(_run_file(path), overrides, schema)
+  return _apply(_run_file(path, schema), overrides, schema)
 
 
 def override(config, overrides: Sequence[str]):
@@ -68,7 +89,7 @@ def _apply(tree: ConfigDict, overrides: Sequence[str], schema: type):
   return freeze(values.config.to_dict(), schema)
 
 
-def _run_file(path: str) -> ConfigDict:
+def _run_file(path: str, schema: type) -> ConfigDict:
   """Runs a config file; a mistake in it is told with its line."""
   try:
     made = runpy.run_path(path)
@@ -80,10 +101,16 @@ def _run_file(path: str) -> ConfigDict:
   except SyntaxError as error:
     raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
   except Exception as error:
+    missing = re.search('Key "([^"]+)" does not exist', str(error))
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     place = f"{path}:{lines[-1]}" if lines else path
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     text = " ".join(str(text).split())
+    if missing:
+      new = [new for old, new in RENAMED.items() if old.endswith(f".{missing[1]}")]
+      keys = {key.rpartition(".")[2] for key in flat(schema())}
+      hint = f"it is now called {' or '.join(new)}" if new else nearest(missing[1], keys)
+      raise UserError(f"{place}: no config key {missing[1]!r} there; {hint}") from error
     raise UserError(f"{place}: {type(error).__name__}: {text}") from error
   if not isinstance(tree, ConfigDict):
     raise UserError(f"{path}: get_config() must return an ml_collections.ConfigDict")
@@ -95,7 +122,7 @@ def _check_keys(overrides: Sequence[str], schema: type):
   for argument in overrides:
     key, found, _ = argument.removeprefix("--config.").partition("=")
     if key not in known:
-      raise UserError(f"unknown config key {key!r}; {nearest(key, known)}")
+      raise unknown_key(key, known)
     if not found:
       raise UserError(f"config key {key!r} has no value; write --config.{key}=VALUE")
 
@@ -116,7 +143,7 @@ def freeze(values: dict, schema: type, prefix: str = ""):
   made = {}
   for name, value in values.items():
     if name not in hints:
-      raise UserError(f"unknown config key {prefix + name!r}; {nearest(name, hints)}")
+      raise unknown_key(prefix + name, [prefix + hint for hint in hints])
     made[name] = coerce(value, hints[name], prefix + name)
   return schema(**made)
 

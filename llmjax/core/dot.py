@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Part(NamedTuple):
+class ShardedWeight(NamedTuple):
   """A weight of which every device along a mesh axis holds a part, inside a `shard_map` over it.
 
   A product gathers it in the compute dtype, in each direction anew, and scatters its gradient.
@@ -23,10 +23,10 @@ class Part(NamedTuple):
   """
 
   own: jax.Array
-  place: "Place"
+  place: "ShardSpec"
 
 
-class Place(NamedTuple):
+class ShardSpec(NamedTuple):
   """Where a weight is cut.
 
   Attributes:
@@ -41,16 +41,16 @@ class Place(NamedTuple):
 
 
 def own_and_place(w) -> tuple:
-  """Takes a weight or a `Part` apart: (array, where it is cut or None)."""
-  return w if isinstance(w, Part) else (w, None)
+  """Takes a weight or a `ShardedWeight` apart: (array, where it is cut or None)."""
+  return w if isinstance(w, ShardedWeight) else (w, None)
 
 
-def gather(own, place: Place | None):
+def gather(own, place: ShardSpec | None):
   """Makes a device's part whole; a weight that is cut nowhere is so already."""
   return own if place is None else jax.lax.all_gather(own, place.axis, axis=place.dim, tiled=True)
 
 
-def scatter(grad, place: Place | None):
+def scatter(grad, place: ShardSpec | None):
   """Sums over devices, of which each keeps its part: what `gather` is back."""
   if place is None:
     return grad
@@ -65,8 +65,8 @@ def dot(eq: str, x, w, out_dtype=None):
   Args:
     eq: einsum equation of two operands; every letter stands in at least two of its three terms.
     x: activation, compute dtype.
-    w: weight leaf or its `Part`, of any float dtype; it is cast to the dtype of `x` and its
-      gradient comes back in its own dtype, unrounded.
+    w: weight leaf or its `ShardedWeight`, of any float dtype; it is cast to the dtype of `x` and
+      its gradient comes back in its own dtype, unrounded.
     out_dtype: dtype of the result; that of `x` by default.
   Returns:
     The contraction, summed in fp32.
@@ -80,7 +80,7 @@ def contract(eq: str, a, b, out_dtype=None):
   Args:
     eq: einsum equation of two operands; every letter stands in at least two of its three terms.
     a: array in the compute dtype.
-    b: array or `Part` of any float dtype, cast to that of `a`.
+    b: array or `ShardedWeight` of any float dtype, cast to that of `a`.
     out_dtype: dtype of the result; that of `a` by default.
   Returns:
     The contraction, summed in fp32; gradients in the dtypes of `a` and of `b`.

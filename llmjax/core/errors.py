@@ -5,6 +5,7 @@ The command line prints it as one line and exits with status 2; a notebook sees 
 """
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -31,3 +32,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?"
   shown = ", ".join(known[:12]) + (f", … ({len(known)} in all)" if len(known) > 12 else "")
   return f"known: {shown}" if known else "there are none"
+
+
+def note(text: str):
+  """Tells the user what was decided for them."""
+  print(f"llmjax: note: {text}", file=sys.stderr)

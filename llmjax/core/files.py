@@ -113,3 +113,21 @@ def full_disk(error: BaseException | None) -> str:
       return f"{found[0]} ({error.filename})" if getattr(error, "filename", None) else found[0]
     error = error.__cause__ or error.__context__
   return ""
+
+
+def read_json(path: Path, kind: type = dict):
+  """Reads a JSON object (or a list); a missing or damaged file is a `UserError`."""
+  try:
+    made = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror}") from error
+  except ValueError as error:
+    raise UserError(f"{path} is not JSON: {error}") from error
+  if not isinstance(made, kind):
+    raise UserError(f"{path} holds no JSON {'object' if kind is dict else 'array'}")
+  return made
+
+
+def write_json(path: Path, values: dict | list):
+  """Writes a JSON value, a key a line."""
+  path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -23,7 +23,8 @@ def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
 
   Args:
     x_td: rows, those of group 0 first.
-    w_edf: a weight for each group or its `Part`, any float dtype; cast to the dtype of `x_td`.
+    w_edf: a weight for each group or its `ShardedWeight`, any float dtype; cast to the dtype of
+      `x_td`.
     sizes_e: int32 rows of each group; their sum may be less than t.
     kernel: blocks; ragged (`jax.lax.ragged_dot`); megablox (Pallas, TPU; interpreted elsewhere);
       auto is blocks on CPU, megablox on TPU, ragged on GPU.

@@ -31,7 +31,7 @@ class PackedRows:
     if self.rows_per_epoch < 1:
       raise UserError(
         f"the training text has {total} tokens, fewer than one row of {row_tokens + 1}; "
-        "use more text or a smaller model.context"
+        "use more text or a smaller model.max_seq_len"
       )
     self._order = functools.lru_cache(maxsize=2)(self._make_order)
     self._document = functools.lru_cache(maxsize=512)(store.__getitem__)

@@ -32,18 +32,18 @@ class TaskConfig:
   Attributes:
     name: language_model; prefix_lm (a document's rest, given a prefix of random length);
       masked_lm (BERT); span_corruption (T5); auto: what suits the model's kind and mask.
-    hidden: share of tokens that masked_lm and span_corruption hide.
+    mask_prob: share of tokens that masked_lm and span_corruption hide.
     span: mean tokens of a hidden span.
   """
 
   name: str = "auto"
-  hidden: float = 0.15
+  mask_prob: float = 0.15
   span: float = 3.0
 
   def __post_init__(self):
     check_choice("task.name", self.name, ("auto", *TASKS))
-    if not 0 < self.hidden <= 0.5:
-      raise UserError(f"task.hidden {self.hidden} is not in (0, 0.5]")
+    if not 0 < self.mask_prob <= 0.5:
+      raise UserError(f"task.mask_prob {self.mask_prob} is not in (0, 0.5]")
     check_least("task", self, span=1)
 
 
@@ -113,7 +113,7 @@ class Task:
     """
     row = language_model(tokens_u, segments_u)
     tokens_t = row.tokens_bt
-    hidden = (rng.random(len(tokens_t)) < self.config.hidden) & (row.segments_bt > 0)
+    hidden = (rng.random(len(tokens_t)) < self.config.mask_prob) & (row.segments_bt > 0)
     how = rng.random(len(tokens_t))
     anything = rng.integers(0, self.tokens, len(tokens_t))
     shown = np.where(how < 0.8, self.marks[0], np.where(how < 0.9, anything, tokens_t))
@@ -176,7 +176,7 @@ class Task:
 
   def _spans(self, length: int) -> tuple[int, int]:
     """Of a window: (how many tokens are hidden, in how many spans)."""
-    hidden = max(1, min(round(length * self.config.hidden), length // 2))
+    hidden = max(1, min(round(length * self.config.mask_prob), length // 2))
     return hidden, max(1, round(hidden / self.config.span))
 
   def _corrupt(self, ids, rng):

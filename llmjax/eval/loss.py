@@ -21,8 +21,8 @@ from llmjax.data.prepare import TokenStore
 from llmjax.data.sources import Document
 from llmjax.data.tasks import Task, score_only
 from llmjax.parallel.rules import ACTIVATIONS, axes_of, batch_sharding
-from llmjax.train.losses import LossConfig, head_loss
-from llmjax.train.step import compiler_options
+from llmjax.training.losses import LossConfig, head_loss
+from llmjax.training.step import compiler_options
 
 
 def evaluate_loss(
@@ -54,7 +54,7 @@ def evaluate_loss(
   """
   task = task or Task()
   whole = task.config.name in ("language_model", "prefix_lm")
-  context = model.config.context
+  context = model.config.max_seq_len
   stride = min(stride or max(1, context // 2), context) if whole else context
   ways = math.prod(mesh.shape[axis] for axis in axes_of("b", ACTIVATIONS))
   batch_size = math.ceil(batch_size / ways) * ways

@@ -7,10 +7,10 @@ import jax
 from flax import nnx
 
 from llmjax.models.config import ModelConfig
-from llmjax.nn.attention import Attention, View
-from llmjax.nn.cache import KVCache
+from llmjax.nn.attention.grouped_query import Attention, AttentionInputs
+from llmjax.nn.attention.latent import LatentAttention
+from llmjax.nn.cache.dense import KVCache
 from llmjax.nn.dropout import dropout
-from llmjax.nn.latent import LatentAttention
 from llmjax.nn.mlp import Mlp
 from llmjax.nn.moe import Moe
 from llmjax.nn.norm import Norm
@@ -18,7 +18,7 @@ from llmjax.nn.norm import Norm
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Shared:
+class LayerInputs:
   """What all blocks of a stack are given alike.
 
   Attributes:
@@ -30,9 +30,9 @@ class Shared:
     real_bt: bool, False for padding; None: all are real.
   """
 
-  views: dict[str, View]
+  views: dict[str, AttentionInputs]
   positions_bt: jax.Array
-  source_view: View | None = None
+  source_view: AttentionInputs | None = None
   key: jax.Array | None = None
   tokens_bt: jax.Array | None = None
   real_bt: jax.Array | None = None
@@ -77,7 +77,7 @@ class Block(nnx.Module):
         self.cross_out_norm = Norm(next(keys), dims, norm)
 
   def __call__(
-    self, x_btd, kind: str, shared: Shared, cache: KVCache | None = None,
+    self, x_btd, kind: str, shared: LayerInputs, cache: KVCache | None = None,
     source: KVCache | None = None,
   ):
     """Advances the residual stream.
@@ -95,19 +95,19 @@ class Block(nnx.Module):
     attend = functools.partial(
       self.attention, view=shared.views[kind], positions_bt=shared.positions_bt, cache=cache
     )
-    think = functools.partial(self._think, shared=shared)
+    think = functools.partial(self.feed_forward, shared=shared)
     if self.config.block != "sequential":
       return self._parallel(x_btd, attend, think, keys)
     x_btd, cache = self._add(x_btd, "attention", attend, keys[0])
     if self.cross:
       look = lambda normed_btd: (  # noqa: E731
-        self.cross_attention.look_at(normed_btd, source, shared.source_view), None
+        self.cross_attention.cross_attend(normed_btd, source, shared.source_view), None
       )
       x_btd, _ = self._add(x_btd, "cross", look, keys[1])
     x_btd, routing = self._add(x_btd, "mlp", think, keys[2])
     return x_btd, cache, routing
 
-  def _think(self, x_btd, shared: Shared):
+  def feed_forward(self, x_btd, shared: LayerInputs):
     """The feed-forward layer: (y_btd, what its router did or None)."""
     if not hasattr(self, "moe"):
       return self.mlp(x_btd), None

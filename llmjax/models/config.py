@@ -4,7 +4,7 @@ import dataclasses
 
 from llmjax.core.choices import check_choice, check_finite, check_least
 from llmjax.core.errors import UserError
-from llmjax.nn.attention import AttentionConfig
+from llmjax.nn.attention.grouped_query import AttentionConfig
 from llmjax.nn.dropout import NAMES
 from llmjax.nn.embed import EmbedConfig
 from llmjax.nn.mlp import ACTIVATIONS
@@ -90,7 +90,7 @@ class ModelConfig:
     vocab_size: tokens (v); 0 means the tokenizer's. Classes of a vision model.
     source_vocab_size: tokens of an encoder_decoder's source, which then has an embedding of its own
       (OpenNMT, Marian); 0 means that source and target share vocabulary and embedding (T5).
-    context: positions of a training row, and the most a prompt and its continuation may fill.
+    max_seq_len: positions of a training row, and the most a prompt and its continuation may fill.
     tie_embeddings: the output head reads the embedding.
     dropout: share of the embedding's and of every sublayer's output that training zeroes.
     dtype: compute dtype; weights are always kept in float32.
@@ -113,7 +113,7 @@ class ModelConfig:
   block: str = "sequential"
   vocab_size: int = 0
   source_vocab_size: int = 0
-  context: int = 256
+  max_seq_len: int = 256
   tie_embeddings: bool = True
   dropout: float = 0.0
   dtype: str = "bfloat16"
@@ -134,7 +134,7 @@ class ModelConfig:
       check_choice(f"model.{key}", getattr(self, key), known)
     if not set(self.remat.split("+")) <= set(NAMES):
       check_choice("model.remat", self.remat, (*REMAT, *NAMES))
-    check_least("model", self, layers=1, width=1, heads=1, mlp_width=1, context=1, kv_heads=0)
+    check_least("model", self, layers=1, width=1, heads=1, mlp_width=1, max_seq_len=1, kv_heads=0)
     check_least("model", self, head_dim=0, encoder_layers=0, vocab_size=0, source_vocab_size=0)
     if not 0 <= self.dropout < 1:
       raise UserError(f"model.dropout {self.dropout} is not in [0, 1)")
@@ -155,7 +155,7 @@ class ModelConfig:
       "f": self.mlp_width,
       "e": self.moe.experts,
       "v": self.vocab_size,
-      "t": self.context,
+      "t": self.max_seq_len,
     }
 
   @property
@@ -243,9 +243,9 @@ def _check_kind(config: ModelConfig):
   if config.moe.experts:
     if config.kind not in ("decoder", "encoder"):
       raise UserError(f"model.kind={config.kind} has no experts: set model.moe.experts to 0")
-    if config.moe.dense_first >= config.layers:
+    if config.moe.first_k_dense >= config.layers:
       raise UserError(
-        f"model.moe.dense_first {config.moe.dense_first} leaves none of {config.layers} layers"
+        f"model.moe.first_k_dense {config.moe.first_k_dense} leaves none of {config.layers} layers"
       )
     if config.mlp_bias:
       raise UserError("experts have no biases: leave model.mlp_bias")

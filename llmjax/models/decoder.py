@@ -8,7 +8,7 @@ from llmjax.models.config import ModelConfig
 from llmjax.models.stack import Stack
 from llmjax.models.text import TextModel
 from llmjax.models.vision import Projector, Tower, tower_config
-from llmjax.nn.cache import Cache
+from llmjax.nn.cache.dense import Cache
 
 
 class Decoder(TextModel):
@@ -34,7 +34,7 @@ class Decoder(TextModel):
       prefix_bs = jnp.zeros((batch, slots), bool)
     return Cache(self.decoder.empty_cache(batch, slots), prefix_bs=prefix_bs)
 
-  def start(self, batch: Batch, slots: int) -> Cache:
+  def init_cache(self, batch: Batch, slots: int) -> Cache:
     """Makes the empty cache of a batch; every kind that decodes has this function."""
     return self.empty_cache(len(batch.tokens_bt), slots)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmjax.models.block import Shared
+from llmjax.models.block import LayerInputs
 from llmjax.models.config import ModelConfig
 from llmjax.nn.dropout import NAMES
 
@@ -28,7 +28,7 @@ _POLICIES = {
 }
 
 
-def run_layers(blocks, x_btd, each, shared: Shared, config: ModelConfig, first: int = 0):
+def run_layers(blocks, x_btd, each, shared: LayerInputs, config: ModelConfig, first: int = 0):
   """Runs stacked blocks one after another, in cycles of the attention pattern.
 
   Args:
@@ -68,7 +68,7 @@ def _from(pattern: tuple, first: int) -> tuple:
   return pattern[first:] + pattern[:first]
 
 
-def _body(kind, shared: Shared, config: ModelConfig, scanned: bool = False):
+def _body(kind, shared: LayerInputs, config: ModelConfig, scanned: bool = False):
   """One layer of a kind: (x_btd, (block, (cache, source), number)) → (x_btd, (cache, routing))."""
 
   def body(x_btd, layer, shared):
@@ -124,7 +124,7 @@ def run_some(
   return x_btd, jax.tree.map(lambda *a: jnp.stack(a), *made)
 
 
-def apart(model: nnx.Module, take=None) -> nnx.Module:
+def unstack_layers(model: nnx.Module, take=None) -> nnx.Module:
   """Takes a decoder's stacked layers apart, for decoding: same values, each layer by itself.
 
   Args:

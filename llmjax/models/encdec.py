@@ -9,7 +9,7 @@ from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
 from llmjax.models.stack import Stack
 from llmjax.models.text import TextModel, split_or_none
-from llmjax.nn.cache import Cache
+from llmjax.nn.cache.dense import Cache
 from llmjax.nn.embed import Embed
 
 
@@ -48,7 +48,7 @@ class EncoderDecoder(TextModel):
     keys = split_or_none(key, 3)
     if cache is None:
       memory_bsd, segments_bs = self.encode(batch, keys[0])
-      source = self.decoder.look_up(memory_bsd)
+      source = self.decoder.project_memory(memory_bsd)
     else:
       source, segments_bs = cache.source, cache.source_segments_bs
     x_btd = self._embedded(batch, keys[1])
@@ -68,11 +68,11 @@ class EncoderDecoder(TextModel):
     x_bsd = self._embedded(source, keys[0], embed=getattr(self, "source_embed", self.embed))
     return self.encoder(x_bsd, self.encoder.shared(source, keys[1]))[0], segments_bs
 
-  def start(self, batch: Batch, slots: int) -> Cache:
+  def init_cache(self, batch: Batch, slots: int) -> Cache:
     """Reads the source once, and makes room for `slots` positions of what is to be written.
 
     A row's source is one document (number 1, padding 0).
     """
     memory_bsd, segments_bs = self.encode(batch)
     own = self.decoder.empty_cache(len(batch.source_bs), slots)
-    return Cache(own, self.decoder.look_up(memory_bsd), segments_bs)
+    return Cache(own, self.decoder.project_memory(memory_bsd), segments_bs)

@@ -18,7 +18,7 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
   moe = config.moe
   inputs = 2 if config.activation in GATED else 1
   layer = 2 * _projections(config)
-  dense = moe.dense_first if moe.experts else l
+  dense = moe.first_k_dense if moe.experts else l
   active = (moe.top_k + moe.shared) * (moe.width or f)
   thinking = dense * 2 * (inputs + 1) * d * f
   thinking += (l - dense) * 2 * d * ((inputs + 1) * active + moe.experts * (moe.router != "hash"))

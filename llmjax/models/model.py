@@ -10,7 +10,7 @@ from flax import nnx
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
-from llmjax.models.depth import apart, views
+from llmjax.models.depth import unstack_layers, views
 from llmjax.models.pooling import Pooling
 from llmjax.models.processor import Processor
 from llmjax.text.tokenizer import Tokenizer
@@ -42,8 +42,8 @@ class Model:
     """
     places = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.parameters)))
     if places == {jax.devices()[0]} and jax.default_backend() == "cpu":
-      return apart(self.parameters, views)
-    return jax.jit(apart)(self.parameters)
+      return unstack_layers(self.parameters, views)
+    return jax.jit(unstack_layers)(self.parameters)
 
   def logits(self, tokens_bt):
     """Scores the next token at every position.
@@ -61,9 +61,9 @@ class Model:
     tokens_bt = np.asarray(tokens_bt, np.int32)
     if tokens_bt.ndim != 2:
       raise UserError(f"tokens_bt has rank {tokens_bt.ndim}; logits wants [batch, positions]")
-    if tokens_bt.shape[1] > self.config.context:
+    if tokens_bt.shape[1] > self.config.max_seq_len:
       raise UserError(
-        f"{tokens_bt.shape[1]} tokens are more than the context of {self.config.context}"
+        f"{tokens_bt.shape[1]} tokens are more than the context of {self.config.max_seq_len}"
       )
     if tokens_bt.size and not 0 <= tokens_bt.min() <= tokens_bt.max() < self.config.vocab_size:
       raise UserError(

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from llmjax.core.errors import UserError, nearest
-from llmjax.models.hf_files import read_json, write_json
+from llmjax.core.files import read_json, write_json
 
 # In the order in which several are concatenated; sentence-transformers' keys that ask for them.
 _KEYS = {

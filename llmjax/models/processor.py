@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmjax.core.choices import check_finite
 from llmjax.core.errors import UserError, nearest
-from llmjax.models.hf_files import read_json, write_json
+from llmjax.core.files import read_json, write_json
 
 _CLIP = {"image_mean": (0.48145466, 0.4578275, 0.40821073)}
 _CLIP["image_std"] = (0.26862954, 0.26130258, 0.27577711)

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmjax.data.batch import Batch
-from llmjax.models.block import Block, Shared
+from llmjax.models.block import Block, LayerInputs
 from llmjax.models.config import ModelConfig
 from llmjax.models.depth import count, run_layers
-from llmjax.nn.attention import View
+from llmjax.nn.attention.grouped_query import AttentionInputs
+from llmjax.nn.attention.mask import Mask, cache_mask, cross_mask, self_mask
 from llmjax.nn.bias import Bias, alibi_slopes
-from llmjax.nn.cache import Cache, KVCache
-from llmjax.nn.mask import Mask, cache_mask, cross_mask, self_mask
+from llmjax.nn.cache.dense import Cache, KVCache
 from llmjax.nn.norm import Norm
 from llmjax.nn.param import normal, param
 from llmjax.nn.position import rope_angles
@@ -39,7 +39,7 @@ class Stack(nnx.Module):
     self.causal = causal
     self.cross = cross
     keys = jax.random.split(blocks_key, layers or config.layers)
-    first = config.moe.dense_first  # these have other weights than the rest
+    first = config.moe.first_k_dense  # these have other weights than the rest
     make = lambda dense: jax.vmap(lambda key: Block(key, config, cross, dense))  # noqa: E731
     self.first = nnx.data(make(True)(keys[:first]) if first else ())
     self.blocks = nnx.data(make(False)(keys[first:]))
@@ -50,7 +50,7 @@ class Stack(nnx.Module):
       self.relative_in = param(norm_key, "relative_in", dims, normal(config.width**-0.5))
 
   def __call__(
-    self, x_btd, shared: Shared, cache: Cache | None = None, source: KVCache | None = None
+    self, x_btd, shared: LayerInputs, cache: Cache | None = None, source: KVCache | None = None
   ):
     """Runs all blocks.
 
@@ -70,14 +70,14 @@ class Stack(nnx.Module):
     if first:
       kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), before, kept)
     cache = None if cache is None else dataclasses.replace(cache, own=kept)
-    return self.leave(x_btd), cache, routing
+    return self.final_norm(x_btd), cache, routing
 
   @property
   def dense(self) -> int:
     """How many first layers stand apart because they are dense where the others have experts."""
     return 0 if self.first == () else count(self.first)
 
-  def run_first(self, x_btd, shared: Shared, each=(None, None)):
+  def run_first(self, x_btd, shared: LayerInputs, each=(None, None)):
     """Runs these: (x_btd, caches)."""
     if not self.dense:
       return x_btd, None
@@ -86,7 +86,7 @@ class Stack(nnx.Module):
 
   def shared(
     self, batch: Batch, key=None, cache: Cache | None = None, source_segments_bs=None
-  ) -> Shared:
+  ) -> LayerInputs:
     """Makes what all layers are given alike.
 
     Args:
@@ -100,9 +100,9 @@ class Stack(nnx.Module):
     source_view = None
     if self.cross:
       numbers_bt = jnp.ones_like(positions_bt) if segments_bt is None else segments_bt
-      source_view = View(cross_mask(numbers_bt, positions_bt, source_segments_bs))
+      source_view = AttentionInputs(cross_mask(numbers_bt, positions_bt, source_segments_bs))
     views = {
-      kind: View(
+      kind: AttentionInputs(
         self._mask(kind, positions_bt, batch, cache),
         self._rope(kind, positions_bt, segments_bt),
         self._bias(),
@@ -111,13 +111,13 @@ class Stack(nnx.Module):
     }
     # Pinned, or the layout of experts' rows would spread to what attention sees.
     real_bt = None if segments_bt is None else shard(segments_bt > 0, "bt")
-    return Shared(views, positions_bt, source_view, key, batch.tokens_bt, real_bt)
+    return LayerInputs(views, positions_bt, source_view, key, batch.tokens_bt, real_bt)
 
-  def leave(self, x_btd):
+  def final_norm(self, x_btd):
     """Norms what the last block returns, where the config has it so."""
     return self.norm(x_btd) if hasattr(self, "norm") else x_btd
 
-  def look_up(self, memory_bsd) -> KVCache:
+  def project_memory(self, memory_bsd) -> KVCache:
     """Projects another stack's result into every layer's keys and values (`lbksh`)."""
     project = lambda block: block.cross_attention.keys_and_values(memory_bsd)  # noqa: E731
     if isinstance(self.blocks, tuple):

@@ -9,7 +9,7 @@ from flax import nnx
 from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
 from llmjax.models.stack import Stack, positions_of
-from llmjax.nn.cache import Cache
+from llmjax.nn.cache.dense import Cache
 from llmjax.nn.dropout import dropout
 from llmjax.nn.embed import Embed
 
@@ -68,14 +68,14 @@ class TextModel(nnx.Module):
 
   def _run(self, batch: Batch, cache: Cache | None, key):
     """Embedding and blocks: the same three as `hidden`."""
-    x_btd = self.enter(batch, key)
+    x_btd = self.embed_tokens(batch, key)
     if cache is not None and cache.prefix_bs is not None and batch.prefix_bt is not None:
       rows = jnp.arange(len(x_btd))[:, None]
       prefix_bs = cache.prefix_bs.at[rows, positions_of(batch)].set(batch.prefix_bt)
       cache = dataclasses.replace(cache, prefix_bs=prefix_bs)
     return self.stack(x_btd, self.shared(batch, key, cache), cache)
 
-  def enter(self, batch: Batch, key=None):
+  def embed_tokens(self, batch: Batch, key=None):
     """Runs everything before the blocks: x_btd. Arguments as of `hidden`."""
     keys = split_or_none(key, 3)
     return self._embedded(batch, keys[0], self._images(batch, keys[2]))
@@ -84,9 +84,9 @@ class TextModel(nnx.Module):
     """Makes what all blocks are given alike. Arguments as of `hidden`."""
     return self.stack.shared(batch, split_or_none(key, 3)[1], cache)
 
-  def leave(self, x_btd):
+  def final_norm(self, x_btd):
     """Runs everything between the blocks and the head: x_btd."""
-    return self._transform(self.stack.leave(x_btd))
+    return self._transform(self.stack.final_norm(x_btd))
 
   def _embedded(self, batch: Batch, key, images=None, embed: Embed | None = None):
     dtype, embed = jnp.dtype(self.config.dtype), embed or self.embed

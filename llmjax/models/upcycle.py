@@ -37,7 +37,7 @@ class InitConfig:
       raise UserError(f"init.drop={self.drop} changes nothing without init.checkpoint")
 
 
-def begin_from(model: Model, config: ModelConfig, fresh: nnx.Module, drop: float, seed: int):
+def init_from(model: Model, config: ModelConfig, fresh: nnx.Module, drop: float, seed: int):
   """Fits a model's weights into an architecture.
 
   Args:
@@ -85,9 +85,9 @@ def _with_experts(theirs: dict, config: ModelConfig, drop: float, rng) -> dict:
     if "/blocks/" not in path:
       made[path] = leaf
       continue
-    if moe.dense_first:
-      made[path.replace("/blocks/", "/first/")] = leaf[: moe.dense_first]
-    rest = leaf[moe.dense_first :]
+    if moe.first_k_dense:
+      made[path.replace("/blocks/", "/first/")] = leaf[: moe.first_k_dense]
+    rest = leaf[moe.first_k_dense :]
     name = path.rsplit("/", 1)[-1]
     if path.endswith(("mlp/gate_df", "mlp/up_df", "mlp/down_fd")):
       dealt[path.replace("mlp/", "moe/").replace("_df", "_edf").replace("_fd", "_efd")] = rest

@@ -8,7 +8,7 @@ from llmjax.core.dot import dot
 from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig, VisionConfig
 from llmjax.models.stack import Stack
-from llmjax.nn.attention import AttentionConfig
+from llmjax.nn.attention.grouped_query import AttentionConfig
 from llmjax.nn.dropout import dropout
 from llmjax.nn.embed import EmbedConfig
 from llmjax.nn.mlp import PLAIN

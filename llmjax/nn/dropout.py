@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 # Activations that a remat policy can save by name: results of projections, and attention's own.
 NAMES = ("query", "key", "value", "attention", "gate", "up")
@@ -23,8 +22,3 @@ def dropout(x, rate: float, key):
     return x
   kept = jax.random.bernoulli(key, 1 - rate, x.shape)
   return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
-
-
-def named(x, name: str):
-  """Gives an activation one of `NAMES`, so that a remat policy can save it; same values."""
-  return checkpoint_name(x, name)

@@ -101,18 +101,18 @@ class Embed(nnx.Module):
       x_btd in `dtype`.
     """
     config = self.config
-    x_btd = look_up(self.token_vd, tokens_bt, "v", dtype)
+    x_btd = embedding_lookup(self.token_vd, tokens_bt, "v", dtype)
     if config.scale != 1:
       x_btd = x_btd * jnp.asarray(config.scale, dtype)
     if replace is not None:
       x_btd = jnp.where(replace[0][..., None], replace[1].astype(dtype), x_btd)
     if self.position.kind == "learned":
-      x_btd += look_up(self.position_td, positions_bt, "t", dtype)
+      x_btd += embedding_lookup(self.position_td, positions_bt, "t", dtype)
     elif self.position.kind in SINUSOIDS:
       x_btd += sinusoids(positions_bt, x_btd.shape[-1], self.position).astype(dtype)
     if config.types:
       types_bt = jnp.zeros_like(tokens_bt) if types_bt is None else types_bt
-      x_btd += look_up(self.type_id, types_bt, "i", dtype)
+      x_btd += embedding_lookup(self.type_id, types_bt, "i", dtype)
     if config.norm:
       x_btd = self.norm(x_btd)
     return shard_stream(x_btd)
@@ -142,7 +142,7 @@ class Embed(nnx.Module):
     return shard(logits_btv, "btv")
 
 
-def look_up(table, ids_bt, letter: str, dtype):
+def embedding_lookup(table, ids_bt, letter: str, dtype):
   """Takes rows of a table by number, each device those of its own part: x_btd.
 
   On a mesh every device looks in the rows it holds and the results are added over `tensor`, so no

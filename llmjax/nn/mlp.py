@@ -4,12 +4,12 @@ import functools
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.core.dot import dot
-from llmjax.nn.dropout import named
 from llmjax.nn.param import constant, fan_in, param
 from llmjax.parallel.rules import shard
-from llmjax.parallel.tensor import columns, rows
+from llmjax.parallel.tensor import column_parallel, row_parallel
 
 
 def quick_gelu(x):
@@ -69,7 +69,7 @@ class Mlp(nnx.Module):
     else:
       hidden_btf = PLAIN[self.activation](up_btf)
     project = lambda x_btf, weights: dot("btf,fd->btd", x_btf, weights["down_fd"])  # noqa: E731
-    y_btd = rows(project, hidden_btf, {"down_fd": self.down_fd}, "btf")
+    y_btd = row_parallel(project, hidden_btf, {"down_fd": self.down_fd}, "btf")
     return _plus(y_btd, getattr(self, "down_bias_d", None))
 
   def _hidden(self, x_btd, names):
@@ -85,8 +85,10 @@ class Mlp(nnx.Module):
     if self.bias:
       wanted += [f"{name}_bias_f" for name in names]
     weights = {name: getattr(self, name) for name in wanted}
-    made = columns(project, x_btd, weights, ("btf",) * len(names))
-    return [named(shard(y_btf, "btf"), name) for y_btf, name in zip(made, names, strict=True)]
+    made = column_parallel(project, x_btd, weights, ("btf",) * len(names))
+    return [
+      checkpoint_name(shard(y_btf, "btf"), name) for y_btf, name in zip(made, names, strict=True)
+    ]
 
 
 def _plus(x, bias):

@@ -8,7 +8,7 @@ from llmjax.core.dot import dot
 from llmjax.core.grouped import grouped_dot
 from llmjax.nn.mlp import GATED, PLAIN, Mlp, gated
 from llmjax.nn.param import constant, fan_in, param
-from llmjax.nn.router import MoeConfig, Routing, hashed, route
+from llmjax.nn.router import MoeConfig, RouterStats, hashed, route
 from llmjax.parallel.expert import by_expert
 
 
@@ -44,7 +44,9 @@ class Moe(nnx.Module):
       wide = dims | {"f": config.shared * dims["f"]}
       self.shared = Mlp(jax.random.fold_in(key, 1), wide, activation, False, out_scale)
 
-  def __call__(self, x_btd, tokens_bt=None, real_bt=None, key=None) -> tuple[jax.Array, Routing]:
+  def __call__(
+    self, x_btd, tokens_bt=None, real_bt=None, key=None
+  ) -> tuple[jax.Array, RouterStats]:
     """Sends tokens through their experts.
 
     Args:

@@ -27,10 +27,10 @@ class PositionConfig:
   """How a model knows where a token stands.
 
   Attributes:
-    kind: rope; learned (a table of `model.context` rows); sinusoidal (sines and cosines in turn),
-      sinusoidal_halves (all sines, then all cosines: Marian), sinusoidal_t2t (likewise, the last
-      wavelength exactly theta times the first: Tensor2Tensor, OpenNMT, fairseq); alibi; relative
-      (T5's learned bias by distance); none.
+    kind: rope; learned (a table of `model.max_seq_len` rows); sinusoidal (sines and cosines in
+      turn), sinusoidal_halves (all sines, then all cosines: Marian), sinusoidal_t2t (likewise, the
+      last wavelength exactly theta times the first: Tensor2Tensor, OpenNMT, fairseq); alibi;
+      relative (T5's learned bias by distance); none.
     first: number of a document's first position, for sinusoids: OpenNMT's is 1, fairseq's 2.
     theta: base of the rotary angles, and of sinusoids.
     local_theta: base in the window layers of `model.attention.pattern`, unscaled; 0 means theta.

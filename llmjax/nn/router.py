@@ -27,7 +27,7 @@ class MoeConfig:
     top_k: experts a token goes to; of expert_choice, on average.
     width: feed-forward width of an expert; 0 means `mlp_width`.
     shared: experts that all tokens go to, as one layer so many times `width`.
-    dense_first: first layers that are dense, `mlp_width` wide.
+    first_k_dense: first layers that are dense, `mlp_width` wide.
     router: softmax, sigmoid, expert_choice (experts choose tokens; looks ahead), hash (of the id).
     renormalize: weights of the chosen experts sum to 1, rather than to their share of all.
     scale: factor on the weights.
@@ -45,7 +45,7 @@ class MoeConfig:
   top_k: int = 2
   width: int = 0
   shared: int = 0
-  dense_first: int = 0
+  first_k_dense: int = 0
   router: str = "softmax"
   renormalize: bool = True
   scale: float = 1.0
@@ -60,7 +60,7 @@ class MoeConfig:
     check_choice("model.moe.router", self.router, ROUTERS)
     check_choice("model.moe.drop", self.drop, DROPS)
     check_least(
-      "model.moe", self, experts=0, top_k=1, width=0, shared=0, dense_first=0, groups=1,
+      "model.moe", self, experts=0, top_k=1, width=0, shared=0, first_k_dense=0, groups=1,
       top_groups=1, capacity=0,
     )
     fields = dataclasses.fields(self)
@@ -99,7 +99,7 @@ class MoeConfig:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Routes:
+class RouterAssignment:
   """Where tokens go.
 
   Attributes:
@@ -113,7 +113,7 @@ class Routes:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Routing:
+class RouterStats:
   """What a layer's router did, as fp32 sums over tokens; stacked over layers with a leading `l`.
 
   Attributes:
@@ -135,7 +135,9 @@ class Routing:
   z: jax.Array
 
 
-def route(config: MoeConfig, logits_bte, real_bt, bias_e=None) -> tuple[Routes, Routing]:
+def route(
+  config: MoeConfig, logits_bte, real_bt, bias_e=None
+) -> tuple[RouterAssignment, RouterStats]:
   """Sends tokens to experts by their scores.
 
   Args:
@@ -157,10 +159,10 @@ def route(config: MoeConfig, logits_bte, real_bt, bias_e=None) -> tuple[Routes, 
   wanted = _mask(routes, real_bt, config.experts)
   kept = wanted if config.router == "expert_choice" else _within_capacity(config, wanted, real_bt)
   share_bte = jax.nn.softmax(log_bte) if sigmoid else scores_bte
-  return kept, _routing(config, wanted, kept, share_bte, logits_bte, real_bt)
+  return kept, _stats(config, wanted, kept, share_bte, logits_bte, real_bt)
 
 
-def hashed(config: MoeConfig, tokens_bt, real_bt) -> tuple[Routes, Routing]:
+def hashed(config: MoeConfig, tokens_bt, real_bt) -> tuple[RouterAssignment, RouterStats]:
   """Sends each id to experts of its own, whatever it means.
 
   Source: Roller et al. 2021, arXiv:2106.04426, sec. 3 (random hash).
@@ -169,13 +171,14 @@ def hashed(config: MoeConfig, tokens_bt, real_bt) -> tuple[Routes, Routing]:
   first_bt = (mixed_bt >> 16) % config.experts
   experts_btj = (first_bt[..., None] + jnp.arange(config.top_k)) % config.experts
   weights_btj = jnp.full(experts_btj.shape, config.scale / config.top_k, jnp.float32)
-  wanted = _mask(Routes(experts_btj.astype(jnp.int32), weights_btj), real_bt, config.experts)
+  assigned = RouterAssignment(experts_btj.astype(jnp.int32), weights_btj)
+  wanted = _mask(assigned, real_bt, config.experts)
   kept = _within_capacity(config, wanted, real_bt)
   even_bte = jnp.full((*tokens_bt.shape, config.experts), 1 / config.experts)
-  return kept, _routing(config, wanted, kept, even_bte, jnp.zeros_like(even_bte), real_bt)
+  return kept, _stats(config, wanted, kept, even_bte, jnp.zeros_like(even_bte), real_bt)
 
 
-def _tokens_choose(config, scores_bte, log_bte, bias_e) -> Routes:
+def _tokens_choose(config, scores_bte, log_bte, bias_e) -> RouterAssignment:
   """Source: top k: Shazeer et al. 2017, arXiv:1701.06538, sec. 2.1; sigmoid, bias and groups:
   DeepSeek-V3, arXiv:2412.19437, sec. 2.1.2."""
   wanted_bte = jax.lax.stop_gradient(scores_bte)
@@ -188,7 +191,7 @@ def _tokens_choose(config, scores_bte, log_bte, bias_e) -> Routes:
     weights_btj = jax.nn.softmax(jnp.take_along_axis(log_bte, experts_btj, axis=-1))
   else:
     weights_btj = jnp.take_along_axis(scores_bte, experts_btj, axis=-1)
-  return Routes(experts_btj, config.scale * weights_btj)
+  return RouterAssignment(experts_btj, config.scale * weights_btj)
 
 
 def _in_best_groups(config, wanted_bte):
@@ -203,7 +206,7 @@ def _in_best_groups(config, wanted_bte):
   return jnp.where(here[..., None], grouped, -jnp.inf).reshape(b, t, e)
 
 
-def _experts_choose(config, scores_bte, real_bt) -> Routes:
+def _experts_choose(config, scores_bte, real_bt) -> RouterAssignment:
   """Each expert takes the tokens of a row that score highest with it.
 
   Source: Zhou et al. 2022, arXiv:2202.09368, sec. 3.2. A token's experts depend on later tokens.
@@ -218,16 +221,16 @@ def _experts_choose(config, scores_bte, real_bt) -> Routes:
   room = slots_b11 - above.sum(-1, keepdims=True)
   taken_bte = (above | (equal & (jnp.cumsum(equal, -1) <= room))).swapaxes(1, 2)
   numbers_e = jnp.arange(e, dtype=jnp.int32)
-  return Routes(jnp.where(taken_bte, numbers_e, e), config.scale * scores_bte)
+  return RouterAssignment(jnp.where(taken_bte, numbers_e, e), config.scale * scores_bte)
 
 
-def _mask(routes: Routes, real_bt, e: int) -> Routes:
+def _mask(routes: RouterAssignment, real_bt, e: int) -> RouterAssignment:
   """Sends padding nowhere."""
   experts_btj = jnp.where(real_bt[..., None], routes.experts_btj, e)
-  return Routes(experts_btj, jnp.where(experts_btj < e, routes.weights_btj, 0))
+  return RouterAssignment(experts_btj, jnp.where(experts_btj < e, routes.weights_btj, 0))
 
 
-def _within_capacity(config, routes: Routes, real_bt) -> Routes:
+def _within_capacity(config, routes: RouterAssignment, real_bt) -> RouterAssignment:
   """Takes places away from tokens that an expert of their row has no room for.
 
   Source: capacity: Lepikhin et al. 2020, arXiv:2006.16668, alg. 1, with a row as the group;
@@ -247,7 +250,7 @@ def _within_capacity(config, routes: Routes, real_bt) -> Routes:
   fits_bi = ((jnp.cumsum(here_bie, axis=1) <= slots_b11) & here_bie).any(-1)
   fits_bi = jnp.take_along_axis(fits_bi, jnp.argsort(order_bi, axis=1), axis=1)
   fits_btj = fits_bi.reshape(b, j, t).swapaxes(1, 2)
-  return Routes(
+  return RouterAssignment(
     jnp.where(fits_btj, routes.experts_btj, config.experts),
     jnp.where(fits_btj, routes.weights_btj, 0),
   )
@@ -262,7 +265,9 @@ def _coarse(values):
   return jax.lax.reduce_precision(jax.lax.stop_gradient(values), exponent_bits=8, mantissa_bits=10)
 
 
-def _routing(config, wanted: Routes, kept: Routes, share_bte, logits_bte, real_bt) -> Routing:
+def _stats(
+  config, wanted: RouterAssignment, kept: RouterAssignment, share_bte, logits_bte, real_bt
+) -> RouterStats:
   """Source: balance: Fedus et al. 2021, arXiv:2101.03961, eq. 4, over a token's top k as in
   DeepSeek-V3, eq. 17 to 20 (1 where load is even); z: Zoph et al. 2022, arXiv:2202.08906, eq. 5."""
   e = config.experts
@@ -275,7 +280,7 @@ def _routing(config, wanted: Routes, kept: Routes, share_bte, logits_bte, real_b
 
   log_bte = jnp.log(jnp.maximum(share_bte, 1e-30))
   log_sum_bt1 = jax.nn.logsumexp(logits_bte, axis=-1, keepdims=True)
-  return Routing(
+  return RouterStats(
     tokens=real_bt1.sum(),
     load_e=places_be.sum(0),
     dropped=((wanted.experts_btj < e) & (kept.experts_btj == e)).sum().astype(jnp.float32),

@@ -27,7 +27,7 @@ class MeshConfig:
 
   Attributes:
     data: copies of the model.
-    fsdp: ways that weights, gradients and optimizer state are cut (see `train.zero`).
+    fsdp: ways that weights, gradients and optimizer state are cut (see `train.zero_stage`).
     stage: pipeline stages.
     context: ways that a row's positions are cut.
     expert: ways that experts are cut.
@@ -64,7 +64,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = axis_sizes(config, len(devices))
-  grid = lay_out(devices, sizes, config.slices, config.across)
+  grid = device_grid(devices, sizes, config.slices, config.across)
   if len(devices) > 1 and devices[0].platform == "cpu":
     separate_channels()
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -93,7 +93,7 @@ def abstract_mesh(
   """
   sizes = axis_sizes(config, devices)
   there = [_StandIn(number * slices // devices) for number in range(devices)]
-  lay_out(there, sizes, config.slices, config.across)
+  device_grid(there, sizes, config.slices, config.across)
   return AbstractMesh(
     tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES),
     abstract_device=AbstractDevice(platform, None, platform),
@@ -118,7 +118,7 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
   return sizes
 
 
-def lay_out(devices: Sequence, sizes: dict[str, int], slices: int, across: str) -> np.ndarray:
+def device_grid(devices: Sequence, sizes: dict[str, int], slices: int, across: str) -> np.ndarray:
   """Makes the grid of devices.
 
   Args:

@@ -94,7 +94,7 @@ def _actions(schedule: Schedule, chunk: Callable, weights, outer, x, common) -> 
   if split:
     part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), weights)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    backward, finish, later = _halves(backward, part, outer, x, number, number, x)
+    backward, finish, later = split_backward(backward, part, outer, x, number, number, x)
   last = schedule.stages * schedule.chunks - 1
 
   def idle(row, virtual, totals, held):
@@ -149,7 +149,7 @@ def _gradients(chunk, weights, outer, x, virtual, microbatch, grad):
   return (grad_x, grad_outer, sums), grad_weights
 
 
-def _halves(whole: Callable, weights, outer, *rest) -> tuple:
+def split_backward(whole: Callable, weights, outer, *rest) -> tuple:
   """Cuts a program of two results in two: what the first needs, and what is left for the second.
 
   Returns:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.core import tree
 from llmjax.core.dims import LETTERS, letters_of
-from llmjax.core.dot import Part, Place
+from llmjax.core.dot import ShardedWeight, ShardSpec
 from llmjax.core.errors import UserError
 
 WEIGHTS = {
@@ -93,12 +93,12 @@ def shard_stream(x_btd):
 def stream_spec(positions: int) -> PartitionSpec:
   """How the residual stream of rows of so many positions lies on the mesh in scope."""
   mesh = jax.sharding.get_abstract_mesh()
-  whole = positions % (ways("t", ACTIVATIONS) * mesh.shape["tensor"])
+  whole = positions % (shards("t", ACTIVATIONS) * mesh.shape["tensor"])
   t = "context" if whole else ("context", "tensor")
   return spec("btd", ACTIVATIONS | {"t": t})
 
 
-def ways(letter: str, table: dict) -> int:
+def shards(letter: str, table: dict) -> int:
   """Counts the devices that a letter is cut over, on the mesh in scope; 1 without one.
 
   Axes of a `shard_map` that this is inside of do not count.
@@ -178,17 +178,18 @@ def by_hand(weights: dict) -> tuple[dict, dict]:
   if mesh.empty or mesh.shape["fsdp"] == 1:
     return specs, {}
   cut = {name: tuple(one).index("fsdp") for name, one in specs.items() if "fsdp" in one}
-  return specs, {name: Place("fsdp", dim, sums) for name, dim in cut.items()}
+  return specs, {name: ShardSpec("fsdp", dim, sums) for name, dim in cut.items()}
 
 
 def parts(weights: dict, places: dict) -> dict:
-  """Inside that `shard_map`: those weights that are cut as a `Part`."""
+  """Inside that `shard_map`: those weights that are cut as a `ShardedWeight`."""
   return {
-    name: Part(leaf, places[name]) if name in places else leaf for name, leaf in weights.items()
+    name: ShardedWeight(leaf, places[name]) if name in places else leaf
+    for name, leaf in weights.items()
   }
 
 
-def lay_out(weights, table: dict):
+def constrain(weights, table: dict):
   """Constrains a tree named like the weights to the layout of a table, on the mesh in scope."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:

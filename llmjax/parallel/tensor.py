@@ -16,13 +16,13 @@ from llmjax.parallel.rules import (
   parts,
   shard,
   shard_stream,
+  shards,
   spec,
   stream_spec,
-  ways,
 )
 
 
-def columns(project: Callable, x_btd, weights: dict, letters: tuple[str, ...]):
+def column_parallel(project: Callable, x_btd, weights: dict, letters: tuple[str, ...]):
   """Multiplies the residual stream with weights that are cut by columns.
 
   Args:
@@ -53,7 +53,7 @@ def columns(project: Callable, x_btd, weights: dict, letters: tuple[str, ...]):
   )(x_btd, weights)
 
 
-def rows(project: Callable, x, weights: dict, letters: str):
+def row_parallel(project: Callable, x, weights: dict, letters: str):
   """Multiplies what is cut over `tensor` with weights cut by rows, back into the residual stream.
 
   Args:
@@ -95,7 +95,7 @@ def _ours(x, places: dict) -> tuple[set[str], bool]:
   if mesh.empty or inside("tensor"):
     return set(), False
   cut = mesh.shape["tensor"] > 1
-  whole = x.shape[1] % (ways("t", ACTIVATIONS) * mesh.shape["tensor"])
+  whole = x.shape[1] % (shards("t", ACTIVATIONS) * mesh.shape["tensor"])
   if whole if cut else not places:
     return set(), False
   return {axis for axis in mesh.axis_names if not inside(axis)}, cut

@@ -28,7 +28,7 @@ _PASSED_ON = ("parameter", "get-tuple-element", "tuple", "constant", "iota", "br
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
+class ReplicatedArray:
   """An array that every device would hold whole.
 
   Attributes:
@@ -69,7 +69,7 @@ def compile_and_watch(lowered, limit_bytes: int, options: dict | None = None):
   return compiled, list(found.values())
 
 
-def whole_arrays(text: str, limit_bytes: int) -> Iterator[Whole]:
+def whole_arrays(text: str, limit_bytes: int) -> Iterator[ReplicatedArray]:
   """Reads a program's text before it is partitioned; see `compile_and_watch`."""
   frames = Frames(text)
   for line in text.splitlines():
@@ -81,7 +81,7 @@ def whole_arrays(text: str, limit_bytes: int) -> Iterator[Whole]:
     if size_bytes >= limit_bytes:
       name = re.search(r'op_name="([^"]*)"', line)
       frame = re.search(r"stack_frame_id=(\d+)", line)
-      yield Whole(
+      yield ReplicatedArray(
         f"{array['type']}[{array['dims']}]",
         size_bytes,
         name[1] if name else array["code"],

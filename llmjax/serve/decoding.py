@@ -15,7 +15,7 @@ from llmjax.serve.sample import draw, penalize
 
 def prefill(model, batch: Batch, lengths, slots: int):
   """Reads prompts into a new cache: (logits_bv after each row's last token, cache)."""
-  x_btd, cache, _ = model.hidden(batch, model.start(batch, slots))
+  x_btd, cache, _ = model.hidden(batch, model.init_cache(batch, slots))
   last_btd = x_btd[jnp.arange(len(lengths)), lengths - 1][:, None]
   return model.logits(last_btd)[:, 0], cache
 
@@ -31,7 +31,7 @@ def begin(model, batch, lengths, knobs, top_k, slots):
   """Fills the cache with the prompts and draws every row's first token: the state of the loop."""
   logits_bv, cache = prefill(model, batch, lengths, slots)
   state = {
-    "cache": cache.alone(),
+    "cache": cache.squeeze(),
     "done": jnp.int32(0),
     "out": jnp.zeros((len(lengths), slots), jnp.int32),
     "counts": jnp.zeros(len(lengths), jnp.int32),
@@ -75,7 +75,7 @@ def go_on(model, state, lengths, knobs, until, stopped_b, top_k):
     positions = jnp.minimum(lengths + state["done"] - 1, slots - 1)[:, None]
     token = jax.lax.dynamic_index_in_dim(state["out"], state["done"] - 1, axis=1)
     batch = Batch(token, positions_bt=positions)
-    logits_bv, cache = decode(model, batch, state["cache"].batched())
-    return _drawn(state | {"cache": cache.alone()}, logits_bv, knobs, top_k)
+    logits_bv, cache = decode(model, batch, state["cache"].unsqueeze())
+    return _drawn(state | {"cache": cache.squeeze()}, logits_bv, knobs, top_k)
 
   return jax.lax.while_loop(unfinished, write_one, state)

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmjax.core.errors import UserError
+from llmjax.core.errors import UserError, note
 from llmjax.data.batch import Batch
-from llmjax.models.hf_family import note
 from llmjax.models.model import Model
 from llmjax.models.pooling import Pooling, pool
-from llmjax.serve.prompt import bucket, check_lengths, lay_out
+from llmjax.serve.prompt import bucket, check_lengths, pad_rows
 from llmjax.text.tokenizer import around, framed
 
 _ROWS = 32  # texts a batch
@@ -55,7 +54,7 @@ def embed(
     chosen = shortest_first[first : first + _ROWS]
     empty = [[]] * (bucket(len(chosen), 1) - len(chosen))
     own = [rows[number] for number in chosen]
-    tokens_bt, inside_bt = lay_out([*own, *empty], model.config.context, 1)
+    tokens_bt, inside_bt = pad_rows([*own, *empty], model.config.max_seq_len, 1)
     batch = Batch(tokens_bt, segments_bt=inside_bt.astype(np.int32))
     made[chosen] = _pooled(model.parameters, batch, skipped, how.modes)[: len(chosen)]
   if how.normalize:
@@ -78,7 +77,7 @@ def _chosen(model: Model, pooling, normalize, prompt) -> Pooling:
 
 def _encode(model: Model, texts: Sequence[str], how: Pooling) -> tuple[list[list[int]], int]:
   """The rows, and how many of their first tokens are of a prompt that is not pooled."""
-  tokenizer, context, kind = model.tokenizer, model.config.context, model.config.kind
+  tokenizer, context, kind = model.tokenizer, model.config.max_seq_len, model.config.kind
   whole = [how.prompt + text for text in texts]
   whole = [text.lower() for text in whole] if how.lower else whole
   rows = [framed(tokenizer, kind, ids) for ids in tokenizer.encode_batch(whole)]

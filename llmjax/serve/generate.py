@@ -19,7 +19,7 @@ from llmjax.models.model import Model
 from llmjax.nn.position import PositionConfig
 from llmjax.serve.decoding import begin, go_on
 from llmjax.serve.detokenize import Detokenizer
-from llmjax.serve.prompt import Prompts, bucket, check_room, encode_prompts, end_ids, lay_out
+from llmjax.serve.prompt import Prompts, bucket, check_room, encode_prompts, end_ids, pad_rows
 from llmjax.serve.sample import Sampling
 
 _STRIDE = 16  # tokens between two looks for a stop text
@@ -187,7 +187,7 @@ def _steps(
     return
   if not model.config.causal:
     raise UserError("this model's attention is bidirectional, so it writes no text")
-  context = model.config.context
+  context = model.config.max_seq_len
   check_room(prompts, context)
   if model.config.moe.router == "expert_choice":
     _say_how_it_decodes(model.config.moe.experts)
@@ -243,14 +243,14 @@ def _batch(prompts: Prompts, context: int) -> Batch:
 
   Segments tell routers of experts what is padding.
   """
-  tokens_bt, inside_bt = lay_out(prompts.rows, context)
+  tokens_bt, inside_bt = pad_rows(prompts.rows, context)
   batch = Batch(
     tokens_bt, segments_bt=inside_bt.astype(np.int32), prefix_bt=inside_bt,
     patches_bsi=prompts.patches_bsi,
   )
   if prompts.sources is None:
     return batch
-  source_bs, inside_bs = lay_out(prompts.sources, context)
+  source_bs, inside_bs = pad_rows(prompts.sources, context)
   segments_bs = inside_bs.astype(np.int32)
   return dataclasses.replace(batch, source_bs=source_bs, source_segments_bs=segments_bs)
 

@@ -70,7 +70,7 @@ def encode_prompts(
     prompts = _as_sources(config, tokenizer, rows)
   else:
     prompts = Prompts(rows, patches_bsi=_patches(config, images, processor))
-  check_room(prompts, config.context)
+  check_room(prompts, config.max_seq_len)
   return prompts
 
 
@@ -94,7 +94,7 @@ def check_lengths(name: str, rows: Sequence[Sequence[int]], most: int, context: 
       )
 
 
-def lay_out(rows: Sequence[Sequence[int]], context: int, least: int = 16):
+def pad_rows(rows: Sequence[Sequence[int]], context: int, least: int = 16):
   """Puts rows left-aligned into one array: (ids int32 [b, t], true where a row has an id).
 
   Its width is a `bucket` of at least `least`, at most the context.

@@ -12,7 +12,7 @@ from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
 from llmjax.parallel.mesh import AXES, axis_sizes
 from llmjax.parallel.rules import weight_shardings
-from llmjax.train.step import compile_step
+from llmjax.training.step import compile_step
 
 
 @pytest.mark.parametrize("case", plan_table.CASES, ids=lambda case: f"{case[0]} {case[1]}"[:60])
@@ -63,7 +63,7 @@ def test_what_is_compiled_is_kept(tmp_path, monkeypatch):
 
 def test_a_cpu_case_is_planned_set_aside_used_and_timed(monkeypatch):
   monkeypatch.setattr(
-    plan_cpu, "CASES", ("layers=2 width=64 heads=2 mlp_width=96 vocab_size=256 context=64",)
+    plan_cpu, "CASES", ("layers=2 width=64 heads=2 mlp_width=96 vocab_size=256 max_seq_len=64",)
   )
   (row,) = plan_cpu.cpu_rows(2)
   assert row["formula_bytes"] > 12 * 2 * (4 * 64**2 + 3 * 64 * 96)  # state alone is more

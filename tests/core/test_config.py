@@ -10,8 +10,8 @@ from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.serve.sample import Sampling
-from llmjax.train.config import Config
-from llmjax.train.optim import OptimConfig
+from llmjax.training.config import Config
+from llmjax.training.optim import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def test_a_missing_file_is_a_user_error():
 
 def test_an_unknown_key_in_a_file_is_a_user_error(tmp_path):
   text = FILE.replace('"rate"', '"rat"')
-  with pytest.raises(UserError, match=r"'inner.rat'; did you mean 'rate'"):
+  with pytest.raises(UserError, match=r"'inner.rat'; did you mean 'inner.rate'"):
     configs.load(write(tmp_path, text), [], Outer)
 
 
@@ -139,7 +139,7 @@ def test_an_unknown_key_in_a_file_is_a_user_error(tmp_path):
     ({"inner": 3}, r"'inner' is a section"),
     ({"inner": {"on": 1}}, r"'inner.on' wants bool"),
     ({"inner": {"names": "a"}}, r"'inner.names' wants tuple"),
-    ({"inner": {"raet": 1.0}}, r"'inner.raet'; did you mean 'rate'"),
+    ({"inner": {"raet": 1.0}}, r"'inner.raet'; did you mean 'inner.rate'"),
   ],
 )
 def test_freeze_refuses_wrong_values(values, words):
@@ -230,3 +230,18 @@ def test_a_number_that_is_not_finite_is_refused_where_dataclasses_are_made_in_py
   for name in ("temperature", "top_p"):
     with pytest.raises(UserError, match=f"{name} {number} is not a finite number"):
       Sampling(**{name: number})
+
+
+def test_an_old_key_answers_with_its_new_name(tmp_path):
+  """On the command line and in a config file alike."""
+  path = tmp_path / "config.py"
+  head = "import llmjax\ndef get_config():\n  config = llmjax.defaults(llmjax.Config)\n"
+  path.write_text(head + "  return config\n")
+  with pytest.raises(UserError, match=r"'train.accumulation' is now called 'train.grad_accum"):
+    configs.load(str(path), ["--config.train.accumulation=2"], Config)
+  path.write_text(head + "  config.task.hidden = 0.2\n  return config\n")
+  with pytest.raises(UserError, match=r"config.py:4: no config key 'hidden' .* task.mask_prob"):
+    configs.load(str(path), [], Config)
+  path.write_text(head + "  config.task.mask_prop = 0.2\n  return config\n")
+  with pytest.raises(UserError, match=r"no config key 'mask_prop' there; did you mean 'mask_prob'"):
+    configs.load(str(path), [], Config)

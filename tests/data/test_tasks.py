@@ -113,7 +113,7 @@ def test_a_prefix_is_part_of_its_document_and_not_predicted():
 
 def test_masked_tokens_are_replaced_as_bert_does():
   rows = [row(400, 100, width=600, seed=seed) for seed in range(20)]
-  batch = make("masked_lm", *rows, hidden=0.2)
+  batch = make("masked_lm", *rows, mask_prob=0.2)
   tokens = np.stack([tokens for tokens, _ in rows])[:, :-1]
   assert_array_equal(batch.targets_bt, tokens)
   hidden, real = batch.loss_mask_bt > 0, batch.segments_bt > 0
@@ -141,7 +141,7 @@ def test_masked_tokens_are_replaced_as_bert_does():
 def test_spans_put_back_give_the_document(lengths, hidden, span, seed):
   width = sum(lengths) + 3
   tokens, segments = row(*lengths, width=width, seed=seed)
-  batch = make("span_corruption", (tokens, segments), seeds=[(seed,)], hidden=hidden, span=span)
+  batch = make("span_corruption", (tokens, segments), seeds=[(seed,)], mask_prob=hidden, span=span)
   long = [number for number, length in enumerate(lengths, 1) if length >= 16]
   assert batch.segments_bt.max() == batch.source_segments_bs.max() == len(long)
   for place, number in enumerate(long, 1):
@@ -262,7 +262,7 @@ def test_ids_that_stand_for_what_is_hidden_are_the_tokenizers_own():
   ("values", "message"),
   [
     ({"name": "guess"}, "task.name 'guess' is unknown"),
-    ({"hidden": 0.6}, r"task.hidden 0.6 is not in \(0, 0.5\]"),
+    ({"mask_prob": 0.6}, r"task.mask_prob 0.6 is not in \(0, 0.5\]"),
     ({"span": 0.5}, "task.span 0.5 is less than 1"),
   ],
 )

@@ -34,7 +34,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def decoder(tiny_config, tokenizer):
   """A decoder of the tokenizer's vocabulary, its head sharp enough that tokens differ."""
-  config = dataclasses.replace(tiny_config, vocab_size=tokenizer.vocab_size, context=CONTEXT)
+  config = dataclasses.replace(tiny_config, vocab_size=tokenizer.vocab_size, max_seq_len=CONTEXT)
   rng = np.random.default_rng(0)
   return jax.tree.map(
     lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.16, jnp.float32), abstract(config)

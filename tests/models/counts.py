@@ -16,7 +16,7 @@ def parameters(config: ModelConfig) -> int:
   total += d * config.embed.types + norm * config.embed.norm
   total += d * config.source_vocab_size
   if config.position.kind == "learned":
-    total += config.context * d
+    total += config.max_seq_len * d
   cross = config.kind == "encoder_decoder"
   total += _stack_parameters(config, l, cross)
   if cross:
@@ -36,7 +36,7 @@ def _norm(config: ModelConfig) -> int:
 def _stack_parameters(config: ModelConfig, layers: int, cross: bool = False) -> int:
   last = _norm(config) if config.norm.final and config.norm.place != "post" else 0
   table = config.position.buckets * config.heads if config.position.kind == "relative" else 0
-  sparse = layers - config.moe.dense_first if config.moe.experts else 0
+  sparse = layers - config.moe.first_k_dense if config.moe.experts else 0
   blocks = sparse * _block_parameters(config, cross, dense=False) if sparse else 0
   return blocks + (layers - sparse) * _block_parameters(config, cross) + last + table
 

@@ -12,7 +12,9 @@ import pytest
 
 from llmjax.models import build, config
 from llmjax.models.config import ModelConfig
-from llmjax.nn import attention, context, kernels, mlp, norm, position, router
+from llmjax.nn import mlp, norm, position, router
+from llmjax.nn.attention import context, kernels
+from llmjax.nn.attention import grouped_query as attention
 from llmjax.nn.position import SINUSOIDS
 from tests.models.variants import VARIANTS, reference_config
 
@@ -27,7 +29,7 @@ CHOICES = {
   "attention.qk_norm": attention.QK_NORMS,
   "attention.bias": attention.BIASES,
   "attention.kernel": kernels.KERNELS,
-  "attention.context": context.CONTEXTS,
+  "attention.context_parallel": context.CONTEXTS,
   "position.kind": position.KINDS,
   "position.layout": position.LAYOUTS,
   "position.scaling": position.SCALINGS,
@@ -43,8 +45,8 @@ CHOICES = {
 ELSEWHERE = {
   ("attention.kernel", "splash"),
   ("attention.kernel", "cudnn"),
-  ("attention.context", "gather"),
-  ("attention.context", "all_to_all"),
+  ("attention.context_parallel", "gather"),
+  ("attention.context_parallel", "all_to_all"),
   ("embed.start_token", "another"),
 }
 
@@ -61,7 +63,7 @@ def fields(schema=ModelConfig, prefix=""):
 
 # Sizes and numbers that are not switched off by any value: it is enough that another one is used.
 PLAIN = {
-  "layers", "width", "heads", "mlp_width", "context", "vocab_size", "kv_heads", "head_dim",
+  "layers", "width", "heads", "mlp_width", "max_seq_len", "vocab_size", "kv_heads", "head_dim",
   "attention.sparse_block", "attention.block", "attention.latent.kv_rank",
   "attention.latent.rope_dim", "attention.latent.nope_dim", "attention.latent.value_dim",
   "position.theta", "position.low_freq_factor",

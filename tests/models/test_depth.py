@@ -27,7 +27,7 @@ CROSSED = make_config(**{
 # Experts from the second layer on, of which dropping and noise are drawn as well.
 ROUTED = make_config(**{
   "layers": 4, "attention.pattern": ("window", "full"), "attention.window": 4, "dropout": 0.3,
-  "moe.experts": 4, "moe.width": 16, "moe.dense_first": 1, "moe.capacity": 1.0, "moe.noisy": True,
+  "moe.experts": 4, "moe.width": 16, "moe.first_k_dense": 1, "moe.capacity": 1.0, "moe.noisy": True,
 })
 KEY = jax.random.key(7, impl="rbg")  # the default compiles slowly
 pytestmark = pytest.mark.usefixtures("quick_compile")

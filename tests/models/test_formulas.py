@@ -16,7 +16,7 @@ from llmjax.models.formulas import (
   forward_flops_per_token,
   seen_share,
 )
-from llmjax.nn.attention import AttentionConfig
+from llmjax.nn.attention.grouped_query import AttentionConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
 from tests.models.counts import parameters
@@ -41,7 +41,7 @@ PUBLISHED = {
   ),
   "GPT-2": (
     ModelConfig("decoder", 12, 0, 768, 12, 0, 0, 3072, "gelu_tanh", True, vocab_size=50_257,
-                context=1024, attention=BIASED, position=LEARNED, norm=LAYER_NORM),
+                max_seq_len=1024, attention=BIASED, position=LEARNED, norm=LAYER_NORM),
     124_439_808,
   ),
   "T5-small": (
@@ -69,7 +69,7 @@ def test_weights_are_counted_as_the_tree_has_them(name):
 # Wide enough that products with weights and keys are nearly all there is to count.
 WIDE = {
   "layers": 3, "width": 128, "heads": 4, "head_dim": 64, "mlp_width": 320, "vocab_size": 512,
-  "context": 128, "scan": False,
+  "max_seq_len": 128, "scan": False,
 }
 FLOPS = {
   "tied": {},

@@ -11,12 +11,12 @@ from safetensors.numpy import load_file, save_file
 
 from llmjax.core.config import defaults, editable, freeze
 from llmjax.core.errors import UserError
-from llmjax.models import hf
+from llmjax.formats.hf import folder as hf
+from llmjax.formats.hf.family import misfits
+from llmjax.formats.presets import PRESETS, preset
 from llmjax.models.build import count_parameters
 from llmjax.models.formulas import cache_bytes_per_token, forward_flops_per_token
-from llmjax.models.hf_family import misfits
-from llmjax.models.presets import PRESETS, preset
-from llmjax.train.config import Config
+from llmjax.training.config import Config
 from tests import golden
 from tests.models.counts import parameters
 
@@ -52,10 +52,10 @@ def test_llama_2_and_3_differ_in_heads_base_and_stretch():
   old, new, long = (preset(f"Llama-{size}") for size in ("2-7B", "3-8B", "3-405B"))
   assert (old.dims["k"], new.dims["k"], long.dims["k"]) == (32, 8, 8)
   assert (old.position.theta, new.position.theta) == (1e4, 5e5)
-  assert (old.context, new.context, long.context) == (4096, 8192, 131_072)
+  assert (old.max_seq_len, new.max_seq_len, long.max_seq_len) == (4096, 8192, 131_072)
   assert (new.position.scaling, long.position.scaling) == ("none", "llama3")
   assert (long.position.factor, long.position.original_context) == (8.0, 8192)
-  assert long.context == 16 * long.position.original_context
+  assert long.max_seq_len == 16 * long.position.original_context
   assert not (old.tie_embeddings or new.tie_embeddings or long.tie_embeddings)
 
 

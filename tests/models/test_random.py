@@ -18,11 +18,11 @@ from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
 from llmjax.nn.router import MoeConfig
-from llmjax.train.config import Config
-from llmjax.train.losses import LossConfig
-from llmjax.train.optim import OptimConfig, make_optimizer
-from llmjax.train.state import TrainState
-from llmjax.train.step import advance
+from llmjax.training.config import Config
+from llmjax.training.losses import LossConfig
+from llmjax.training.optim import OptimConfig, make_optimizer
+from llmjax.training.state import TrainState
+from llmjax.training.step import advance
 from tests.models.test_coverage import CHOICES
 from tests.models.test_reach import reached
 from tests.models.variants import IMAGE, batch_of, inputs, make_config, scored_places, weights_of
@@ -95,7 +95,7 @@ def experts(draw):
     "moe.experts": count, "moe.router": draw(st.sampled_from(CHOICES["moe.router"])),
     "moe.drop": draw(st.sampled_from(CHOICES["moe.drop"])), "moe.top_k": draw(often(2, 1, 3)),
     "moe.width": draw(st.integers(0, 9)), "moe.shared": draw(often(0, 1, 2)),
-    "moe.dense_first": draw(often(0, 1)),
+    "moe.first_k_dense": draw(often(0, 1)),
     "moe.renormalize": draw(st.booleans()), "moe.scale": draw(often(1.0, 2.5)),
     "moe.groups": draw(often(1, 2)), "moe.top_groups": draw(often(1, 2)),
     "moe.noisy": draw(st.booleans()), "moe.bias": draw(st.booleans()),
@@ -130,7 +130,8 @@ def _legal_experts(made):
   none = dataclasses.asdict(MoeConfig())
   if made["kind"] in ("encoder_decoder", "vision") or not made["moe.experts"]:
     return {f"moe.{key}": value for key, value in none.items()}
-  back = {"mlp_bias": False, "moe.dense_first": min(made["moe.dense_first"], made["layers"] - 1)}
+  back = {"mlp_bias": False, "moe.first_k_dense": 0}
+  back["moe.first_k_dense"] = min(made["moe.first_k_dense"], made["layers"] - 1)
   keys = ["drop"] * (not made["moe.capacity"])
   if made["moe.router"] in ("expert_choice", "hash"):
     keys = ["drop", "bias", "noisy", "groups", "top_groups", "renormalize"]
@@ -278,7 +279,7 @@ def test_what_is_no_model_is_refused_in_words_and_all_else_can_be_built(values, 
     ({"head_dim": -2}, "model.head_dim -2 is less than 0"),
     ({"dropout": 1.0}, r"model.dropout 1.0 is not in \[0, 1\)"),
     ({"kind": "encoder_decoder", "moe.experts": 4}, "encoder_decoder has no experts"),
-    ({"moe.experts": 4, "moe.dense_first": 2}, "moe.dense_first 2 leaves none of 2 layers"),
+    ({"moe.experts": 4, "moe.first_k_dense": 2}, "moe.first_k_dense 2 leaves none of 2 layers"),
     ({"moe.experts": 4, "mlp_bias": True}, "experts have no biases: leave model.mlp_bias"),
   ],
 )

@@ -38,7 +38,7 @@ def mixing(config) -> str:
   those before it where the last ones are dropped; a second choice waits for all first ones.
   """
   moe = config.moe
-  if not moe.experts or not moe.slots(config.context):
+  if not moe.experts or not moe.slots(config.max_seq_len):
     return "none"
   first_come = moe.router != "expert_choice" and moe.drop == "last" and moe.top_k == 1
   return "before" if first_come else "all"
@@ -71,7 +71,7 @@ def reached(config, given):
     kind = config.attention.pattern[layer % len(config.attention.pattern)]
     see = masks(kind, cfg, causal, given["positions"], given["segments"], given.get("prefix"))[0]
     through = (see.astype(int) @ through.astype(int) > 0) | through
-    if mixing(config) != "none" and layer >= config.moe.dense_first:
+    if mixing(config) != "none" and layer >= config.moe.first_k_dense:
       real = given["segments"][0] > 0
       rivals = real[:, None] & real & (mixing(config) == "all" or np.tri(t, dtype=bool))
       through = (rivals.astype(int) @ through.astype(int) > 0) | through
@@ -84,7 +84,7 @@ def test_a_token_changes_what_it_reaches_and_nothing_else_bit_for_bit(name):
   model, given = weights_of(config), row(inputs(config), 0)
   through = reached(config, given)
   before = np.asarray(run(model, batch_of(given)))[0]
-  places = range(0, given["tokens"].shape[1], 1 if config.context < 40 else 7)
+  places = range(0, given["tokens"].shape[1], 1 if config.max_seq_len < 40 else 7)
   for place in places:
     changed = given["tokens"].copy()
     changed[0, place] = (changed[0, place] + 1) % 30
@@ -185,7 +185,7 @@ def test_decoding_with_the_cache_equals_the_row_in_the_reference(name):
   own = [key for key in given if not key.startswith("source")]
   t, chunk = given["tokens"].shape[1], 3
   if config.kind == "encoder_decoder":
-    cache = jax.jit(lambda model, batch: model.start(batch, t + 2))(model, batch_of(given))
+    cache = jax.jit(lambda model, batch: model.init_cache(batch, t + 2))(model, batch_of(given))
   else:
     cache = model.empty_cache(2, t + 2)
   found = []

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as spm
 
+from llmjax.formats.hf.layout import from_tensors
 from llmjax.models.config import ModelConfig
-from llmjax.models.hf_layout import from_tensors
 from llmjax.models.model import Model
 from llmjax.serve.generate import generate, stream
 from llmjax.serve.sample import Sampling
@@ -42,7 +42,7 @@ def read_bin(path) -> tuple[ModelConfig, dict]:
     kv_heads=k,
     mlp_width=f,
     vocab_size=abs(v),
-    context=context,
+    max_seq_len=context,
     dtype="float32",
   )
   h = d // n

@@ -13,7 +13,7 @@ from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.build import build
 from llmjax.models.model import Model
-from llmjax.models.upcycle import InitConfig, begin_from
+from llmjax.models.upcycle import InitConfig, init_from
 from llmjax.nn.router import MoeConfig
 
 pytestmark = pytest.mark.usefixtures("quick_module")
@@ -34,7 +34,7 @@ def logits(model, tokens_bt):
 
 def made(tiny_config, tiny_decoder, fresh, drop=0.0):
   config, weights = fresh
-  return begin_from(Model(tiny_config, tiny_decoder), config, weights, drop, seed=3)
+  return init_from(Model(tiny_config, tiny_decoder), config, weights, drop, seed=3)
 
 
 def test_copies_are_the_dense_model(tiny_config, tiny_decoder, fresh):
@@ -60,7 +60,7 @@ def test_drop_redraws_that_share_of_each_experts_channels(tiny_config, tiny_deco
 
 
 def test_layers_that_stay_dense_are_the_first(tiny_config, tiny_decoder):
-  config = dataclasses.replace(tiny_config, moe=dataclasses.replace(EXPERTS, dense_first=1))
+  config = dataclasses.replace(tiny_config, moe=dataclasses.replace(EXPERTS, first_k_dense=1))
   weights = jax.jit(lambda: build(jax.random.key(5), config))()
   tokens_bt = jnp.arange(8)[None]
   got = logits(made(tiny_config, tiny_decoder, (config, weights)), tokens_bt)
@@ -73,11 +73,11 @@ def test_mistakes_are_named(tiny_config, tiny_decoder, fresh):
   wide = dataclasses.replace(config, mlp_width=128)
   wider = jax.jit(lambda: build(jax.random.key(5), wide))()
   with pytest.raises(UserError, match=r"moe/down_efd.*\(2, 4, 128, 32\) here.*\(2, 4, 64, 32\)"):
-    begin_from(model, wide, wider, 0.0, 0)
+    init_from(model, wide, wider, 0.0, 0)
   shared = dataclasses.replace(config, moe=dataclasses.replace(EXPERTS, shared=1))
   with pytest.raises(UserError, match=r"set model.moe.shared to 0"):
-    begin_from(model, shared, weights, 0.0, 0)
+    init_from(model, shared, weights, 0.0, 0)
   with pytest.raises(UserError, match=r"init.drop changes nothing"):
-    begin_from(model, tiny_config, tiny_decoder, 0.5, 0)
+    init_from(model, tiny_config, tiny_decoder, 0.5, 0)
   with pytest.raises(UserError, match=r"init.drop=0.5 changes nothing without init.checkpoint"):
     InitConfig(drop=0.5)

@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose
 
 from llmjax.core import tree
 from llmjax.models.pooling import POOLINGS, pool
-from llmjax.train.losses import token_nll
+from llmjax.training.losses import token_nll
 from tests.models.variants import (
   VARIANTS,
   batch_of,

@@ -20,7 +20,7 @@ T, S, V = 12, 10, 40  # target positions, source positions, tokens
 # What all start from; a row gives what differs, by dotted key.
 BASE = {
   "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "vocab_size": V,
-  "context": 16, "dtype": "float32",
+  "max_seq_len": 16, "dtype": "float32",
 }
 IMAGE = {
   "vision.image_size": 4, "vision.patch": 2, "vision.channels": 2, "vision.image_token": 39,
@@ -94,8 +94,8 @@ ROWS = {
     "attention.window": 2, "attention.sparse_block": 4, "layers": 4, "activation": "quick_gelu",
   },
   "strips": {
-    "attention.kernel": "blockwise", "attention.block": 16, "context": 40, "attention.window": 9,
-    "attention.pattern": ("window",), "layers": 1, "norm.final": False,
+    "attention.kernel": "blockwise", "attention.block": 16, "max_seq_len": 40,
+    "attention.window": 9, "attention.pattern": ("window",), "layers": 1, "norm.final": False,
   },
   "mla": {
     "kv_heads": 0, "attention.latent.kv_rank": 12, "attention.latent.query_rank": 10,
@@ -107,7 +107,7 @@ ROWS = {
   "mla_strips": {
     "kv_heads": 0, "attention.latent.kv_rank": 8, "attention.latent.rope_dim": 4,
     "attention.latent.nope_dim": 4, "attention.latent.value_dim": 5, "attention.window": 9,
-    "attention.kernel": "blockwise", "attention.block": 16, "context": 40,
+    "attention.kernel": "blockwise", "attention.block": 16, "max_seq_len": 40,
     "attention.pattern": ("window",), "layers": 1,
   },
   "both_ways": {"attention.mask": "bidirectional", "embed.types": 2, "block": "parallel",
@@ -160,14 +160,14 @@ ROWS = {
   },
   "mixtral": {"moe.experts": 4, "attention.window": 5, "attention.pattern": ("window",)},
   "deepseek": {
-    "moe.experts": 8, "moe.top_k": 3, "moe.width": 16, "moe.shared": 1, "moe.dense_first": 1,
+    "moe.experts": 8, "moe.top_k": 3, "moe.width": 16, "moe.shared": 1, "moe.first_k_dense": 1,
     "moe.router": "sigmoid", "moe.bias": True, "moe.groups": 4, "moe.top_groups": 2,
     "moe.scale": 2.5, "layers": 4, "attention.pattern": ("full", "window"), "attention.window": 4,
     "remat": "full",
   },
   "switch": {
     "moe.experts": 4, "moe.top_k": 1, "moe.renormalize": False, "moe.capacity": 0.8,
-    "activation": "relu", "norm.place": "sandwich", "scan": False, "moe.dense_first": 1,
+    "activation": "relu", "norm.place": "sandwich", "scan": False, "moe.first_k_dense": 1,
   },
   "vmoe": {
     "moe.experts": 4, "moe.capacity": 0.7, "moe.drop": "lightest", "moe.noisy": True,
@@ -232,7 +232,7 @@ def reference_config(config: ModelConfig) -> dict:
 def inputs(config: ModelConfig, seed: int = 0) -> dict:
   """Two rows: one of three packed documents and padding, one whole; by the reference's names."""
   rng = np.random.default_rng(seed)
-  t = 36 if config.context >= 40 else T
+  t = 36 if config.max_seq_len >= 40 else T
   if config.kind == "vision":
     shape = (2, config.vision.patches, config.vision.patch_numbers)
     return {"patches": rng.normal(size=shape).astype(np.float32)}

@@ -15,11 +15,11 @@ from llmjax.models.build import abstract
 from llmjax.parallel.collectives import collectives, summary
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.schedules import make_schedule
-from llmjax.train.check import _quick
-from llmjax.train.config import Config
-from llmjax.train.shrink import made_up_batch, shrink
-from llmjax.train.state import abstract_state
-from llmjax.train.step import compile_step
+from llmjax.training.check import _quick
+from llmjax.training.config import Config
+from llmjax.training.shrink import made_up_batch, shrink
+from llmjax.training.state import abstract_state
+from llmjax.training.step import compile_step
 
 CONFIG = shrink(
   override(Config(), [f"--config.{change}" for change in (
@@ -28,7 +28,7 @@ CONFIG = shrink(
   )]),
   8,
 )
-LAYERS, (ROWS, T, D) = 4, (CONFIG.data.batch_size, CONFIG.model.context, CONFIG.model.width)
+LAYERS, (ROWS, T, D) = 4, (CONFIG.data.batch_size, CONFIG.model.max_seq_len, CONFIG.model.width)
 SHAPES = abstract(CONFIG.model)
 size_of = lambda model: sum(4 * leaf.size for leaf in jax.tree.leaves(model))  # noqa: E731
 ALL, BLOCKS = size_of(SHAPES), size_of(SHAPES.decoder.blocks)
@@ -41,7 +41,7 @@ SMALL = 20_000  # scalars, scales of norms, positions and segments
 def traffic(zero=3, accumulation=1, config=CONFIG, **sizes) -> dict:
   """Bytes a step sends, by (kind, axes)."""
   mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
-  train = dataclasses.replace(config.train, zero=zero, accumulation=accumulation)
+  train = dataclasses.replace(config.train, zero_stage=zero, grad_accum_steps=accumulation)
   config = dataclasses.replace(config, train=train)
   state, step = abstract_state(config, mesh), compile_step(config, mesh)
   batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), made_up_batch(CONFIG))

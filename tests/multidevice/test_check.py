@@ -9,19 +9,20 @@ import pytest
 from llmjax import cli
 from llmjax.core.config import override
 from llmjax.core.errors import UserError
-from llmjax.nn import norm, ring
+from llmjax.nn import norm
+from llmjax.nn.attention import ring
 from llmjax.parallel import rules
-from llmjax.train import check as checks
-from llmjax.train import step as steps
-from llmjax.train.check import on_one_device
-from llmjax.train.config import Config
-from llmjax.train.shrink import made_up_batch, shrink
+from llmjax.training import check as checks
+from llmjax.training import step as steps
+from llmjax.training.check import on_one_device
+from llmjax.training.config import Config
+from llmjax.training.shrink import made_up_batch, shrink
 from tests.multidevice.test_step import BASE
 
 
 def config() -> Config:
   values = (
-    *BASE, "train.accumulation=1", "model.layers=2", "model.remat=none",
+    *BASE, "train.grad_accum_steps=1", "model.layers=2", "model.remat=none",
     "model.attention.sinks=True",
   )
   return override(Config(), [f"--config.{value}" for value in values])
@@ -64,7 +65,7 @@ def test_a_missing_psum_is_caught_and_its_leaf_named(monkeypatch):
 
 
 def test_a_doubled_gradient_is_caught(monkeypatch):
-  right = rules.lay_out
+  right = rules.constrain
 
   def doubled(weights, table):  # as if a sum over fsdp were taken twice
     twice = 1 if jax.sharding.get_abstract_mesh().empty else 2
@@ -131,7 +132,7 @@ def test_the_command_prints_a_table_and_one_object(tmp_path, capsys):
   path = tmp_path / "config.py"
   path.write_text(
     "from llmjax.core.config import defaults\n"
-    "from llmjax.train.config import Config\n\n\n"
+    "from llmjax.training.config import Config\n\n\n"
     "def get_config():\n  return defaults(Config)\n"
   )
   small = ["--config.model.layers=2", "--config.model.heads=2", "--config.model.kv_heads=2"]

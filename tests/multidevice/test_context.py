@@ -9,12 +9,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from llmjax.core.errors import UserError
-from llmjax.nn import ring
+from llmjax.nn.attention import ring
+from llmjax.nn.attention.context import attend_cut
+from llmjax.nn.attention.kernels import attend
+from llmjax.nn.attention.mask import MaskSpec, self_mask
+from llmjax.nn.attention.scores import Scores
 from llmjax.nn.bias import Bias
-from llmjax.nn.context import attend_cut
-from llmjax.nn.kernels import attend
-from llmjax.nn.mask import Rule, self_mask
-from llmjax.nn.scores import Scores
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 
 B, T, N, K, H = 2, 48, 4, 2, 8
@@ -22,7 +22,7 @@ B, T, N, K, H = 2, 48, 4, 2, 8
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  rule: Rule = Rule()
+  rule: MaskSpec = MaskSpec()
   segments: bool = True
   prefix: bool = False
   softcap: float = 0.0
@@ -35,14 +35,14 @@ class Case:
 CASES = {
   "causal": Case(segments=False),
   "packed": Case(),
-  "window": Case(Rule(window=7)),
-  "bidirectional": Case(Rule(causal=False)),
-  "two-sided window": Case(Rule(causal=False, window=5)),
-  "sparse": Case(Rule(sparse_block=4, sparse_local=2, sparse_global=1, sparse_stride=3)),
+  "window": Case(MaskSpec(window=7)),
+  "bidirectional": Case(MaskSpec(causal=False)),
+  "two-sided window": Case(MaskSpec(causal=False, window=5)),
+  "sparse": Case(MaskSpec(sparse_block=4, sparse_local=2, sparse_global=1, sparse_stride=3)),
   "prefix": Case(prefix=True),
   "sinks and cap": Case(softcap=3.0, sinks=True),
   "alibi": Case(bias="alibi"),
-  "table": Case(Rule(causal=False), bias="table", sinks=True),
+  "table": Case(MaskSpec(causal=False), bias="table", sinks=True),
   "odd shards": Case(t=20),
   "narrow values": Case(value=5),
 }
@@ -116,7 +116,7 @@ def test_a_causal_ring_gives_every_device_the_same_work_in_every_step(ways):
   mesh = make_mesh(MeshConfig(data=1, context=ways), jax.devices()[:ways])
 
   def count():
-    order = ring._Order(Rule(), 6, prefix=False)
+    order = ring._Order(MaskSpec(), 6, prefix=False)
     own = order.ids(order.index)
     steps = []
     for step in range(ways):
@@ -138,7 +138,7 @@ def test_chunks_go_where_they_are_numbered_and_come_back(ways):
   row = np.arange(4 * ways).reshape(1, -1)
 
   def there_and_back(x):
-    order = ring._Order(Rule(), 4, prefix=False)
+    order = ring._Order(MaskSpec(), 4, prefix=False)
     taken = order.take(x)
     numbers = jnp.stack([jnp.int32(i) for i in order.ids(order.index)])
     return taken, order.give(taken), numbers

@@ -13,18 +13,18 @@ from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import batch_sharding
 from llmjax.parallel.whole import no_cache
 from llmjax.run import train
-from llmjax.train import executable
-from llmjax.train.config import Config
-from llmjax.train.metrics import read_metrics
-from llmjax.train.runnable import with_vocab
-from llmjax.train.shrink import made_up_batch
-from llmjax.train.state import abstract_state, init_sharded
-from llmjax.train.step import compile_step
+from llmjax.training import executable
+from llmjax.training.config import Config
+from llmjax.training.metrics import read_metrics
+from llmjax.training.runnable import with_vocab
+from llmjax.training.shrink import made_up_batch
+from llmjax.training.state import abstract_state, init_sharded
+from llmjax.training.step import compile_step
 from tests.runs import tiny, write_text
 
 SMALL = (
   "model.layers=2", "model.width=32", "model.heads=4", "model.mlp_width=64", "model.vocab_size=64",
-  "model.context=16", "model.dtype=float32", "data.batch_size=8", "mesh.data=2", "mesh.fsdp=4",
+  "model.max_seq_len=16", "model.dtype=float32", "data.batch_size=8", "mesh.data=2", "mesh.fsdp=4",
 )
 IN_ANOTHER = (
   "import sys; from tests.multidevice.test_executable import configured, losses; "

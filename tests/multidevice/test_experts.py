@@ -12,23 +12,23 @@ from llmjax.parallel import expert
 from llmjax.parallel.collectives import collectives
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import weight_shardings
-from llmjax.train.check import _quick, all_meshes
-from llmjax.train.pipelined import PipelineConfig
-from llmjax.train.shrink import made_up_batch
-from llmjax.train.state import abstract_state
-from llmjax.train.step import compile_step
+from llmjax.training.check import _quick, all_meshes
+from llmjax.training.pipelined import PipelineConfig
+from llmjax.training.shrink import made_up_batch
+from llmjax.training.state import abstract_state
+from llmjax.training.step import compile_step
 from tests.multidevice.test_step import BASE, EXPERTS, PIPELINES, experiment, named, prove
 
 # Weights of an expert with few tokens have gradients of nearly nothing, whose rounding Adam would
 # blow up to whole rates; a larger eps keeps an update smooth in its gradient.
-SMALL = (*EXPERTS, "train.accumulation=2", "optim.eps=1e-4")
+SMALL = (*EXPERTS, "train.grad_accum_steps=2", "optim.eps=1e-4")
 # As DeepSeek-V3's, with too little room for some.
 ROUTED = (
-  *SMALL, "model.moe.router=sigmoid", "model.moe.bias=True", "model.moe.dense_first=1",
+  *SMALL, "model.moe.router=sigmoid", "model.moe.bias=True", "model.moe.first_k_dense=1",
   "model.moe.shared=1", "model.moe.width=64", "model.moe.capacity=1.0", "optim.bias_rate=0.01",
 )
 ALL_TO_ONE = (
-  *SMALL, "model.layers=1", "train.accumulation=1", "model.moe.top_k=1", "model.moe.bias=True",
+  *SMALL, "model.layers=1", "train.grad_accum_steps=1", "model.moe.top_k=1", "model.moe.bias=True",
   "model.moe.renormalize=False",
 )
 MESHES = (
@@ -137,7 +137,7 @@ def test_a_mesh_that_does_not_divide_the_experts_names_array_and_sizes():
 # No relu: a hidden number within rounding of its kink has one gradient on one mesh and another on
 # the next, and Adam makes whole steps of it.
 OTHERS = {
-  "softmax": ("model.moe.top_k=3", "model.moe.renormalize=False", "train.accumulation=1"),
+  "softmax": ("model.moe.top_k=3", "model.moe.renormalize=False", "train.grad_accum_steps=1"),
   "groups": ("model.moe.groups=4", "model.moe.top_groups=2", "model.remat=full"),
   "lightest": ("model.moe.capacity=0.7", "model.moe.drop=lightest"),
   "noisy": ("model.moe.noisy=True", "model.dropout=0.1"),
@@ -166,7 +166,7 @@ UNCUT = [
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", CUT + UNCUT, ids=named)
 def test_all_other_meshes_that_cut_experts_and_some_that_do_not(sizes):
-  prove(sizes, *ROUTED, "model.heads=16", "model.kv_heads=8", "train.accumulation=8")
+  prove(sizes, *ROUTED, "model.heads=16", "model.kv_heads=8", "train.grad_accum_steps=8")
 
 
 @pytest.mark.slow

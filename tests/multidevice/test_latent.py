@@ -8,7 +8,7 @@ LATENT = (
   "model.kv_heads=0", "model.head_dim=0", "model.attention.latent.kv_rank=64",
   "model.attention.latent.query_rank=48", "model.attention.latent.rope_dim=8",
   "model.attention.latent.nope_dim=8", "model.attention.latent.value_dim=8",
-  "model.moe.experts=8", "model.moe.shared=1", "model.moe.dense_first=1",
+  "model.moe.experts=8", "model.moe.shared=1", "model.moe.first_k_dense=1",
   "model.attention.pattern=('full',)", "model.attention.window=0",
 )
 

@@ -22,10 +22,10 @@ from llmjax.core import tree
 from llmjax.core.config import override
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
-from llmjax.nn.embed import look_up
+from llmjax.nn.embed import embedding_lookup
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import batch_sharding, weight_shardings
-from llmjax.train.check import (
+from llmjax.training.check import (
   GRADIENT_LIMIT,
   _quick,
   _start,
@@ -35,17 +35,17 @@ from llmjax.train.check import (
   on_one_device,
   some_meshes,
 )
-from llmjax.train.config import Config
-from llmjax.train.pipelined import PipelineConfig
-from llmjax.train.shrink import made_up_batch, shrink
-from llmjax.train.state import init_sharded
-from llmjax.train.step import compile_step, compiler_options, loss_and_grad
+from llmjax.training.config import Config
+from llmjax.training.pipelined import PipelineConfig
+from llmjax.training.shrink import made_up_batch, shrink
+from llmjax.training.state import init_sharded
+from llmjax.training.step import compile_step, compiler_options, loss_and_grad
 from tests.models.variants import ROWS, batch_of, inputs, make_config, scored_places, weights_of
 
 BASE = (
   "model.layers=4", "model.heads=16", "model.kv_heads=8", "model.tie_embeddings=False",
   "model.attention.pattern=('full','window')", "model.attention.window=9", "model.remat=dots",
-  "train.accumulation=4", "loss.z_loss=0.001", "optim.clip_norm=0.5", "optim.eps=1e-4",
+  "train.grad_accum_steps=4", "loss.z_loss=0.001", "optim.clip_norm=0.5", "optim.eps=1e-4",
   "loss.label_smoothing=0.1",
 )
 
@@ -55,7 +55,7 @@ def experiment(*changes, devices=8) -> Config:
   values = dict(change.split("=", 1) for change in (*BASE, *changes))  # given twice, tuples add up
   config = override(Config(), [f"--config.{key}={value}" for key, value in values.items()])
   small = shrink(config, devices)
-  rows = (8 if devices == 8 else devices) * small.train.accumulation
+  rows = (8 if devices == 8 else devices) * small.train.grad_accum_steps
   return dataclasses.replace(small, data=dataclasses.replace(small.data, batch_size=rows))
 
 
@@ -73,9 +73,9 @@ def prove(sizes, *changes, devices=8, pipeline=None, zero=3, context="ring"):
   config = dataclasses.replace(
     config,
     pipeline=pipeline or PipelineConfig(),
-    train=dataclasses.replace(config.train, zero=zero),
+    train=dataclasses.replace(config.train, zero_stage=zero),
   )
-  config = override(config, [f"--config.model.attention.context={context}"])
+  config = override(config, [f"--config.model.attention.context_parallel={context}"])
   mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), jax.devices()[: np.prod([*sizes.values()])])
   seen = on_mesh(config, mesh, batch)
   row = compare(seen, want)
@@ -123,7 +123,7 @@ TABLE = (
 )
 EXPERTS = (
   "model.layers=3", "model.heads=8", "model.attention.pattern=('full',)", "model.remat=none",
-  "model.attention.window=0", "model.moe.experts=8", "loss.balance=0.05",
+  "model.attention.window=0", "model.moe.experts=8", "loss.moe_aux=0.05",
   "loss.sequence_balance=0.03", "loss.router_z=0.01",
 )
 # (mesh, config, schedule). Stages in the middle read what is neither theirs nor at an end: the
@@ -133,7 +133,7 @@ PIPELINES = (
   ({"stage": 2, "fsdp": 2, "tensor": 2}, TABLE, SCHEDULES[1]),
   (
     {"stage": 3},
-    (*ODD, "train.accumulation=3", "model.position.kind=alibi", "model.norm.place=post",
+    (*ODD, "train.grad_accum_steps=3", "model.position.kind=alibi", "model.norm.place=post",
      "model.norm.kind=layer", "model.norm.bias=True"),
     PipelineConfig(),
   ),
@@ -192,12 +192,12 @@ def test_an_image_tower_before_a_pipeline_equals_one_device():
   ids=lambda value: named(value) if isinstance(value, dict) else str(value),
 )
 def test_meshes_of_six_three_and_five(devices, sizes):
-  prove(sizes, *ODD, f"train.accumulation={devices}", devices=devices)
+  prove(sizes, *ODD, f"train.grad_accum_steps={devices}", devices=devices)
 
 
 def test_gradients_may_be_summed_in_bfloat16():
   config, batch, want = truth()
-  config = override(config, ["--config.train.sum_dtype=bfloat16"])
+  config = override(config, ["--config.train.grad_reduce_dtype=bfloat16"])
   seen = on_mesh(config, make_mesh(MeshConfig(data=1, fsdp=8)), batch)
   path = "decoder/blocks/mlp/up_df"
   # Each of eight parts is rounded to 8 bits, and so is the sum at every step.
@@ -218,7 +218,7 @@ def test_zero_stages_differ_in_memory_alone(zero):
 )
 def test_a_step_that_is_not_finite_moves_no_weight_on_any_device(sizes, zero):
   config, batch, _ = truth()
-  config = dataclasses.replace(config, train=dataclasses.replace(config.train, zero=zero))
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, zero_stage=zero))
   mask = np.array(batch.loss_mask_bt, np.float32)
   mask[-1, 2] = np.nan
   spoiled = dataclasses.replace(batch, loss_mask_bt=mask)
@@ -274,7 +274,7 @@ def test_random_meshes_and_configs(data):
   sizes = data.draw(st.sampled_from(list(all_meshes(8))))
   changes = (
     f"model.dropout={draw(0.0, 0.1)}", f"model.remat={draw('none', 'full', 'dots')}",
-    f"train.accumulation={draw(4, 8)}", f"model.tie_embeddings={draw(True, False)}",
+    f"train.grad_accum_steps={draw(4, 8)}", f"model.tie_embeddings={draw(True, False)}",
     f"model.layers={draw(2, 3, 4)}", f"model.norm.place={draw('pre', 'post', 'sandwich')}",
     f"model.attention.sinks={draw(True, False)}", f"model.position.kind={draw('rope', 'alibi')}",
   )
@@ -317,10 +317,10 @@ def test_a_mesh_that_does_not_divide_names_array_and_sizes():
     weight_shardings(make_mesh(MeshConfig(data=1, tensor=8)), abstract(few))
   mesh = make_mesh(MeshConfig(data=8))
   odd = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=12))
-  odd = dataclasses.replace(odd, train=dataclasses.replace(config.train, accumulation=2))
+  odd = dataclasses.replace(odd, train=dataclasses.replace(config.train, grad_accum_steps=2))
   with pytest.raises(UserError, match=r"micro-batch' has 6 batch \('b'\), which mesh data 8 does"):
     compile_step(odd, mesh)
-  odd = dataclasses.replace(config, model=dataclasses.replace(config.model, context=20))
+  odd = dataclasses.replace(config, model=dataclasses.replace(config.model, max_seq_len=20))
   mesh = make_mesh(MeshConfig(data=1, context=8))
   with pytest.raises(UserError, match=r"row' has 20 query positions \('t'\).*context 8"):
     compile_step(odd, mesh)
@@ -331,7 +331,7 @@ def test_positions_of_targets_that_do_not_divide_are_named():
     jax.set_mesh(make_mesh(MeshConfig(data=2, context=4))),
     pytest.raises(UserError, match=r"tokens.* 11 query positions \('t'\).*context 4"),
   ):
-    look_up(jnp.zeros((16, 8)), jnp.zeros((2, 11), jnp.int32), "v", jnp.float32)
+    embedding_lookup(jnp.zeros((16, 8)), jnp.zeros((2, 11), jnp.int32), "v", jnp.float32)
 
 
 def test_a_batch_is_the_same_on_every_mesh():

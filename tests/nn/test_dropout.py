@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from numpy.testing import assert_array_equal
 
-from llmjax.nn.dropout import NAMES, dropout, named
+from llmjax.nn.dropout import NAMES, dropout
 
 COUNT = 20_000
 ONES = jnp.ones((100, 200))
@@ -51,7 +52,7 @@ def test_the_dtype_stays():
 
 def test_a_remat_policy_finds_the_names():
   def f(x):
-    return jnp.sin(named(jnp.sin(x), NAMES[0]))
+    return jnp.sin(checkpoint_name(jnp.sin(x), NAMES[0]))
 
   def saved(*names):
     policy = jax.checkpoint_policies.save_only_these_names(*names)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llmjax.core import tree
-from llmjax.models import hf
+from llmjax.formats.hf import folder as hf
 from llmjax.models.build import build
 from llmjax.models.model import Model
 from tests import golden

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import llmjax
+from tests.formats.test_gguf_families import tensors
 from tests.gguf_files import write
-from tests.models.test_gguf_families import tensors
 
 pytestmark = pytest.mark.oracle
 torch = pytest.importorskip("torch", reason="make test-oracle installs torch")

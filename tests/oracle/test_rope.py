@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from llmjax.core.errors import UserError
-from llmjax.models import hf
+from llmjax.formats.hf import folder as hf
+from tests.formats.test_hf_rope import our_angles
 from tests.golden import ropes
-from tests.models.test_hf_rope import our_angles
 
 pytestmark = pytest.mark.oracle
 torch = pytest.importorskip("torch", reason="make test-oracle installs torch")

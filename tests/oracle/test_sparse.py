@@ -11,12 +11,12 @@ import random
 
 import pytest
 
-from llmjax.models import hf
-from llmjax.models.hf_family import HARMLESS, REFUSED
-from llmjax.models.hf_vision import CLIP
+from llmjax.formats.hf import folder as hf
+from llmjax.formats.hf.family import HARMLESS, REFUSED
+from llmjax.formats.hf.vision import CLIP
 from tests import golden
-from tests.models.test_hf import older
-from tests.models.test_hf_sparse import DEFAULTS, outcome, thinned
+from tests.formats.test_hf import older
+from tests.formats.test_hf_sparse import DEFAULTS, outcome, thinned
 
 pytestmark = pytest.mark.oracle
 transformers = pytest.importorskip("transformers", reason="make test-oracle installs transformers")

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 
 from llmjax.core.errors import UserError
-from llmjax.parallel.mesh import AXES, MeshConfig, axis_sizes, lay_out, make_mesh
+from llmjax.parallel.mesh import AXES, MeshConfig, axis_sizes, device_grid, make_mesh
 
 ONE = jax.devices()[:1]
 
@@ -49,7 +49,7 @@ def test_sizes_that_mean_nothing_are_user_errors(sizes):
 
 
 def _grid(config, devices):
-  return lay_out(devices, axis_sizes(config, len(devices)), config.slices, config.across)
+  return device_grid(devices, axis_sizes(config, len(devices)), config.slices, config.across)
 
 
 @pytest.mark.parametrize("across", ["data", "stage"])

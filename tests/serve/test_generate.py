@@ -34,7 +34,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tiny_config, tokenizer):
   """A random model whose scores are spread enough that rounding decides no token."""
-  config = dataclasses.replace(tiny_config, vocab_size=tokenizer.vocab_size, context=CONTEXT)
+  config = dataclasses.replace(tiny_config, vocab_size=tokenizer.vocab_size, max_seq_len=CONTEXT)
   rng = np.random.default_rng(0)
   lively = jax.tree.map(
     lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, jnp.float32), abstract(config)

@@ -11,11 +11,11 @@ import pytest
 
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
-from llmjax.models import hf
+from llmjax.formats.hf import folder as hf
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig, VisionConfig
 from llmjax.models.model import Model
-from llmjax.nn.attention import AttentionConfig
+from llmjax.nn.attention.grouped_query import AttentionConfig
 from llmjax.nn.embed import EmbedConfig
 from llmjax.nn.position import PositionConfig
 from llmjax.nn.router import MoeConfig
@@ -25,7 +25,7 @@ from llmjax.serve.generate import generate, generate_ids
 from llmjax.serve.prompt import Prompts, encode_prompts
 from llmjax.serve.sample import Sampling
 from llmjax.text.base import Settings
-from llmjax.train.config import Config
+from llmjax.training.config import Config
 from tests import golden
 
 pytestmark = pytest.mark.usefixtures("quick_module")
@@ -34,7 +34,7 @@ CONTEXT = 24
 GREEDY = Sampling(temperature=0, max_tokens=6)
 IMAGE = 90  # the image token of `seeing`
 BASE = ModelConfig(
-  layers=2, width=32, heads=4, mlp_width=48, vocab_size=96, context=CONTEXT, dtype="float32"
+  layers=2, width=32, heads=4, mlp_width=48, vocab_size=96, max_seq_len=CONTEXT, dtype="float32"
 )
 T5 = dataclasses.replace(
   BASE,

@@ -34,7 +34,7 @@ def greedy(model, row, new):
 @pytest.mark.parametrize("name", ["qwen25_readme_yarn", "vicuna16k"])
 def test_thirty_tokens_and_three_more_fit_where_four_times_sixteen_are_allowed(name, shared_data):
   model = llmjax.load(shared_data.parent / "cases" / "context_after_scaling" / name)
-  assert model.config.context == 64
+  assert model.config.max_seq_len == 64
   (prompt,) = rows(30)
   assert generate_ids(model, [prompt], GREEDY) == [greedy(model, prompt, 3)]
   with pytest.raises(UserError, match="64"):

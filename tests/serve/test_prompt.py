@@ -19,7 +19,7 @@ TEMPLATE = """{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['cont
 {%- endfor %}<|end|>{% endif %}{% endfor %}"""
 CONFIG = ModelConfig(
   vocab_size=302,
-  context=64,
+  max_seq_len=64,
   vision=VisionConfig(
     image_size=8, patch=4, image_token=IMAGE, layers=1, width=16, heads=2, mlp_width=24
   ),

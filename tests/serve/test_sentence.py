@@ -17,14 +17,14 @@ from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.models.model import Model
 from llmjax.models.pooling import Pooling, from_gguf
-from llmjax.nn.attention import AttentionConfig
+from llmjax.nn.attention.grouped_query import AttentionConfig
 from llmjax.nn.embed import EmbedConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
 from llmjax.nn.router import MoeConfig
 from llmjax.text.fast import WordPiece
 from llmjax.text.raw import Bytes
-from llmjax.train.checkpoint import save_model
+from llmjax.training.checkpoint import save_model
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 
@@ -37,7 +37,7 @@ CONFIG = ModelConfig(
   mlp_width=48,
   activation="gelu",
   mlp_bias=True,
-  context=24,
+  max_seq_len=24,
   dtype="float32",
   attention=AttentionConfig(bias="all"),
   position=PositionConfig(kind="learned"),
@@ -210,7 +210,7 @@ def test_a_gguf_file_says_how_it_is_pooled():
 
 def test_a_decoder_has_vectors_too_and_the_command_prints_cosines(folder, capsys):
   rng = np.random.default_rng(2)
-  config = ModelConfig(layers=1, width=16, heads=2, mlp_width=24, vocab_size=259, context=24)
+  config = ModelConfig(layers=1, width=16, heads=2, mlp_width=24, vocab_size=259, max_seq_len=24)
   config = dataclasses.replace(config, dtype="float32")
   weights = jax.tree.map(
     lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.4, jnp.float32), abstract(config)

@@ -8,8 +8,8 @@ import pytest
 from llmjax.cli import main
 from llmjax.core.config import flat, override
 from llmjax.core.errors import UserError
-from llmjax.plan.candidates import change
-from llmjax.train.config import Config
+from llmjax.planning.candidates import change
+from llmjax.training.config import Config
 
 CONFIG = "from llmjax import Config, defaults\nget_config = lambda: defaults(Config)\n"
 

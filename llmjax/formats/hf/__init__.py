@@ -1,0 +1,1 @@
+"""Hugging Face folders: configs, weights and tokenizers, read and written."""

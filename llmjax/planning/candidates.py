@@ -1,0 +1,289 @@
+"""What a search chooses from: meshes that divide a model, and the knobs that cost time or memory.
+
+And `estimate`, the seconds that put them in order before anything is compiled.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+
+from jax.sharding import AbstractMesh
+
+from llmjax.core.chips import Topology
+from llmjax.core.errors import UserError
+from llmjax.models.build import abstract
+from llmjax.models.config import ModelConfig
+from llmjax.models.formulas import forward_flops_per_token
+from llmjax.parallel.mesh import AXES
+from llmjax.parallel.rules import WEIGHTS, ZERO, check_layout, weight_shardings
+from llmjax.parallel.schedules import make_schedule
+from llmjax.planning.arrays import dispatched_bytes
+from llmjax.planning.formulas import roofline, sent_s, slow_axes, tile_of
+from llmjax.planning.traffic import CollectiveBytes, traffic
+from llmjax.training.config import Config
+from llmjax.training.runnable import unread
+
+_TENSOR, _PARTS, _POSITIONS = 16, 64, 1024  # most ways, most micro-batches, least of a device
+# gpipe has the bubble of 1f1b and keeps more; offload's link to the host is in no table.
+_SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb_h1", 1))
+_REMAT = (
+  *("none", "dots", "save_projections", "full"),
+  *("query+key+value", "attention+query+key+value", "attention+query+key+value+gate"),
+)
+_SAVED = ("attention", "query", "key+value", "gate", "up")  # one by one, of the best meshes
+_BLOCKS = (64, 128, 256, 512)
+_CHUNKS = (128, 256, 512, 1024, 2048)  # of positions that have logits at a time
+_VMEM_MIB = (32, 48)  # of fast memory for a fusion: no formula knows what it gains
+_SHARE = 0.92  # of the peak that large products reach, with the elementwise work between them;
+_TOKENS = 500  # half of it where a device has so many tokens of a micro-batch
+_TILE_STEP_S = 0.35e-6  # of a kernel's step over one tile, whatever it holds
+# What goes through memory of the rows of experts, in times of each array: where tokens are, of the
+# room where experts are, of what is as wide as an expert; and at what share of memory's rate.
+_PASSES, _PASS_SHARE = (16, 9, 12), 0.35
+_HIDDEN = 0.9  # share of sending that work hides, but all wait
+_AWAITED = ("tensor", "expert")  # along these axes
+_SUMS = ("reduce-scatter", "all-reduce")  # and for sums of gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """One way to run an experiment.
+
+  Attributes:
+    config: the experiment so changed.
+    changes: by dotted key, what the search set.
+    chips: where.
+    sizes: of every mesh axis.
+  """
+
+  config: Config
+  changes: dict
+  chips: Topology
+  sizes: dict
+
+
+def change(config, changes: dict):
+  """Sets values of a frozen config by dotted key; {"train.zero_stage": 1}."""
+  own = {key: value for key, value in changes.items() if "." not in key}
+  for section in {key.partition(".")[0] for key in changes if "." in key}:
+    inner = {k.partition(".")[2]: v for k, v in changes.items() if k.startswith(f"{section}.")}
+    own[section] = change(getattr(config, section), inner)
+  return dataclasses.replace(config, **own)
+
+
+def meshes(config: Config, chips: Topology) -> Iterator[dict[str, int]]:
+  """Lists meshes of a topology that divide rows, positions, layers, experts and all weights.
+
+  Left out as never sensible: `tensor` above 16 ways, fewer than 1,024 positions to a device,
+  `expert` without experts (it is `data` then), stages that idle on more than an eighth of their
+  layers. Only the axis that crosses slices is larger than a slice.
+
+  Args:
+    config: the experiment, `model.vocab_size` filled in.
+    chips: the devices; all are used.
+  Yields:
+    Sizes by axis, and under "across" the axis that crosses slices.
+  """
+  weights = abstract(config.model)
+  for split in _splits(chips.devices, len(AXES)):
+    sizes = dict(zip(AXES, split, strict=True))
+    if _sensible(config, sizes) and _divides(weights, sizes):
+      for across in ("data", "stage") if chips.slices > 1 else ("data",):
+        if sizes[across] % chips.slices == 0:
+          yield sizes | {"across": across}
+
+
+def _splits(number: int, parts: int) -> Iterator[tuple]:
+  """All ways to write a number as an ordered product."""
+  if parts == 1:
+    yield (number,)
+    return
+  for first in _divisors(number):
+    yield from ((first, *rest) for rest in _splits(number // first, parts - 1))
+
+
+@functools.cache
+def _divisors(number: int) -> tuple[int, ...]:
+  return tuple(n for n in range(1, number + 1) if number % n == 0)
+
+
+def _sensible(config: Config, sizes: dict[str, int]) -> bool:
+  model, stages, context = config.model, sizes["stage"], sizes["context"]
+  return (
+    sizes["tensor"] <= _TENSOR
+    and (sizes["expert"] == 1 or model.moe.experts > 0)
+    and model.max_seq_len % context == 0
+    and (context == 1 or model.max_seq_len // context >= _POSITIONS)
+    and (stages == 1 or model.kind in ("decoder", "encoder"))
+    and math.ceil(_stacked(model) / stages) * stages <= 1.125 * _stacked(model)
+    and config.data.batch_size % (sizes["data"] * sizes["fsdp"] * sizes["expert"]) == 0
+  )
+
+
+def _stacked(model: ModelConfig) -> int:
+  return model.layers - (model.moe.first_k_dense if model.moe.experts else 0)
+
+
+def _divides(weights, sizes: dict[str, int]) -> bool:
+  """Whether the rules that lay weights out take a mesh."""
+  mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+  try:
+    weight_shardings(mesh, weights)
+    check_layout(mesh, weights, WEIGHTS)
+  except UserError:
+    return False
+  return True
+
+
+def candidates(config: Config, chips: Topology) -> Iterator[Candidate]:
+  """Lists every mesh with every ZeRO stage, number of micro-batches, remat and schedule.
+
+  Args:
+    config: the experiment, `model.vocab_size` filled in; its global batch is kept.
+    chips: the devices.
+  """
+  for sizes in meshes(config, chips):
+    across = sizes.pop("across")
+    mesh = {f"mesh.{axis}": size for axis, size in sizes.items()}
+    mesh |= {"mesh.across": across, "mesh.slices": 0}
+    mesh |= {key: value for axis, key, value in unread() if sizes[axis] == 1}
+    for knobs in _knobs(config, sizes):
+      changes = mesh | knobs
+      yield Candidate(change(config, changes), changes, chips, sizes)
+
+
+def _knobs(config: Config, sizes: dict[str, int]) -> Iterator[dict]:
+  stages = sizes["stage"]
+  rows = config.data.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+  for parts in _divisors(rows):
+    if (stages > 1 and parts < stages) or parts > max(_PARTS, 4 * stages):
+      continue
+    for zero in ZERO if sizes["fsdp"] > 1 else (3,):
+      for remat in _REMAT:
+        knobs = {"train.grad_accum_steps": parts, "train.zero_stage": zero, "model.remat": remat}
+        summed = zero == 3 and sizes["fsdp"] > 1
+        knobs["train.grad_reduce_dtype"] = config.train.grad_reduce_dtype if summed else "float32"
+        if stages == 1:
+          yield knobs
+          continue
+        for schedule, chunks in _SCHEDULES:
+          rounds = parts % stages == 0 and _stacked(config.model) % (stages * chunks) == 0
+          if chunks == 1 or rounds:
+            yield knobs | {"pipeline.schedule": schedule, "pipeline.chunks": chunks}
+
+
+def refined(one: Candidate) -> Iterator[Candidate]:
+  """Lists a candidate with attention blocks that make other tiles, other chunks, other saved names.
+
+  The search does it for the best of some meshes alone: of all it would be a hundred times as many.
+  """
+  config, local = one.config, one.config.model.max_seq_len // one.sizes["context"]
+  tiles = {}
+  for block in (config.model.attention.block, *_BLOCKS):
+    attention = dataclasses.replace(config.model.attention, block=block)
+    tiles.setdefault(tile_of(dataclasses.replace(config.model, attention=attention)), block)
+  chunks = {config.loss.chunk, *(size for size in _CHUNKS if size <= local)}
+  saved = {config.model.remat}
+  if not saved & {"none", "dots", "offload"}:
+    sets = itertools.product(*((name, "") for name in _SAVED))
+    special = {(): "full", _SAVED: "save_projections"}
+    sets = (tuple(filter(None, names)) for names in sets)
+    saved |= {special.get(names, "+".join(names)) for names in sets}
+  for block, chunk, remat in itertools.product(tiles.values(), chunks, sorted(saved)):
+    other = {"model.attention.block": block, "loss.chunk": chunk, "model.remat": remat}
+    yield dataclasses.replace(one, config=change(config, other), changes=one.changes | other)
+
+
+def with_vmem(one: Candidate) -> list[Candidate]:
+  """Lists a candidate with other amounts of fast memory for a fusion; nothing for GPUs and a v4."""
+  if not one.chips.chip.sizes or one.chips.chip.name == "v4":
+    return []
+  sizes = [size for size in _VMEM_MIB if size != one.config.train.vmem_mib]
+  changes = [{"train.vmem_mib": size} for size in sizes]
+  return [
+    dataclasses.replace(one, config=change(one.config, other), changes=one.changes | other)
+    for other in changes
+  ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """Seconds of a step by formula, and the share of peak that the model's own products are."""
+
+  step_s: float
+  mfu: float
+
+
+def estimate(one: Candidate) -> Estimate:
+  """Estimates a step's seconds, to put candidates in order; never below the roofline.
+
+  Assumed: products reach 0.92 of peak, less where a device's part of the feed-forward width is
+  narrow or its tokens are few; attention does whole tiles, and each costs 0.35 µs more; what
+  `roofline` has pass through memory comes on top, the head's gradient with each chunk of logits,
+  and elementwise work on the rooms for experts' rows; stages wait for the fullest, and the last has
+  the head. Of what is sent, work hides 0.9, of streams between `tensor`'s halves, rows on their way
+  to experts and sums of gradients nothing, as the compiler's programs have it (docs/LOG.md).
+  """
+  config, sizes, model = one.config, one.sizes, one.config.model
+  line, stages, chunks = roofline(config, one.chips, sizes), sizes["stage"], config.pipeline.chunks
+  width = (model.moe.width or model.mlp_width) / sizes["tensor"]
+  head = 2 * model.width * model.vocab_size / forward_flops_per_token(model, model.max_seq_len)
+  each = math.ceil(_stacked(model) / (stages * chunks)) * stages * chunks / _stacked(model)
+  ways = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert", "context"))
+  tokens = config.data.batch_size * model.max_seq_len / ways / config.train.grad_accum_steps
+  few = (1 + 128 / width) * (1 + _TOKENS / tokens)
+  busy_s = line.compute_s / _SHARE * few * (each + head * (stages - 1))
+  busy_s += _tiles_s(one, line.compute_s / line.model_s)
+  idle = _bubble(config.pipeline.schedule, stages, config.train.grad_accum_steps, chunks)
+  work_s = busy_s / (1 - idle) + line.hbm_s + _head_s(one) + _rows_s(one)
+  slow = slow_axes(config, one.chips, sizes)
+  sending = [(_hidden(sent), sent_s(sent, one.chips.chip, slow)) for sent in traffic(config, sizes)]
+  hidden_s = sum(share * seconds for share, seconds in sending)
+  step_s = work_s + sum(seconds for _, seconds in sending) - min(hidden_s, work_s)
+  return Estimate(step_s, line.model_s / step_s)
+
+
+def _hidden(sent: CollectiveBytes) -> float:
+  """Share of a collective's seconds that work hides."""
+  return 0.0 if sent.axis in _AWAITED or sent.kind in _SUMS else _HIDDEN
+
+
+def _head_s(one: Candidate) -> float:
+  """Reading and writing the sum of the head's gradient, fp32, for every chunk but the first."""
+  model, chip = one.config.model, one.chips.chip
+  local = model.max_seq_len / one.sizes["context"]
+  chunks = math.ceil(local / min(one.config.loss.chunk or local, local))
+  table = 4 * model.width * model.vocab_size / one.sizes["tensor"]
+  again = one.config.train.grad_accum_steps * (chunks - 1)
+  return again * 2 * table * chip.devices / chip.hbm_rate
+
+
+def _rows_s(one: Candidate) -> float:
+  """Elementwise work on rows of experts, which goes over the whole room for them."""
+  config, chip = one.config, one.chips.chip
+  if not config.model.moe.experts:
+    return 0.0
+  layers = _stacked(config.model) / one.sizes["stage"] * config.train.grad_accum_steps
+  arrays = zip(_PASSES, dispatched_bytes(config, one.sizes), strict=True)
+  moved = layers * sum(times * size for times, size in arrays)
+  return moved * chip.devices / chip.hbm_rate / _PASS_SHARE
+
+
+def _tiles_s(one: Candidate, again: float) -> float:
+  """What attention costs beyond its products: masked halves of tiles, and a step for each tile."""
+  model, tile = one.config.model, tile_of(one.config.model)
+  rows, t = one.config.data.batch_size / one.chips.chips, model.max_seq_len
+  masked = t * tile / 2 if model.causal else 0
+  tiles = (t * t / 2 + masked if model.causal else t * t) / tile**2
+  one_s = 4 * model.dims["h"] * masked / one.chips.chip.peak(model.dtype) + tiles * _TILE_STEP_S
+  return 3 * again * rows * model.layers * model.heads * one_s
+
+
+@functools.cache
+def _bubble(kind: str, stages: int, parts: int, chunks: int) -> float:
+  """Idle share of the stages; the gradient by the input takes two, as the forward is done again."""
+  if stages == 1:
+    return 0.0
+  return make_schedule(kind, stages, parts, chunks).bubble_fraction(forward=1, backward=2, weight=1)

@@ -1,0 +1,82 @@
+"""`llmjax plan`: its flags, and what it does with them."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from llmjax.core import config as configs
+from llmjax.core.chips import topology
+from llmjax.core.errors import UserError
+from llmjax.planning import report, search_report
+from llmjax.planning.candidates import change
+from llmjax.planning.limits import Limits, above_zero, amount
+from llmjax.planning.pareto_plot import plot_pareto
+from llmjax.planning.patch import patch
+from llmjax.planning.plan import plan
+from llmjax.planning.search import search
+from llmjax.training.config import Config
+
+_ALONE = ("decode", "keep_hlo", "keep_executable")
+_SEARCHING = ("tokens", "budget", "max_days", "patch", "plot")
+
+
+# Beside --config: name, default, help and placeholder, as `llmjax/cli.py` says.
+FLAGS = (
+  ("--topology", None, "v5p:4x4x4, v5e:8x8, h100:64", "CHIPS"),
+  ("--slices", 1, "groups with a slow network between them"),
+  ("--price", float, "dollars an hour of a chip"),
+  ("--decode", False, "plan writing text instead of training"),
+  ("--keep-hlo", "", "write the optimized program", "FILE"),
+  ("--keep-executable", "", "keep the step for train.executable", "FILE"),
+  ("--search", False, "find mesh and knobs, and where: --topology=A,B,C"),
+  ("--tokens", "", "of the whole run, such as 20B"),
+  ("--budget", "", "dollars for them, such as '$500'"),
+  ("--max-days", float, "days for them", "D"),
+  ("--compile", 8, "how many are compiled", "N"),
+  ("--jobs", 0, "at once; as many as cores by default"),
+  ("--patch", "", "write the winner as a patch", "FILE"),
+  ("--plot", "", "draw step time against memory", "FILE"),
+)
+
+
+def command(args: argparse.Namespace, overrides: list[str]) -> dict:
+  """Plans or searches, and prints the answer for people.
+
+  Returns:
+    What `plan` or `search` returns.
+  Raises:
+    UserError: flags that do not go together, and what these two raise.
+  """
+  config = configs.load(args.config, overrides, Config)
+  for flag in _ALONE if args.search else _SEARCHING:
+    if getattr(args, flag) not in (None, False, ""):
+      goes = "does not go" if args.search else "goes"
+      raise UserError(f"--{flag.replace('_', '-')} {goes} with --search")
+  if args.search:
+    return _search(args, config)
+  result = plan(
+    config, args.topology, args.slices, args.price, args.decode, args.keep_hlo,
+    args.keep_executable,
+  )
+  print(report.show(result))
+  return result
+
+
+def _search(args, config: Config) -> dict:
+  above_zero("--price", args.price)
+  above_zero("--max-days", args.max_days)
+  if args.compile < 0 or args.jobs < 0:
+    raise UserError(f"--compile={args.compile} --jobs={args.jobs}: neither may be negative")
+  places = [topology(where.strip(), args.slices) for where in args.topology.split(",")]
+  tokens = amount(args.tokens, "--tokens", "20B")
+  budget = amount(args.budget, "--budget", "'$500'")
+  limits = Limits(tokens, budget, args.max_days or 0.0, args.price or 0.0)
+  tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+  result = search(config, places, limits, args.compile, args.jobs, report=tell)
+  print(search_report.show(result))
+  if args.plot:
+    plot_pareto(result, Path(args.plot))
+  if args.patch and result["winner"]:
+    winning = change(config, result["winner"]["changes"])
+    Path(args.patch).write_text(patch(args.config, winning))
+  return result

@@ -1,0 +1,256 @@
+"""The proof that every mesh equals one device: loss, every gradient, and three optimizer steps.
+
+Nothing is shared between the two sides but the model: the reference runs the whole batch on one
+device without a mesh in scope, so no constraint, collective or schedule is part of it.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llmjax.core import tree
+from llmjax.core.errors import UserError
+from llmjax.data.batch import Batch
+from llmjax.data.loader import place
+from llmjax.parallel.collectives import collectives, describe
+from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh
+from llmjax.parallel.rules import ACTIVATIONS, LayoutError, axes_of, batch_sharding
+from llmjax.parallel.whole import compile_and_watch
+from llmjax.training.config import Config
+from llmjax.training.runnable import check_config, check_mesh
+from llmjax.training.shrink import made_up_batch, shrink
+from llmjax.training.state import TrainState, abstract_state, init_state
+from llmjax.training.step import advance, compile_step
+
+STEPS = 3
+_VERDICTS = {"equal": True, "off": False, "left_out": None}  # a row's `ok`
+# fp32 sums over a few thousand terms in another order differ by some 1e-6 of the result; every bug
+# of a lost or doubled sum is off by a share of it.
+LOSS_LIMIT = 1e-5
+GRADIENT_LIMIT = 5e-5
+# A gradient that is nearly zero is all rounding: errors are relative to at least this share of the
+# norm over all weights.
+_FLOOR = 1e-2
+# What runs once is not worth optimizing.
+_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# Six groups of three axes in which every two of the six come together.
+_TRIPLES = ((0, 1, 2), (0, 1, 3), (0, 4, 5), (1, 4, 5), (2, 3, 4), (2, 3, 5))
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+  """What three steps showed.
+
+  Attributes:
+    losses: nats a prediction, of each step.
+    grads: by path, of the first step, before clipping.
+    weights: by path, after the last step.
+    peak_bytes: of one device, by XLA's account: arguments, results and temporaries.
+    traffic: the compiled step's collectives in words.
+  """
+
+  losses: list[float]
+  grads: dict[str, np.ndarray]
+  weights: dict[str, np.ndarray]
+  peak_bytes: int = 0
+  traffic: str = ""
+
+
+def check(config: Config, devices: int = 8, meshes: Sequence[dict] = (), report=None) -> dict:
+  """Proves a config, shrunk by rule, on every mesh against one device.
+
+  Args:
+    config: the experiment.
+    devices: how many to lay out; there must be as many.
+    meshes: sizes by axis, what is not named is 1; by default those of `some_meshes`.
+    report: called with each mesh's row as it is done.
+  Returns:
+    {"meshes": rows, "ok": none is off, and how many are `equal`, `off` and `left_out`}. A row:
+    `mesh`; `loss_diff`, relative, the worst of three steps; `worst_leaf` and `worst_rel`, the
+    gradient that is furthest off and by what share of its norm; `peak_bytes`; `collectives`; `ok`;
+    and `error` of a mesh that cannot run this config: there `ok` is None, or False where rules do
+    not cut what the mesh says.
+  Raises:
+    UserError: too few devices, a model that learns from no text, or no mesh that can run it.
+  """
+  if len(jax.devices()) < devices:
+    raise UserError(f"check wants {devices} devices and there are {len(jax.devices())}")
+  small = shrink(check_config(config), devices)
+  batch = made_up_batch(small)
+  truth = on_one_device(small, batch)
+  rows = []
+  for sizes in meshes or some_meshes(devices):
+    rows.append(_row(small, sizes, batch, truth))
+    if report:
+      report(rows[-1])
+  count = {name: sum(row["ok"] is ok for row in rows) for name, ok in _VERDICTS.items()}
+  if count["left_out"] == len(rows):
+    raise UserError(f"none of {len(rows)} meshes can run this config: {rows[-1]['error']}")
+  return {"meshes": rows, "ok": not count["off"], **count}
+
+
+def some_meshes(devices: int) -> Iterator[dict[str, int]]:
+  """Lists meshes in which every axis has all devices once and every two axes come together.
+
+  Of 8 devices these are 12 of the 56 that `all_meshes` lists: each axis alone, and 2 × 2 × 2 for
+  six groups of three axes. Where there is no such cube, all meshes of two axes stand for it.
+  """
+  yield from ({axis: devices} for axis in AXES)
+  side = round(devices ** (1 / 3))
+  if side > 1 and side**3 == devices:
+    yield from ({AXES[i]: side for i in triple} for triple in _TRIPLES)
+  else:
+    yield from (sizes for sizes in all_meshes(devices) if len(sizes) == 2)
+
+
+def all_meshes(devices: int) -> Iterator[dict[str, int]]:
+  """Lists every way to lay devices out on the axes; an axis of size 1 is left out."""
+  divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+  for sizes in itertools.product(divisors, repeat=len(AXES)):
+    if math.prod(sizes) == devices:
+      yield {axis: size for axis, size in zip(AXES, sizes, strict=True) if size > 1}
+
+
+def on_one_device(config: Config, batch: Batch) -> Observed:
+  """Runs the reference: no mesh, and the batch as a whole.
+
+  Dropout and load balance are of a micro-batch; with them the reference has as many.
+  """
+  if not config.model.dropout and not config.model.moe.experts:
+    train = dataclasses.replace(config.train, grad_accum_steps=1)
+    config = dataclasses.replace(config, train=train)
+  state = jax.device_put(_start(config), jax.devices()[0])
+  step = jax.jit(lambda state, batch: advance(state, batch, config), compiler_options=_quick())
+  compiled = step.lower(state, batch).compile()
+  return _steps(compiled, state, batch)
+
+
+def on_mesh(config: Config, mesh: Mesh, batch: Batch, watch: bool = False) -> Observed:
+  """Runs three steps on a mesh, by the function that training compiles.
+
+  Raises:
+    LayoutError: with `watch`, if an activation lives whole on every device.
+  """
+  places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+  state = jax.device_put(_start(config), places)
+  placed = place(batch, batch_sharding(mesh))
+  step = compile_step(config, mesh, with_grads=True)
+  with jax.set_mesh(mesh):
+    lowered = step.lower(state, placed)
+    if watch:
+      compiled = _watched(lowered, config, state, mesh)
+    else:
+      compiled = lowered.compile(compiler_options=_quick())
+    seen = _steps(compiled, state, placed)
+  memory = compiled.memory_analysis()
+  peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+  return dataclasses.replace(
+    seen,
+    peak_bytes=peak - memory.alias_size_in_bytes,
+    traffic=describe(collectives(compiled.as_text(), mesh)),
+  )
+
+
+def _start(config: Config) -> TrainState:
+  """The state of step 0 in the host's memory: but for rounding, what `init_sharded` makes."""
+  given = {key: getattr(config, key) for key in ("seed", "model", "optim")}
+  train = dataclasses.replace(Config().train, steps=config.train.steps)
+  return _made(dataclasses.replace(Config(), train=train, **given))
+
+
+@functools.cache
+def _made(config: Config) -> TrainState:
+  """Made once for all meshes, since on a CPU it takes longer to compile than a step."""
+  make = jax.jit(lambda: init_state(config), compiler_options=_quick())
+  return jax.tree.map(np.array, make())  # copies, since a step takes its state's memory
+
+
+def _watched(lowered, config: Config, state: TrainState, mesh: Mesh):
+  """Compiles a step, and refuses one that holds a residual stream, or more, whole everywhere."""
+  part = config.data.batch_size // config.train.grad_accum_steps
+  stream_bytes = 4 * part * config.model.max_seq_len * config.model.width
+  weight_bytes = max(4 * leaf.size for leaf in jax.tree.leaves(state.model))
+  compiled, whole = compile_and_watch(lowered, max(stream_bytes, weight_bytes + 1), _quick())
+  cut = [axis for letter in "bt" for axis in axes_of(letter, ACTIVATIONS) if mesh.shape[axis] > 1]
+  if whole and cut:
+    lines = ", ".join(f"{array.shape} of {array.source or array.operation}" for array in whole[:8])
+    rules = ", ".join(f"{letter} → {', '.join(axes_of(letter, ACTIVATIONS))}" for letter in "bt")
+    raise LayoutError(f"activations live whole on each device, none of {rules} cuts them: {lines}")
+  return compiled
+
+
+def _quick() -> dict:
+  return _QUICK if jax.default_backend() == "cpu" else {}
+
+
+def _steps(compiled, state: TrainState, batch: Batch) -> Observed:
+  losses, first = [], None
+  for _ in range(STEPS):
+    state, metrics, grads = compiled(state, batch)
+    losses.append(float(metrics["loss"]))
+    first = first or _host(grads)
+  return Observed(losses, first, _host(state.model))
+
+
+def _host(weights) -> dict[str, np.ndarray]:
+  return {path: np.asarray(leaf) for path, leaf in tree.flatten(weights).items()}
+
+
+def _row(config: Config, sizes: dict, batch: Batch, truth: Observed) -> dict:
+  """One mesh's comparison."""
+  row = {"mesh": sizes}
+  try:
+    mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), jax.devices()[: math.prod(sizes.values())])
+    check_mesh(config, mesh)
+    seen = on_mesh(config, mesh, batch, watch=True)
+  except UserError as error:
+    return row | {"ok": False if isinstance(error, LayoutError) else None, "error": str(error)}
+  return row | compare(seen, truth)
+
+
+def compare(seen: Observed, truth: Observed) -> dict:
+  """Compares losses and gradients; see `check` for what it returns."""
+  loss_diff = max(
+    abs(a - b) / abs(b) for a, b in zip(seen.losses, truth.losses, strict=True)
+  )
+  total = math.sqrt(sum(float(np.sum(np.square(g))) for g in truth.grads.values()))
+  errors = {
+    path: float(np.linalg.norm(seen.grads[path] - grad))
+    / max(float(np.linalg.norm(grad)), _FLOOR * total)
+    for path, grad in truth.grads.items()
+  }
+  worst = max(errors, key=lambda path: (not math.isfinite(errors[path]), errors[path]))
+  return {
+    "loss_diff": loss_diff,
+    "worst_leaf": worst,
+    "worst_rel": errors[worst],
+    "peak_bytes": seen.peak_bytes,
+    "collectives": seen.traffic,
+    "ok": loss_diff < LOSS_LIMIT and errors[worst] < GRADIENT_LIMIT,
+  }
+
+
+def show_row(row: dict) -> str:
+  """Formats a row of `check`, one line."""
+  mesh = " × ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
+  if "error" in row:
+    return f"{mesh:34} {'left out' if row['ok'] is None else 'OFF'}: {row['error']}"
+  return (
+    f"{mesh:34} {'ok' if row['ok'] else 'OFF':3}  loss {row['loss_diff']:.1e}  "
+    f"worst gradient {row['worst_rel']:.1e} {row['worst_leaf']}  "
+    f"{row['peak_bytes'] / 1e6:.1f} MB  {row['collectives']}"
+  )
+
+
+def summary(result: dict) -> str:
+  """Says what `check` found, one line."""
+  return (
+    f"{result['equal']} of {len(result['meshes'])} meshes equal one device, "
+    f"{result['off']} are off, {result['left_out']} cannot run this config"
+  )

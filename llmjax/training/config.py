@@ -1,0 +1,218 @@
+"""`Config`: one experiment, all of it. Sections live beside what they configure."""
+
+import dataclasses
+
+from llmjax.core.choices import check_choice, check_finite, check_least, check_texts
+from llmjax.core.errors import UserError
+from llmjax.data.loader import DataConfig
+from llmjax.data.tasks import Task, TaskConfig, marks_of
+from llmjax.models.config import ModelConfig
+from llmjax.models.upcycle import InitConfig
+from llmjax.parallel.mesh import MeshConfig
+from llmjax.parallel.rules import ZERO
+from llmjax.text.tokenizer import Tokenizer, TokenizerConfig, start_id
+from llmjax.training.losses import LossConfig
+from llmjax.training.optim import OptimConfig
+from llmjax.training.pipelined import PipelineConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The loop.
+
+  Attributes:
+    steps: optimizer steps of the whole run.
+    grad_accum_steps: micro-batches a step.
+    log_every: steps between lines of metrics.
+    zero_stage: what mesh axis `fsdp` cuts: 1 optimizer state; 2 gradients too; 3 weights too.
+    grad_reduce_dtype: of gradients while they are summed over `fsdp`, where that cuts weights:
+      float32, or bfloat16, which sends half as much. Latent attention's down projections keep
+      float32.
+    vmem_mib: MiB of a TPU's fast memory that one fusion may use: more makes large products faster,
+      and compiling slower. 0 takes 20, of a v4 what XLA takes.
+    executable: file of a step compiled by `llmjax plan --keep-executable`; "" compiles here.
+  """
+
+  steps: int = 1000
+  grad_accum_steps: int = 1
+  log_every: int = 1
+  zero_stage: int = 3
+  grad_reduce_dtype: str = "float32"
+  vmem_mib: int = 0
+  executable: str = ""
+
+  def __post_init__(self):
+    if self.zero_stage not in ZERO:
+      known = ", ".join(map(str, ZERO))
+      raise UserError(f"train.zero_stage {self.zero_stage} is not one of {known}")
+    check_choice("train.grad_reduce_dtype", self.grad_reduce_dtype, ("float32", "bfloat16"))
+    if self.grad_reduce_dtype != "float32" and self.zero_stage != 3:
+      raise UserError(
+        f"train.grad_reduce_dtype={self.grad_reduce_dtype} changes nothing with train.zero_stage "
+        "below 3"
+      )
+    check_least("train", self, steps=1, grad_accum_steps=1, log_every=1, vmem_mib=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """Checkpoints.
+
+  Attributes:
+    every: steps between checkpoints; the last step is always kept.
+    keep: newest checkpoints that stay on disk; at least 2, so that a damaged one has a forebear.
+  """
+
+  every: int = 500
+  keep: int = 2
+
+  def __post_init__(self):
+    check_least("checkpoint", self, every=1, keep=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Held-out evaluation.
+
+  Attributes:
+    every: steps between evaluations during training; 0 evaluates at the end alone.
+    batch_size: rows at a time.
+    stride: new predictions a row of a document's later rows; 0 means half the context.
+  """
+
+  every: int = 0
+  batch_size: int = 16
+  stride: int = 0
+
+  def __post_init__(self):
+    check_least("eval", self, every=0, batch_size=1, stride=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+  """Samples written at the end of training.
+
+  Attributes:
+    prompts: one sample each.
+    max_tokens: most new tokens.
+    temperature: 0 is greedy.
+    top_p: nucleus.
+  """
+
+  prompts: tuple = ("",)
+  max_tokens: int = 128
+  temperature: float = 0.7
+  top_p: float = 0.95
+
+  def __post_init__(self):
+    check_least("sample", self, max_tokens=1, temperature=0)
+    if not 0 < self.top_p <= 1:
+      raise UserError(f"sample.top_p {self.top_p} is not in (0, 1]")
+    check_texts("sample.prompts", self.prompts)
+
+
+# What each kind of model can learn; the first is what `task.name=auto` means.
+SUITABLE = {
+  "decoder": ("language_model", "prefix_lm"),
+  "encoder": ("masked_lm",),
+  "encoder_decoder": ("span_corruption",),
+  "vision": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole experiment; a run is a function of (config, seed, step)."""
+
+  seed: int = 0
+  model: ModelConfig = ModelConfig()
+  init: InitConfig = InitConfig()
+  tokenizer: TokenizerConfig = TokenizerConfig()
+  data: DataConfig = DataConfig()
+  task: TaskConfig = TaskConfig()
+  loss: LossConfig = LossConfig()
+  optim: OptimConfig = OptimConfig()
+  train: TrainConfig = TrainConfig()
+  mesh: MeshConfig = MeshConfig()
+  pipeline: PipelineConfig = PipelineConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  eval: EvalConfig = EvalConfig()
+  sample: SampleConfig = SampleConfig()
+
+  def __post_init__(self):
+    check_finite("", self)
+    if self.seed < 0:
+      raise UserError(f"seed {self.seed} is negative")
+    if self.eval.stride > self.model.max_seq_len:
+      raise UserError(
+        f"eval.stride {self.eval.stride} is more than the {self.model.max_seq_len} positions of a "
+        "row (model.max_seq_len); 0 takes half of them"
+      )
+    name, suits = self.task.name, SUITABLE[self.model.kind]
+    if name not in ("auto", *suits):
+      raise UserError(
+        f"task.name={name} does not suit model.kind={self.model.kind}, which learns "
+        f"{' or '.join(suits) or 'from Python alone'}"
+      )
+    if name == "prefix_lm" and self.model.attention.mask != "prefix":
+      raise UserError("task.name=prefix_lm needs model.attention.mask=prefix")
+    moe = self.model.moe
+    if moe.experts and moe.top_k == 1 and moe.renormalize and moe.router in ("softmax", "sigmoid"):
+      raise UserError(
+        "model.moe.renormalize makes the weight of a token's only expert 1, so that the loss does "
+        "not reach the router: set it to False, or model.moe.top_k above 1"
+      )
+
+  @property
+  def task_name(self) -> str:
+    """What is learned, with `auto` resolved; empty for a kind that learns from no text."""
+    if self.task.name != "auto":
+      return self.task.name
+    prefix = self.model.attention.mask == "prefix"
+    return "prefix_lm" if prefix else (*SUITABLE[self.model.kind], "")[0]
+
+  def known_task(self) -> TaskConfig:
+    """What is learned, `auto` resolved.
+
+    Raises:
+      UserError: `llmjax train` has no task for this kind of model.
+    """
+    if not self.task_name:
+      raise UserError(
+        f"llmjax train reads text, which model.kind={self.model.kind} does not; "
+        "train it from Python with llmjax.training.step on batches of patches"
+      )
+    if self.model.source_vocab_size:
+      raise UserError(
+        "llmjax train has one tokenizer, and model.source_vocab_size is for two; train from Python "
+        "with llmjax.training.step on batches of source and target"
+      )
+    return dataclasses.replace(self.task, name=self.task_name)
+
+  def task_of(self, tokenizer: Tokenizer) -> Task:
+    """The run's task, for a tokenizer."""
+    start = self.model.embed.start_token
+    start = start_id(tokenizer) if start < 0 else start
+    task = self.known_task()
+    return Task(task, tokenizer.vocab_size, start, marks_of(task.name, tokenizer))
+
+
+# What may differ when a run goes on: it changes where and how often, not what is learned.
+_FREE = (
+  "mesh.",
+  "pipeline.",
+  "train.zero_stage",
+  "train.executable",
+  "train.vmem_mib",
+  "model.attention.context_parallel",
+  "checkpoint.",
+  "eval.",
+  "sample.",
+  "data.cache",
+  "train.log_",
+)
+
+
+def binding(values: dict) -> dict:
+  """Keeps the values of a flat config that decide what is learned."""
+  return {key: value for key, value in values.items() if not key.startswith(_FREE)}

@@ -1,0 +1,93 @@
+"""A train step compiled beforehand: written by `llmjax plan --keep-executable`, loaded by the run.
+
+A program belongs to the values and the source it was made from, to devices by number and to jax:
+one line of JSON at the head of the file says which, and a run that differs is told in what. The
+rest is a pickle, which runs whatever it holds: load your own files only.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import pickle
+from pathlib import Path
+
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh
+
+from llmjax.core.config import flat
+from llmjax.core.errors import UserError
+from llmjax.training.config import Config
+from llmjax.training.step import compile_step
+
+# What decides nothing of the step, but for the number of rows; all else does.
+_OTHER = ("init.", "tokenizer.", "data.", "checkpoint.", "eval.", "sample.", "train.log_every")
+_ROWS = "data.batch_size"
+
+
+def save(path: str | Path, compiled, config: Config, mesh: Mesh):
+  """Writes a compiled step to a file.
+
+  Args:
+    path: file, overwritten.
+    compiled: of `compile_step(config, mesh).lower(…).compile()`; compiled indeed: what jax found in
+      its cache cannot be kept on a CPU (`no_cache` in `llmjax/parallel/whole.py`).
+    config: the experiment, `model.vocab_size` filled in.
+    mesh: what it was compiled for.
+  """
+  head = json.dumps(_made_of(config, mesh)).encode()
+  body = pickle.dumps(serialize_executable.serialize(compiled))
+  Path(path).write_bytes(head + b"\n" + body)
+
+
+def make_step(config: Config, mesh: Mesh):
+  """The run's step: that of `train.executable`, or one that is compiled at its first call.
+
+  Args:
+    config: the experiment, `model.vocab_size` filled in.
+    mesh: the run's.
+  Returns:
+    `(state, batch) -> (state, metrics)`, as `compile_step` gives it.
+  Raises:
+    UserError: no such file, or a program for another experiment, other devices or another jax.
+  """
+  path = config.train.executable
+  if not path:
+    return compile_step(config, mesh)
+  try:
+    head, _, body = Path(path).read_bytes().partition(b"\n")
+    made = json.loads(head)
+  except (OSError, ValueError) as error:
+    raise UserError(f"train.executable {path!r} is not what llmjax plan keeps: {error}") from error
+  for name, here in json.loads(json.dumps(_made_of(config, mesh))).items():
+    if made.get(name) != here:
+      raise UserError(
+        f"train.executable {path!r} was made for {name} {made.get(name)}, this run has {here}"
+      )
+  devices = list(mesh.devices.flat)
+  return serialize_executable.deserialize_and_load(
+    *pickle.loads(body), backend=devices[0].client, execution_devices=devices
+  )
+
+
+def _made_of(config: Config, mesh: Mesh) -> dict:
+  """All that a compiled step depends on, by name."""
+  devices = list(mesh.devices.flat)
+  libraries = ("jax", "jaxlib", *(["libtpu"] if devices[0].platform == "tpu" else []))
+  values = {
+    key: value for key, value in flat(config).items()
+    if key == _ROWS or not key.startswith((*_OTHER, "train.executable"))
+  }
+  return values | {
+    "devices": f"{len(devices)} × {devices[0].device_kind}",
+    "device numbers": [device.id for device in devices],
+    **{name: importlib.metadata.version(name) for name in libraries},
+    "llmjax": source_hash(),
+  }
+
+
+def source_hash() -> str:
+  """Hashes every line of llmjax: 16 hex digits, of which a program is a function too."""
+  digest = hashlib.sha256()
+  for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
+    digest.update(path.read_bytes())
+  return digest.hexdigest()[:16]

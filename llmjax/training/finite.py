@@ -1,0 +1,68 @@
+"""A run stops where its numbers are not finite: which step, on which part of the text.
+
+The step itself leaves the state as it was (`advance`). What it says arrives two steps late, so the
+state that those lead to is dropped; before a checkpoint everything is waited for.
+"""
+
+import math
+from collections.abc import Callable
+
+from llmjax.core.errors import RunFailed
+from llmjax.data.pack import PackedRows
+from llmjax.training.metrics import Pending
+
+_NAMES = {"loss": "loss", "grad_norm": "gradient norm"}
+_SHOWN = 8  # documents named
+
+
+class NotFinite(RunFailed):
+  """A step's loss or gradient is not finite.
+
+  Attributes:
+    step: its number.
+  """
+
+  def __init__(self, step: int, text: str):
+    super().__init__(f"step {step}: {text}")
+    self.step = step
+
+
+class Watch:
+  """Looks at every step's loss and gradient norm, in all processes alike.
+
+  Args:
+    rows: of the training text.
+    batch_size: rows a step.
+    name: what to call document number i.
+  """
+
+  def __init__(self, rows: PackedRows, batch_size: int, name: Callable[[int], str]):
+    self._rows, self._batch_size, self._name = rows, batch_size, name
+    self._pending = Pending()
+
+  def add(self, step: int, metrics: dict):
+    """Takes a step's device values, and looks at those that are due.
+
+    Raises:
+      NotFinite: one of them is not finite.
+    """
+    self._look(self._pending.add(step, {key: metrics[key] for key in _NAMES}))
+
+  def flush(self):
+    """Looks at all that is pending; raises what `add` does."""
+    self._look(self._pending.flush())
+
+  def _look(self, due):
+    for step, values, *_ in due:
+      wrong = [key for key in _NAMES if not math.isfinite(values[key])]
+      if wrong:
+        what = " and ".join(f"the {_NAMES[key]} is {values[key]}" for key in wrong)
+        raise NotFinite(step, f"{what} on {self._batch(step)}; the update was not applied")
+
+  def _batch(self, step: int) -> str:
+    first = (step - 1) * self._batch_size
+    numbers = range(first, first + self._batch_size)
+    documents = dict.fromkeys(i for row in numbers for i in self._rows.documents(row))
+    names = [self._name(i) for i in list(documents)[:_SHOWN]]
+    more = f", … ({len(documents)} in all)" if len(documents) > _SHOWN else ""
+    return f"rows {first} to {numbers[-1]} of the packed text (documents {', '.join(names)}{more})"

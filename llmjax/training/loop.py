@@ -1,0 +1,199 @@
+"""The training loop, top to bottom: restore or make the state, step, report, checkpoint."""
+
+import contextlib
+import dataclasses
+import functools
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from llmjax.core.errors import RunFailed, UserError
+from llmjax.core.memory import give_back, settle
+from llmjax.data.loader import batches
+from llmjax.data.pack import PackedRows
+from llmjax.data.prepare import TokenStore
+from llmjax.models.formulas import forward_flops_per_token
+from llmjax.parallel import multihost
+from llmjax.parallel.rules import batch_sharding
+from llmjax.text.tokenizer import Tokenizer
+from llmjax.training.checkpoint import Checkpoints, make_meta
+from llmjax.training.config import Config
+from llmjax.training.executable import make_step
+from llmjax.training.finite import NotFinite, Watch
+from llmjax.training.metrics import NoReport, Reporter
+from llmjax.training.rates import peak_of
+from llmjax.training.state import abstract_state, init_sharded
+
+
+class Interrupted(KeyboardInterrupt):
+  """The user stopped the run; its state is on disk."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+  """A finished training run.
+
+  Attributes:
+    model: the trained model.
+    train_seconds: seconds in the loop, all sessions of the run added up.
+  """
+
+  model: nnx.Module
+  train_seconds: float
+
+
+def fit(
+  config: Config,
+  workdir: Path,
+  tokenizer: Tokenizer,
+  store: TokenStore,
+  mesh: Mesh,
+  evaluate: Callable[[nnx.Module], dict] = lambda model: {},
+  begin: Callable[[nnx.Module], nnx.Module] = lambda fresh: fresh,
+  name: Callable[[int], str] = str,
+) -> Fitted:
+  """Trains a model, going on from whatever checkpoint the workdir holds.
+
+  Args:
+    config: the experiment, `model.vocab_size` filled in.
+    workdir: folder of the run.
+    tokenizer: kept in every checkpoint.
+    store: training documents.
+    mesh: devices.
+    evaluate: called on the model every `eval.every` steps; its values are logged.
+    begin: called on the weights of step 0; what it returns takes their place.
+    name: what to call a training document, by its number in `store`.
+  Returns:
+    The trained model and how long it took.
+  Raises:
+    UserError: the checkpoint is of other text, or the mesh does not divide the model.
+    Interrupted: SIGINT or SIGTERM came; the step under way was finished and saved.
+    RunFailed: a loss, a gradient or the state is not finite, or a file could not be written.
+  """
+  steps, train_step = config.train.steps, make_step(config, mesh)
+  meta = make_meta(config, tokenizer, store.key)
+  checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+  state, start, spent_s = _start(checkpoints, config, mesh, meta, begin)
+  rows = PackedRows(store, config.model.max_seq_len, config.seed)
+  feed = _feed(config, tokenizer, rows, mesh, start)
+  watch = Watch(rows, config.data.batch_size, name)
+  report = _reporter(config, workdir, start)
+  votes = multihost.Votes()
+  began_s = time.perf_counter() - spent_s
+
+  with jax.set_mesh(mesh), _Signals() as stop, _failing(checkpoints, report):
+    for step, batch in enumerate(report.feed(feed), start + 1):
+      state, metrics = train_step(state, batch)
+      settle(state)
+      if step == start + 1:
+        give_back()  # what making and loading the state left
+      watch.add(step, metrics)
+      report.add(step, metrics)
+      if config.eval.every and step % config.eval.every == 0 and step < steps:
+        report.record(step, "evaluation", functools.partial(evaluate, state.model))
+        give_back()
+      # Asked once a step: a signal must not come between saving and leaving.
+      stopping = votes.add(stop.asked)
+      if step % config.checkpoint.every == 0 or step == steps or stopping:
+        watch.flush()  # no state that follows from what is not finite may be saved
+        saved = meta | {"train_seconds": time.perf_counter() - began_s}
+        last = stopping or step == steps
+        # After all lines of metrics: a run that goes on from here must not lack one before it.
+        report.record(step, "checkpoint", functools.partial(checkpoints.save, state, saved, last))
+      if stopping:
+        break
+    jax.block_until_ready(state)
+    train_s = time.perf_counter() - began_s
+    report.close()
+    checkpoints.close()
+  if multihost.agree(stop.asked):
+    raise Interrupted(f"stopped after step {int(state.step)} of {steps}")
+  return Fitted(state.model, train_s)
+
+
+@contextlib.contextmanager
+def _failing(checkpoints: Checkpoints, report):
+  """Ends a run that failed: files closed, the sentence ends with what it can go on from."""
+  try:
+    yield
+  except (RunFailed, OSError) as error:
+    with contextlib.suppress(OSError):
+      report.stop(error.step if isinstance(error, NotFinite) else 0)
+    said = f"a file could not be written: {error}" if isinstance(error, OSError) else error
+    raise RunFailed(f"{said}; {checkpoints.standing()}") from error
+
+
+def _feed(config: Config, tokenizer: Tokenizer, rows: PackedRows, mesh: Mesh, start: int):
+  """The batches of the steps after `start`."""
+  return batches(
+    rows,
+    config.task_of(tokenizer),
+    batch_sharding(mesh),
+    config.data.batch_size,
+    start,
+    config.train.steps,
+    seed=config.seed,
+  )
+
+
+def _start(checkpoints, config, mesh, meta, begin):
+  """Returns (state, steps done, seconds spent) from a checkpoint, or of step 0."""
+  restored = checkpoints.restore(abstract_state(config, mesh))
+  if restored is None:
+    state = init_sharded(config, mesh)
+    return dataclasses.replace(state, model=begin(state.model)), 0, 0.0
+  state, found = restored
+  if found["data_key"] != meta["data_key"]:
+    raise UserError(
+      f"the training text or tokenizer changed since this run began (data {found['data_key']} "
+      f"then, {meta['data_key']} now); use another --workdir, or bring the text back"
+    )
+  step = int(state.step)
+  if step > config.train.steps:
+    raise UserError(f"the run is at step {step}, beyond train.steps {config.train.steps}")
+  if multihost.is_writer():
+    print(f"going on from step {step}", file=sys.stderr)
+  return state, step, found["train_seconds"]
+
+
+def _reporter(config: Config, workdir: Path, start: int):
+  """The writer's reports; the other processes make none."""
+  length = config.model.max_seq_len
+  flops = 3 * config.data.batch_size * length * forward_flops_per_token(config.model, length)
+  peak = peak_of(config.model.dtype)  # measured, where it is, by all processes at the same time
+  if not multihost.is_writer():
+    return NoReport()
+  steps, every = config.train.steps, config.train.log_every
+  return Reporter(workdir, steps, start, every, flops, peak)
+
+
+class _Signals:
+  """Turns the first SIGINT or SIGTERM into a request to stop; a second one stops at once."""
+
+  def __enter__(self):
+    self.asked = False
+    self._before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+      try:
+        self._before[number] = signal.signal(number, self._ask)
+      except ValueError:  # not the main thread, as in a notebook server: leave signals alone
+        break
+    return self
+
+  def _ask(self, number, frame):
+    if self.asked:
+      raise KeyboardInterrupt
+    self.asked = True
+    if multihost.is_writer():
+      text = "\nstopping: saving a checkpoint (again to stop at once)"
+      print(text, file=sys.stderr, flush=True)
+
+  def __exit__(self, *error):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)

@@ -1,0 +1,148 @@
+"""Whether a config can run on a mesh: all that can be told before any text is read, or chip rented.
+
+`train`, `launch`, `plan` and `check` come here first, so that each refuses what the others refuse,
+in the same words.
+"""
+
+import contextlib
+import dataclasses
+import operator
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from llmjax.core import tree
+from llmjax.core.errors import UserError
+from llmjax.data.tasks import Task, marks_of
+from llmjax.models.build import abstract
+from llmjax.nn.attention.context import check_heads
+from llmjax.parallel.rules import (
+  ACTIVATIONS,
+  REPLICATED,
+  WEIGHTS,
+  axes_of,
+  check_divides,
+  check_layout,
+  weight_shardings,
+)
+from llmjax.text.tokenizer import Tokenizer, train_tokenizer
+from llmjax.training.config import Config
+from llmjax.training.pipelined import check_stages
+from llmjax.training.shrink import made_up_batch
+
+_OF_AXIS = (
+  ("stage", "pipeline.schedule"), ("stage", "pipeline.chunks"), ("fsdp", "train.zero_stage"),
+  ("fsdp", "train.grad_reduce_dtype"), ("context", "model.attention.context_parallel"),
+)
+_PLATFORM_KERNELS = ("splash", "cudnn")
+
+
+def check_run(config: Config, mesh: Mesh | AbstractMesh) -> Config:
+  """Refuses what no run of a config on a mesh could be.
+
+  Args:
+    config: the experiment.
+    mesh: its mesh, of devices that need not be at hand (`abstract_mesh`).
+  Returns:
+    The config with `model.vocab_size` filled in.
+  Raises:
+    UserError: what is wrong, in one sentence.
+  """
+  config = check_config(config)
+  for axis, key, default in unread():
+    value = operator.attrgetter(key)(config)
+    if mesh.shape[axis] == 1 and value != default:
+      raise UserError(f"{key}={value} changes nothing on a mesh of {axis} 1")
+  check_mesh(config, mesh)
+  return config
+
+
+def unread() -> list[tuple]:
+  """Lists (axis, key, default) of keys that only a mesh reads whose axis is above 1."""
+  return [(axis, key, operator.attrgetter(key)(Config())) for axis, key in _OF_AXIS]
+
+
+def check_config(config: Config) -> Config:
+  """Refuses what no mesh could run; returns the config with `model.vocab_size` filled in.
+
+  Raises:
+    UserError: no task for this kind of model, a vocabulary that is not the tokenizer's, a pattern
+      that matches no weight.
+  """
+  config.known_task()
+  config = with_vocab(config)
+  tree.select(abstract(config.model), config.optim.no_decay)
+  return config
+
+
+def with_vocab(config: Config, tokenizer: Tokenizer | None = None) -> Config:
+  """Fills `model.vocab_size` in from tokenizer and task, or holds it against them.
+
+  Args:
+    config: the experiment. A `model.vocab_size` above what is needed stays: published models have
+      rows to spare.
+    tokenizer: the run's; by default the one that the config says. Where that is for a file to say,
+      a `model.vocab_size` above 0 is believed.
+  Raises:
+    UserError: `model.vocab_size` is too small; no tokenizer where `tokenizer.path` says.
+  """
+  made, size, known = config.tokenizer, config.model.vocab_size, config.known_task()
+  if not tokenizer and made.path and size:
+    return config
+  if not tokenizer and (made.path or made.kind == "bytes"):
+    tokenizer = train_tokenizer(made, ())
+  if tokenizer:
+    least = tokenizer.vocab_size
+    least += Task(known, least, marks=marks_of(known.name, tokenizer)).extra_tokens
+  else:  # of the kinds that are trained here WordPiece alone has a mask
+    masks = known.name == "masked_lm" and made.kind == "wordpiece"
+    least = made.vocab_size + (0 if masks else Task(known).extra_tokens)
+  if 0 < size < least:
+    raise UserError(
+      f"model.vocab_size {size} is less than the {least} of tokenizer and task; leave it at 0"
+    )
+  model = dataclasses.replace(config.model, vocab_size=size or least)
+  return dataclasses.replace(config, model=model)
+
+
+def check_mesh(config: Config, mesh: Mesh | AbstractMesh):
+  """Refuses a mesh that cannot run a config.
+
+  Args:
+    config: the experiment, `model.vocab_size` filled in.
+    mesh: of devices that need not be at hand.
+  Raises:
+    UserError: rows, positions, heads, layers or weights that the mesh does not divide.
+    LayoutError: rules do not cut what the mesh says they should.
+  """
+  rows, parts = config.data.batch_size, config.train.grad_accum_steps
+  if rows % parts:
+    raise UserError(f"data.batch_size {rows} is not a multiple of train.grad_accum_steps {parts}")
+  check_divides(mesh, "micro-batch", "b", (rows // parts,), ACTIVATIONS)
+  check_divides(mesh, "row", "t", (config.model.max_seq_len,), ACTIVATIONS)
+  if config.model.kind == "encoder_decoder":
+    width = Task(config.known_task()).target_width(config.model.max_seq_len)
+    check_divides(mesh, "row of targets", "t", (width,), ACTIVATIONS)
+  weights, table = abstract(config.model), WEIGHTS if config.train.zero_stage == 3 else REPLICATED
+  weight_shardings(mesh, weights)
+  check_layout(mesh, weights, table)
+  if mesh.shape["stage"] > 1:
+    check_stages(config.model.kind, mesh.shape["stage"], parts, config.pipeline)
+  if mesh.shape["context"] > 1 and config.model.attention.context_parallel == "all_to_all":
+    check_heads(config.model.heads, mesh.shape["tensor"] * mesh.shape["context"])
+  if config.model.attention.kernel in _PLATFORM_KERNELS:
+    _trace(config, mesh, weights)
+
+
+def _trace(config: Config, mesh: Mesh | AbstractMesh, weights):
+  """Traces the forward pass for a mesh, since what a platform's kernel can do is asked there.
+
+  A kernel that can do it may then want its library at hand, as cuDNN's does: that refuses nothing.
+  """
+  rows = 1
+  for axis in axes_of("b", ACTIVATIONS):
+    rows *= mesh.shape[axis]
+  few = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
+  batch = jax.eval_shape(lambda: made_up_batch(few))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), contextlib.suppress(RuntimeError):
+    jax.eval_shape(lambda model, batch: model.hidden(batch)[0], weights, batch)

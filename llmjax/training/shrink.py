@@ -1,0 +1,103 @@
+"""A user's experiment made small by rule, so that it can be proven on a laptop in seconds a mesh.
+
+Sizes shrink, structure stays: kinds of layers, norms, positions, masks, dropout, loss, optimizer,
+remat and ZeRO stage are the config's own.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from llmjax.data.batch import Batch
+from llmjax.data.tasks import Task
+from llmjax.nn.attention.grouped_query import LatentConfig
+from llmjax.nn.router import MoeConfig
+from llmjax.training.config import Config
+
+_HEAD = 8  # width of a head: even, with channels for every scaling of rope
+
+
+def shrink(config: Config, devices: int) -> Config:
+  """Makes an experiment small, its sizes multiples of what meshes of `devices` cut them into.
+
+  A size that is no multiple of `devices` in the config (8 heads, 3 key heads) is not made one:
+  meshes that do not divide it would not divide the real one either.
+
+  Args:
+    config: the experiment.
+    devices: of the meshes it will run on.
+  Returns:
+    The experiment in fp32, of a few layers, with heads 8 wide.
+  """
+  model, dims = config.model, config.model.dims
+  k = math.gcd(dims["k"], devices)
+  heads = k * (2 if dims["g"] % 2 == 0 else min(dims["g"], 3))
+  attention = dataclasses.replace(
+    model.attention,
+    window=min(model.attention.window, devices + 3),
+    sparse_block=min(model.attention.sparse_block, 4),
+    block=16,
+    latent=_narrow(model.attention.latent, devices),
+  )
+  small = dataclasses.replace(
+    model,
+    moe=_few(model.moe, devices),
+    layers=min(model.layers, max(4, len(model.attention.pattern))),
+    encoder_layers=min(model.encoder_layers, 2),
+    width=8 * math.gcd(model.width, devices) if not model.vision.image_size else model.width,
+    heads=heads,
+    kv_heads=k,
+    head_dim=_HEAD,
+    mlp_width=8 * math.gcd(model.mlp_width, devices),
+    vocab_size=32 * devices,
+    max_seq_len=8 * devices,
+    dtype="float32",
+    attention=attention,
+  )
+  rows = 2 * devices * config.train.grad_accum_steps
+  return dataclasses.replace(
+    config,
+    model=small,
+    data=dataclasses.replace(config.data, batch_size=rows),
+    loss=dataclasses.replace(config.loss, chunk=min(config.loss.chunk, 4) or 0),
+    optim=dataclasses.replace(config.optim, warmup=min(config.optim.warmup, 1)),
+  )
+
+
+def _narrow(latent: LatentConfig, devices: int) -> LatentConfig:
+  """Ranks that meshes divide alike, and heads of `_HEAD` channels, half of them turned."""
+  if not latent.kv_rank:
+    return latent
+  ranks = [rank and 8 * math.gcd(rank, devices) for rank in (latent.kv_rank, latent.query_rank)]
+  return LatentConfig(*ranks, _HEAD // 2, _HEAD // 2, _HEAD - 2)
+
+
+def _few(moe: MoeConfig, devices: int) -> MoeConfig:
+  """Fewer and narrower experts, if routing then has as many to choose from as it wants."""
+  if not moe.experts:
+    return moe
+  experts = math.gcd(moe.experts, 2 * devices)
+  if experts % moe.groups or moe.top_k > experts // moe.groups * moe.top_groups:
+    experts = moe.experts
+  width = 8 * math.gcd(moe.width, devices) if moe.width else 0
+  first_k_dense = min(moe.first_k_dense, 1)
+  return dataclasses.replace(moe, experts=experts, width=width, first_k_dense=first_k_dense)
+
+
+def made_up_batch(config: Config) -> Batch:
+  """Makes a batch of random tokens, packed unevenly, for the config's task.
+
+  Raises:
+    UserError: models of this kind do not learn from text.
+  """
+  known = config.known_task()
+  task = Task(known, config.model.vocab_size - Task(known).extra_tokens)
+  rng = np.random.default_rng(config.seed)
+  rows, length = config.data.batch_size, config.model.max_seq_len + 1
+  tokens_bu = rng.integers(0, task.tokens, (rows, length), np.int32)
+  ends = np.sort(rng.integers(length // 8, length, (rows, 3)), axis=1)
+  places = np.arange(length)
+  segments_bu = sum((places >= ends[:, i, None]).astype(np.int32) for i in range(2)) + 1
+  segments_bu[places >= ends[:, 2, None]] = 0  # the rest is padding, of another length in each row
+  return task.batch(tokens_bu, segments_bu, [(config.seed, row) for row in range(rows)])
