@@ -131,7 +131,7 @@ PUBLISHED = (  # Llama-2-7B on h100:64
   ("changes", "message"),
   [
     (("data.batch_size=4",), "'micro-batch' has 4 batch .* mesh data 8 × fsdp 8 does not div"),
-    (("data.batch_size=256", "train.grad_accum_steps=3"), "256 is not a multiple of train.grad_accum"),
+    (("data.batch_size=256", "train.grad_accum_steps=3"), "256 is not a multiple of train.grad"),
     (
       ("data.batch_size=64", "model.max_seq_len=2049", "mesh.data=1", "mesh.context=8"),
       "'row' has 2049 query positions .* mesh context 8 does not divide",
