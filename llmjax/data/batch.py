@@ -15,12 +15,12 @@ class Batch:
     targets_bt: int32 ids to predict at each position.
     loss_mask_bt: float32, 1 where the prediction counts.
     segments_bt: int32, which document of the row a position belongs to; 0 is padding. None: one.
-    positions_bt: int32, place within the segment, from 0. None: 0, 1, 2 …
+    positions_bt: int32, position within the segment, from 0. None: 0, 1, 2 …
     prefix_bt: bool, tokens that their whole document sees (prefix-LM).
     types_bt: int32 token types (BERT's first and second text).
     source_bs: int32 ids that an encoder reads; a decoder's segment n looks at the source's n.
     source_segments_bs: int32 documents of the source; 0 is padding. None: one.
-    source_positions_bs: int32 place within the source's segment. None: 0, 1, 2 …
+    source_positions_bs: int32 position within the source's segment. None: 0, 1, 2 …
     patches_bsi: float32 images as patches, one image after another, in the order of the row's
       image tokens; of a vision model, one image a row.
   """

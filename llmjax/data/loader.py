@@ -1,8 +1,6 @@
-"""The loader: step number → this process's part of the global batch, placed on the mesh.
+"""The loader: step number → global batch, of which each process makes the rows its devices hold.
 
-Batch content is a function of (seed, step): each process makes only the rows its devices hold, and
-any number of processes sees the same global batch. Grain reads ahead on threads.
-"""
+Batch content is a function of (seed, step), whatever the number of processes."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -64,9 +62,9 @@ def make_tokenizer(config: TokenizerConfig, documents: list[sources.Document]) -
 def make_store(config: DataConfig, documents, tokenizer: Tokenizer, workdir: Path) -> TokenStore:
   """Tokenizes documents into the config's cache, or finds them there, as all but one process do."""
   cache = Path(config.cache or Path(workdir, "data"))
-  made = []
-  multihost.from_writer(lambda: made.append(prepare(documents, tokenizer, cache)))
-  return made[0] if made else prepare(documents, tokenizer, cache)
+  stores = []
+  multihost.from_writer(lambda: stores.append(prepare(documents, tokenizer, cache)))
+  return stores[0] if stores else prepare(documents, tokenizer, cache)
 
 
 def batches(
@@ -85,20 +83,20 @@ def batches(
     sharding: where [b, t] arrays live.
     batch_size: rows of the global batch.
     seed: with step and row, decides what the task draws.
-    read_ahead: batches made in advance.
+    read_ahead: batches made in advance, on threads.
   """
   local = local_rows(sharding, batch_size)
 
-  def host_part(step) -> Batch:
+  def local_batch(step) -> Batch:
     numbers = [int(step) * batch_size + row for row in local]
     tokens_bu, segments_bu = map(np.stack, zip(*(rows[number] for number in numbers), strict=True))
     return task.batch(tokens_bu, segments_bu, [(seed, number) for number in numbers])
 
   # Indices are steps, so Grain's own state is one number that we already know.
-  steps = grain.MapDataset.range(start, stop).map(host_part)
+  steps = grain.MapDataset.range(start, stop).map(local_batch)
   options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=read_ahead)
-  for part in steps.to_iter_dataset(options):
-    yield place(part, sharding, local, batch_size)
+  for batch in steps.to_iter_dataset(options):
+    yield place(batch, sharding, local, batch_size)
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
@@ -107,23 +105,21 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
   return sorted({row for index in indices for row in range(*index[0].indices(batch_size))})
 
 
-def place(part: Batch, sharding: NamedSharding, rows=None, batch_size: int | None = None) -> Batch:
-  """Puts numpy rows on the devices as a global batch.
+def place(batch: Batch, sharding: NamedSharding, rows=None, batch_size: int | None = None) -> Batch:
+  """Puts the numpy rows that this process made on its devices, as a global batch.
 
   Args:
-    part: the rows that this process makes.
     sharding: where [b, t] arrays live.
-    rows: their numbers in the global batch; by default the part is the whole batch.
+    rows: their numbers in the global batch; by default they are all of it.
     batch_size: rows of the global batch.
   """
-  batch_size = batch_size or len(jax.tree.leaves(part)[0])
-  at = {row: i for i, row in enumerate(range(batch_size) if rows is None else rows)}
+  batch_size = batch_size or len(jax.tree.leaves(batch)[0])
+  local = {row: i for i, row in enumerate(range(batch_size) if rows is None else rows)}
 
   def put(array):
-    def piece(index):
-      mine = [at[row] for row in range(*index[0].indices(batch_size))]
-      return array[(mine, *index[1:])]
+    def shard(index):
+      return array[([local[row] for row in range(*index[0].indices(batch_size))], *index[1:])]
 
-    return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, piece)
+    return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, shard)
 
-  return jax.tree.map(put, part)
+  return jax.tree.map(put, batch)

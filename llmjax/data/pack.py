@@ -1,8 +1,7 @@
 """Packing: documents end to end in a shuffled order, cut into rows of equal length.
 
-Every row can be computed by itself from (seed, epoch, row number), so nothing but the step number
-is needed to resume, and any host can make any row.
-"""
+Any row is computed by itself from (seed, epoch, row number), on any host, and resuming needs only
+the step number."""
 
 import functools
 
@@ -48,30 +47,25 @@ class PackedRows:
     Returns:
       (tokens, segments), int32 [row_tokens + 1]; segments number the row's documents from 1.
     """
-    documents, ends, start, stop = self._place(index)
-    tokens, segments = [], []
-    place = int(np.searchsorted(ends, start, side="right"))
-    while start < stop:
-      ids = self._document(int(documents[place]))
-      piece = ids[len(ids) - (int(ends[place]) - start) :][: stop - start]
-      tokens.append(piece)
-      segments.append(np.full(len(piece), len(segments) + 1, np.int32))
-      start += len(piece)
-      place += 1
-    return np.concatenate(tokens), np.concatenate(segments)
+    numbers, offset = self._span(index)
+    pieces = [self._document(number) for number in numbers]
+    pieces[0] = pieces[0][offset:]
+    pieces[-1] = pieces[-1][: self._row_tokens + 1 - sum(map(len, pieces[:-1]))]
+    segments = np.arange(1, len(pieces) + 1, dtype=np.int32)
+    return np.concatenate(pieces), np.repeat(segments, list(map(len, pieces)))
 
   def documents(self, index: int) -> list[int]:
     """Lists the numbers of the documents that row `index` is made of."""
-    documents, ends, start, stop = self._place(index)
-    first, last = np.searchsorted(ends, (start, stop - 1), side="right")
-    return documents[first : last + 1].tolist()
+    return self._span(index)[0]
 
-  def _place(self, index: int):
-    """An epoch's documents in order, where each ends, and from where to where the row goes."""
+  def _span(self, index: int) -> tuple[list[int], int]:
+    """The documents that a row overlaps, and the row's offset within the first of them."""
     epoch, index = divmod(int(index), self.rows_per_epoch)
     documents, ends, rows = self._order(epoch)
     start = int(rows[index]) * self._row_tokens
-    return documents, ends, start, start + self._row_tokens + 1
+    first, last = np.searchsorted(ends, (start, start + self._row_tokens), side="right")
+    numbers = documents[first : last + 1].tolist()
+    return numbers, start - int(ends[first] - self._store.lengths[numbers[0]])
 
 
 def windows(store: TokenStore, row_tokens: int, stride: int):

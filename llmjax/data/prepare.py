@@ -1,8 +1,7 @@
 """Tokenized text on disk: one ArrayRecord a corpus, one record a document.
 
-A store's folder is named by its content (texts, tokenizer, format), written beside its final place
-and renamed, so a folder that exists is whole, and the same text is never tokenized twice.
-"""
+A store's folder is named by a hash of its content and renamed into place when it is complete, so
+the same text is never tokenized twice."""
 
 import contextlib
 import dataclasses
@@ -62,28 +61,13 @@ def store_key(documents: Sequence[Document], tokenizer: Tokenizer) -> str:
 
 
 def prepare(documents: Sequence[Document], tokenizer: Tokenizer, cache: Path) -> TokenStore:
-  """Tokenizes documents into `cache/<key>/`, or finds them there.
-
-  Args:
-    documents: texts, in the order they are to be numbered.
-    cache: folder of stores, made if it is missing.
-  """
+  """Tokenizes documents, numbered in this order, into `cache/<key>/`, or finds them there."""
   key = store_key(documents, tokenizer)
   folder = Path(cache, key)
   if not folder.is_dir():
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _clear(folder.parent)
-    partial = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder.parent))
-    try:
-      (partial / _OWNER).write_text(json.dumps(identity()))
-      _write(documents, tokenizer, partial)
-      (partial / _OWNER).unlink()
-      os.rename(partial, folder)
-    except OSError:
-      if not folder.is_dir():  # else: another process finished the same store first
-        raise
-    finally:
-      shutil.rmtree(partial, ignore_errors=True)
+    _remove_stale(folder.parent)
+    _make(documents, tokenizer, folder)
   meta = json.loads((folder / "meta.json").read_text())
   return TokenStore(
     key=key,
@@ -93,12 +77,26 @@ def prepare(documents: Sequence[Document], tokenizer: Tokenizer, cache: Path) ->
   )
 
 
-def _clear(cache: Path):
-  """Removes what makers left who were killed; those of another machine may still be at work."""
+def _remove_stale(cache: Path):
+  """Removes what killed processes of this machine left; those of another may still be at work."""
   for owner in cache.glob(f".*-*/{_OWNER}"):
     with contextlib.suppress(OSError, ValueError):
       if is_alive(json.loads(owner.read_text())) is False:
         shutil.rmtree(owner.parent, ignore_errors=True)
+
+
+def _make(documents: Sequence[Document], tokenizer: Tokenizer, folder: Path):
+  partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+  try:
+    (partial / _OWNER).write_text(json.dumps(identity()))
+    _write(documents, tokenizer, partial)
+    (partial / _OWNER).unlink()
+    os.rename(partial, folder)
+  except OSError:
+    if not folder.is_dir():  # else: another process finished the same store first
+      raise
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(documents: Sequence[Document], tokenizer: Tokenizer, folder: Path):

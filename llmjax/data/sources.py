@@ -1,9 +1,7 @@
 """Where text comes from: folders, files, and the running interpreter's standard library.
 
-A source spec is a comma-separated list. `stdlib` is the source and documentation text of Python's
-own library: real text that is on every machine. Documents come in a fixed order (source, path), and
-a stable hash of their text decides which are held out, so that copies are never divided.
-"""
+`stdlib` is real text that is on every machine: the source and documentation of Python's library.
+Documents have a fixed order; a stable hash of their text decides which are held out."""
 
 import dataclasses
 import hashlib
@@ -29,7 +27,7 @@ class Document:
 
   Attributes:
     source: the entry of the source spec that it belongs to.
-    path: its place within the source, parts joined by `/`.
+    path: relative to the source, with `/`.
     text: its content, decoded from UTF-8, line ends as they are on disk.
   """
 
@@ -95,15 +93,10 @@ def _read_entry(entry: str, seen: set) -> Iterator[tuple[Document, tuple]]:
 
 
 def _files(path: Path, skipped: set, strict: bool, above=()) -> Iterator[tuple[Path, tuple]]:
-  """Yields the files at or below a path in order, each with what tells it from others on disk.
-
-  Args:
-    skipped: names that are left out.
-    strict: whether what cannot be read is an error or left out.
-    above: identities of the folders that the path is in.
-  """
+  """Yields the files at or below a path in order, each with its (device, inode); what cannot be read
+  is an error if `strict`, else left out."""
   try:
-    identity, names = _look(path, above)
+    identity, names = _stat(path, above)
   except UserError:
     if strict:
       raise
@@ -115,8 +108,8 @@ def _files(path: Path, skipped: set, strict: bool, above=()) -> Iterator[tuple[P
       yield from _files(path / name, skipped, strict, (*above, identity))
 
 
-def _look(path: Path, above) -> tuple[tuple, list[str] | None]:
-  """Looks at a path, links followed: (its identity, the names in it, None where it is a file)."""
+def _stat(path: Path, above) -> tuple[tuple, list[str] | None]:
+  """(device, inode) of a path, links followed, and the names in it; None where it is a file."""
   shown = repr(str(path))  # surrogates, which stand for what is not UTF-8, are escaped in it
   try:
     str(path).encode()
@@ -160,8 +153,7 @@ def split(documents: list[Document], share: float) -> tuple[list[Document], list
   A document is held out when the hash of its text falls below `share`, unless it is, with its exact
   copies, more than a twentieth of all text: the measurement would be of that one text. Where that
   leaves a side empty (a handful of files), the last `share` of each document is held out, cut at a
-  line end. Either way copies of a text are divided alike. They are kept, and said: to repeat a
-  text is a way to weigh it.
+  line end. Copies of a text are kept (to repeat a text is a way to weigh it) and divided alike.
 
   Args:
     share: about how much to hold out, in (0, 1).

@@ -1,8 +1,5 @@
-"""Tasks: the one place that shifts targets, hides tokens and decides which predictions count.
-
-A task turns rows of text into a `Batch`. Where it draws at random it is given a generator per row,
-made of (seed, step, row), so that a batch does not depend on who makes it.
-"""
+"""Tasks turn rows of tokens into a `Batch`: the one place that shifts targets, hides tokens and
+decides which predictions count. Each row's draws depend on its own seed alone."""
 
 import dataclasses
 import functools
@@ -49,14 +46,14 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A task with all that it needs to know.
+  """A task with the ids it uses.
 
   Attributes:
-    config: name (not auto) and shares.
-    tokens: ids of the tokenizer.
-    start: id that a decoder is given before it has written anything (span_corruption).
-    marks: ids that stand for what is hidden: the mask, or the sentinels in the order in which they
-      are used, at least two; by default new ids after the tokenizer's.
+    config: name (not auto) and probabilities.
+    tokens: vocabulary size of the tokenizer.
+    start: the decoder's start id (span_corruption).
+    marks: the mask id, or at least two sentinel ids in the order of their use; by default new ids
+      after the tokenizer's.
   """
 
   config: TaskConfig = TaskConfig(name="language_model")
@@ -88,11 +85,7 @@ class Task:
     """
     if self.config.name == "language_model":
       return language_model(tokens_bu, segments_bu)
-    make = {
-      "prefix_lm": self._prefix_lm,
-      "masked_lm": self._masked_lm,
-      "span_corruption": self._span_corruption,
-    }[self.config.name]
+    make = getattr(self, f"_{self.config.name}")
     rngs = map(np.random.default_rng, seeds)
     rows = [make(*row) for row in zip(tokens_bu, segments_bu, rngs, strict=True)]
     return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
@@ -141,8 +134,8 @@ class Task:
       if len(ids) >= _SHORTEST
       for window in np.array_split(ids, self.windows(len(ids)))
     ]
-    source_s, source_segments_s = _lay_out([source for source, _ in pairs], t)
-    target_t, segments_t = _lay_out([target for _, target in pairs], self.target_width(t))
+    source_s, source_segments_s = _pad_row([source for source, _ in pairs], t)
+    target_t, segments_t = _pad_row([target for _, target in pairs], self.target_width(t))
     positions_t = segment_positions(segments_t)
     given_t = np.where(positions_t == 0, self.start * (segments_t > 0), np.roll(target_t, 1))
     return Batch(
@@ -156,69 +149,53 @@ class Task:
       source_positions_bs=segment_positions(source_segments_s),
     )
 
+  @functools.cache  # noqa: B019
   def target_width(self, t: int) -> int:
-    """Positions that the targets of `t` source positions can need, as a multiple of 8.
-
-    Meshes cut positions evenly.
-    """
-    return _target_width(self, t)
+    """The most target positions that `t` source positions can need, as a multiple of 8, for meshes
+    that divide positions: the largest ratio of targets to tokens of any window, times t."""
+    needs = [self._spans(length) for length in range(1, t + 1)]
+    longest = sum(spans < len(self.marks) for _, spans in needs)
+    # Documents that must be cut are cut evenly, into windows of half the longest or more.
+    shortest = min(_SHORTEST, t if longest == t else (longest + 1) // 2)
+    lengths = range(shortest, longest + 1)
+    most = max((1 + sum(needs[length - 1])) / length for length in lengths)
+    return 8 * math.ceil(t * most / 8)
 
   def windows(self, length: int) -> int:
-    """Counts the windows into which a document is cut, each with sentinels enough."""
-    if self.config.name != "span_corruption":
-      return 1
-    enough = (
-      count
-      for count in itertools.count(1)
-      if self._spans(math.ceil(length / count))[1] < len(self.marks)
-    )
-    return next(enough)
+    """Counts the windows into which a document is cut, each with enough sentinels."""
+    count = 1
+    if self.config.name == "span_corruption":
+      while self._spans(math.ceil(length / count))[1] >= len(self.marks):
+        count += 1
+    return count
 
   def _spans(self, length: int) -> tuple[int, int]:
-    """Of a window: (how many tokens are hidden, in how many spans)."""
+    """(hidden tokens, spans) of a window."""
     hidden = max(1, min(round(length * self.config.mask_prob), length // 2))
     return hidden, max(1, round(hidden / self.config.span))
 
   def _corrupt(self, ids, rng):
-    """One window: (its source, its target with a last sentinel as the end)."""
+    """(source, target with a last sentinel as its end) of a window."""
     hidden, spans = self._spans(len(ids))
     hidden_lengths = _partition(hidden, spans, rng)
-    shown_lengths = _partition(len(ids) - hidden, spans, rng)
-    source, target, place = [], [], 0
-    for number, (shown, gone) in enumerate(zip(shown_lengths, hidden_lengths, strict=True)):
-      sentinel = [self.marks[number]]
-      source += [ids[place : place + shown], sentinel]
-      target += [sentinel, ids[place + shown : place + shown + gone]]
-      place += shown + gone
-    target.append([self.marks[spans]])
-    return np.concatenate(source), np.concatenate(target)
-
-
-@functools.cache
-def _target_width(task: Task, t: int) -> int:
-  """The dearest window's targets for each of its tokens, times the tokens of a row."""
-  needs = [task._spans(length) for length in range(1, t + 1)]
-  longest = sum(spans < len(task.marks) for _, spans in needs)
-  # Documents that must be cut are cut evenly, into windows of half the longest or more.
-  shortest = min(_SHORTEST, t if longest == t else (longest + 1) // 2)
-  lengths = range(shortest, longest + 1)
-  most = max((1 + sum(needs[length - 1])) / length for length in lengths)
-  return 8 * math.ceil(t * most / 8)
+    visible_lengths = _partition(len(ids) - hidden, spans, rng)
+    lengths = np.stack([visible_lengths, hidden_lengths], axis=1)
+    pieces = np.split(ids, np.cumsum(lengths)[:-1])
+    sentinels = [[i] for i in self.marks[: spans + 1]]
+    source = itertools.chain(*zip(pieces[::2], sentinels, strict=False))
+    target = itertools.chain(*zip(sentinels, pieces[1::2], strict=False), sentinels[spans:])
+    return np.concatenate(list(source)), np.concatenate(list(target))
 
 
 def marks_of(name: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-  """Finds the tokens that a tokenizer has for what a task hides.
-
-  Returns:
-    Of masked_lm the id of BERT's `[MASK]` or its like; of span_corruption those of T5's
-    or mT5's `<extra_id_0>`, `<extra_id_1>` …; () where there are none.
-  """
+  """Finds a tokenizer's mask token (masked_lm) or its sentinels `<extra_id_0>`, `<extra_id_1>` …
+  (span_corruption, T5's or mT5's); () where there are none."""
   if name == "masked_lm":
     special = tokenizer.special_tokens
     return tuple(special[mask] for mask in _MASKS if mask in special)[:1]
   if name == "span_corruption":
-    for name in _SENTINELS:
-      ids = map(tokenizer.find, map(name.format, itertools.count()))
+    for spelling in _SENTINELS:
+      ids = map(tokenizer.find, map(spelling.format, itertools.count()))
       if found := tuple(itertools.takewhile(lambda i: i is not None, ids)):
         return found
   return ()
@@ -230,15 +207,13 @@ def _partition(total: int, parts: int, rng) -> np.ndarray:
   return np.diff(np.concatenate([[0], cuts, [total]]))
 
 
-def _lay_out(pieces, width: int):
-  """Puts pieces end to end in a row: (ids, numbers from 1, 0 for padding), int32."""
-  ids, numbers = np.zeros(width, np.int32), np.zeros(width, np.int32)
-  start = 0
-  for number, piece in enumerate(pieces, 1):
-    ids[start : start + len(piece)] = piece
-    numbers[start : start + len(piece)] = number
-    start += len(piece)
-  return ids, numbers
+def _pad_row(pieces: list, width: int) -> tuple[np.ndarray, np.ndarray]:
+  """Concatenates pieces into a row padded with 0: (ids, segment numbers), int32."""
+  ids, segments = np.zeros((2, width), np.int32)
+  flat = np.concatenate([[], *pieces])
+  ids[: len(flat)] = flat
+  segments[: len(flat)] = np.repeat(np.arange(1, len(pieces) + 1), list(map(len, pieces)))
+  return ids, segments
 
 
 def language_model(tokens_bu: np.ndarray, segments_bu: np.ndarray) -> Batch:
@@ -262,19 +237,14 @@ def language_model(tokens_bu: np.ndarray, segments_bu: np.ndarray) -> Batch:
 
 
 def score_only(tokens_bu: np.ndarray, segments_bu: np.ndarray, scored_bu: np.ndarray) -> Batch:
-  """Makes next-token prediction in which only the marked tokens count.
-
-  Args:
-    scored_bu: bool [b, t + 1], true for tokens whose prediction counts; the others are those of
-      `language_model`.
-  """
+  """Makes `language_model`'s batch in which only predictions of tokens in `scored_bu` count."""
   batch = language_model(tokens_bu, segments_bu)
   return dataclasses.replace(batch, loss_mask_bt=batch.loss_mask_bt * scored_bu[:, 1:])
 
 
 def segment_positions(segments_bt: np.ndarray) -> np.ndarray:
   """Counts each position from the start of its segment: [1, 1, 2, 2, 2] → [0, 1, 0, 1, 2]."""
-  places = np.arange(segments_bt.shape[-1], dtype=np.int32)
-  starts = np.ones(segments_bt.shape, bool)
-  starts[..., 1:] = segments_bt[..., 1:] != segments_bt[..., :-1]
-  return places - np.maximum.accumulate(np.where(starts, places, 0), axis=-1).astype(np.int32)
+  positions = np.arange(segments_bt.shape[-1], dtype=np.int32)
+  starts = np.zeros_like(segments_bt, np.int32)
+  starts[..., 1:] = positions[1:] * (segments_bt[..., 1:] != segments_bt[..., :-1])
+  return positions - np.maximum.accumulate(starts, axis=-1)
