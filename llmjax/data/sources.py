@@ -93,8 +93,8 @@ def _read_entry(entry: str, seen: set) -> Iterator[tuple[Document, tuple]]:
 
 
 def _files(path: Path, skipped: set, strict: bool, above=()) -> Iterator[tuple[Path, tuple]]:
-  """Yields the files at or below a path in order, each with its (device, inode); what cannot be read
-  is an error if `strict`, else left out."""
+  """Yields the files at or below a path in order, with their (device, inode); one that cannot be
+  read is an error if `strict`, else left out."""
   try:
     identity, names = _stat(path, above)
   except UserError:
