@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.layer_plot import draw_layers
 from llmjax.cli import _parse
 from llmjax.core.config import flat, override
 from llmjax.training.config import Config
@@ -87,7 +88,12 @@ def test_files_that_are_named_exist(page):
     assert there, f"{_place(page, text, match.start())} names {match[1]}: not there"
 
 
-def test_the_house_names_every_file():
+def test_the_picture_of_the_layers_shows_the_imports_there_are():
+  shown = (ROOT / "docs" / "house.svg").read_text()
+  assert shown == draw_layers(), "docs/house.svg is out of date: run python -m docs.layer_plot"
+
+
+def test_the_page_of_the_layers_names_every_file():
   text = (ROOT / "docs" / "house.md").read_text()
   for path in sorted((ROOT / "llmjax").rglob("*.py")):
     name = path.relative_to(ROOT).as_posix()

@@ -8,12 +8,12 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_array_equal
 
+from docs.layout_plot import STREAM, draw_layouts, owners
 from llmjax.core import tree
 from llmjax.core.dims import LETTERS
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
 from llmjax.parallel import rules
-from llmjax.parallel.layout_plot import STREAM, draw_layouts, owners
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import (
   ACTIVATIONS,

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from docs.schedule_plot import draw_schedules
 from llmjax.core.errors import UserError
-from llmjax.parallel.schedule_plot import draw_schedules
 from llmjax.parallel.schedules import Action, check, make_schedule, peak_activations, tables
 
 
@@ -328,7 +328,7 @@ def test_the_picture_shows_each_schedule_with_its_bubble(tmp_path):
   assert titles == [
     "gpipe: bubble 20.0%, peak activations 4, 4",
     "1f1b: bubble 20.0%, peak activations 2, 1",
-    "interleaved, 2 chunks a stage: bubble 11.1%, peak activations 5, 3 (each of 1/2 stage)",
+    "interleaved, 2 chunks per stage: bubble 11.1%, peak activations 5, 3 (each of 1/2 stage)",
     "zb_h1: bubble 7.7%, peak activations 2, 2",
   ]
   cells = 2 * (2 + 2 + 4 + 3)  # of microbatch 3: on 2 stages, F B, F B, 2 chunks of F B, F B W

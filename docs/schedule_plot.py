@@ -1,4 +1,7 @@
-"""Draws pipeline schedules as the papers do: time across, stages down, microbatches in cells."""
+"""Draws docs/schedules.png, pipeline schedules as in the papers: a row of microbatches per stage.
+
+    python -m docs.schedule_plot
+"""
 
 from pathlib import Path
 
@@ -9,15 +12,15 @@ IDLE = "#eeeeee"
 
 
 def draw_schedules(path: str | Path, stages: int = 4, microbatches: int = 8, chunks: int = 2):
-  """Writes a picture of the four schedules on one scale of time, F, B and W of a stage each 1.
+  """Writes a picture of the four schedules on one time scale.
 
-  A B that is not split is 2 long; the actions of one of several chunks are so many times shorter,
-  and darker from the second chunk on.
+  F, B and W of a whole stage each take 1, and an undivided backward pass takes 2. A chunk of the
+  interleaved schedule takes proportionally less, and chunks after the first are drawn darker.
 
   Args:
-    path: file to write; its ending says the format.
+    path: file to write, in the format of its suffix.
     microbatches: a multiple of `stages`.
-    chunks: chunks a stage of the interleaved schedule.
+    chunks: number of chunks per stage of the interleaved schedule.
   """
   from matplotlib.figure import Figure
   from matplotlib.patches import Patch
@@ -32,11 +35,11 @@ def draw_schedules(path: str | Path, stages: int = 4, microbatches: int = 8, chu
   axes = figure.subplots(len(schedules), sharex=True)
   for axis, schedule in zip(axes, schedules, strict=True):
     _draw(axis, schedule)
-  axes[-1].set(xlim=(-0.1, length + 0.1), xlabel="time, in forwards of a whole stage")
+  axes[-1].set(xlim=(-0.1, length + 0.1), xlabel="time, in forward passes of a whole stage")
   legend = {
     "F: forward": FILLS["F"][0],
-    "B: backward, by the input alone where there is W": FILLS["B"][0],
-    "W: backward, by the weights": FILLS["W"][0],
+    "B: backward (only for the input where W is separate)": FILLS["B"][0],
+    "W: backward for the weights": FILLS["W"][0],
     "F of a later chunk": FILLS["F"][1],
     "B of a later chunk": FILLS["B"][1],
     "idle": IDLE,
@@ -57,7 +60,8 @@ def _draw(axis, schedule: Schedule):
       axis.text((start + end) / 2, stage, microbatch, ha="center", va="center", color=ink, size=8)
   kind, of = schedule.kind, ""
   if schedule.chunks > 1:
-    kind, of = f"{kind}, {schedule.chunks} chunks a stage", f" (each of 1/{schedule.chunks} stage)"
+    kind = f"{kind}, {schedule.chunks} chunks per stage"
+    of = f" (each of 1/{schedule.chunks} stage)"
   peaks = ", ".join(map(str, peak_activations(schedule)))
   title = f"{kind}: bubble {schedule.bubble_fraction():.1%}, peak activations {peaks}{of}"
   axis.set_title(title, loc="left", fontsize=10)
@@ -66,3 +70,7 @@ def _draw(axis, schedule: Schedule):
   axis.invert_yaxis()
   axis.spines[:].set_visible(False)
   axis.tick_params(length=0)
+
+
+if __name__ == "__main__":
+  draw_schedules(Path(__file__).with_name("schedules.png"))

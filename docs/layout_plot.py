@@ -1,4 +1,7 @@
-"""Draws what each axis cuts: who of four devices holds which part of activations and weights."""
+"""Draws docs/layouts.png, which block of each array every device of a mesh holds.
+
+    python -m docs.layout_plot
+"""
 
 import itertools
 import math
@@ -10,9 +13,9 @@ from llmjax.parallel.rules import ACTIVATIONS, REPLICATED, WEIGHTS, axes_of
 
 DEVICES = ("#3b78b0", "#d9731a", "#3f8f4a", "#a05195")
 ALL = "#dddddd"
-CELLS = 4  # drawn along each dimension, a multiple of what cuts it
+CELLS = 4  # blocks drawn along each dimension, a multiple of every number of shards
 STREAM = ACTIVATIONS | {"t": ("context", "tensor")}  # as `stream_spec` has it
-# Title, mesh, table of the weights.
+# Title, mesh, sharding rules of the weights.
 MESHES = (
   ("data 4", {"data": 4}, WEIGHTS),
   ("fsdp 4, ZeRO 1 and 2", {"fsdp": 4}, REPLICATED),
@@ -33,31 +36,31 @@ ARRAYS = (
 
 
 def owners(letters: str, table: dict, mesh: dict[str, int]) -> np.ndarray:
-  """Says which devices hold which part of an array of two dimensions.
+  """Computes which devices hold each block of a two-dimensional array.
 
   Args:
-    letters: the dimensions'.
-    table: from letters to axes.
-    mesh: sizes of axes; devices are counted with the last axis fastest.
+    letters: of the two dimensions.
+    table: sharding rules, from letters to mesh axes.
+    mesh: size of each axis; devices are numbered with the last axis fastest.
   Returns:
     Booleans [CELLS, CELLS, device].
   """
   held = np.zeros((CELLS, CELLS, math.prod(mesh.values())), bool)
-  for device, place in enumerate(itertools.product(*map(range, mesh.values()))):
-    at = dict(zip(mesh, place, strict=True))
-    parts = []
+  for device, coordinates in enumerate(itertools.product(*map(range, mesh.values()))):
+    at = dict(zip(mesh, coordinates, strict=True))
+    block = []
     for letter in letters:
       axes = [axis for axis in axes_of(letter, table) if axis in mesh]
-      ways, number = math.prod(mesh[axis] for axis in axes), 0
+      shards, index = math.prod(mesh[axis] for axis in axes), 0
       for axis in axes:
-        number = number * mesh[axis] + at[axis]
-      parts.append(slice(number * CELLS // ways, (number + 1) * CELLS // ways))
-    held[(*parts, device)] = True
+        index = index * mesh[axis] + at[axis]
+      block.append(slice(index * CELLS // shards, (index + 1) * CELLS // shards))
+    held[(*block, device)] = True
   return held
 
 
 def draw_layouts(path: str | Path):
-  """Writes the picture, a row for each mesh; the file's ending says the format."""
+  """Writes the picture, a row for each mesh, in the format of the file's suffix."""
   from matplotlib.figure import Figure
   from matplotlib.patches import Patch
 
@@ -81,8 +84,12 @@ def _draw(axis, held: np.ndarray):
   for i, j in np.ndindex(CELLS, CELLS):
     who = np.flatnonzero(held[i, j])
     colors = [ALL] if len(who) == held.shape[2] else [DEVICES[device] for device in who]
-    width = 1 / len(colors)  # shared cells are striped
+    width = 1 / len(colors)  # blocks that several devices hold are striped
     lefts = j + width * np.arange(len(colors))
     axis.barh(i, width, 1, lefts, align="edge", color=colors, lw=0)
   axis.set(xlim=(0, CELLS), ylim=(CELLS, 0), xticks=[], yticks=[], aspect="equal")
   axis.spines[:].set_color("white")
+
+
+if __name__ == "__main__":
+  draw_layouts(Path(__file__).with_name("layouts.png"))
