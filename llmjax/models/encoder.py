@@ -26,11 +26,11 @@ class Encoder(TextModel):
     super().__init__(keys[0], config)
     self.encoder = Stack(keys[1], config, config.causal)
     dims = config.dims | {"i": config.width}
-    self.transform_id = param(keys[2], "transform_id", dims, fan_in(dims, "i"))
-    self.transform_bias_d = param(keys[2], "transform_bias_d", dims, constant(0.0))
+    param(self, keys[2], "transform_id", dims, fan_in(dims, "i"), "table")
+    param(self, keys[2], "transform_bias_d", dims, constant(0.0), "bias")
     self.transform_norm = Norm(keys[2], dims, config.norm)
-    self.pooler_id = param(keys[3], "pooler_id", dims, fan_in(dims, "i"))
-    self.pooler_bias_d = param(keys[3], "pooler_bias_d", dims, constant(0.0))
+    param(self, keys[3], "pooler_id", dims, fan_in(dims, "i"), "table")
+    param(self, keys[3], "pooler_bias_d", dims, constant(0.0), "bias")
 
   def _transform(self, x_btd):
     x_btd = dot("bti,id->btd", x_btd, self.transform_id)

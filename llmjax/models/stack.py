@@ -47,7 +47,7 @@ class Stack(nnx.Module):
       self.norm = Norm(norm_key, config.dims, config.norm)
     if config.position.kind == "relative":
       dims = config.dims | {"i": config.position.buckets}
-      self.relative_in = param(norm_key, "relative_in", dims, normal(config.width**-0.5))
+      param(self, norm_key, "relative_in", dims, normal(config.width**-0.5), "table")
 
   def __call__(
     self, x_btd, shared: LayerInputs, cache: Cache | None = None, source: KVCache | None = None

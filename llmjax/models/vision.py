@@ -32,12 +32,12 @@ class Tower(nnx.Module):
     vision = config.vision
     dims = config.dims | {"i": vision.patch_numbers, "t": vision.patches + vision.class_token}
     self.config = config
-    self.patch_id = param(keys[0], "patch_id", dims, fan_in(dims, "i"))
+    param(self, keys[0], "patch_id", dims, fan_in(dims, "i"), "table")
     if vision.patch_bias:
-      self.patch_bias_d = param(keys[0], "patch_bias_d", dims, constant(0.0))
+      param(self, keys[0], "patch_bias_d", dims, constant(0.0), "bias")
     if vision.class_token:
-      self.class_d = param(keys[0], "class_d", dims, normal(0.02))
-    self.position_td = param(keys[0], "position_td", dims, normal(0.02))
+      param(self, keys[0], "class_d", dims, normal(0.02), "table")
+    param(self, keys[0], "position_td", dims, normal(0.02), "table")
     if config.embed.norm:
       self.input_norm = Norm(keys[1], dims, config.norm)
     self.encoder = Stack(keys[2], config, causal=False)
@@ -98,8 +98,8 @@ class ClassHead(nnx.Module):
   """Scores every class of what stands for an image."""
 
   def __init__(self, key, dims):
-    self.head_dv = param(key, "head_dv", dims, fan_in(dims, "d"))
-    self.head_bias_v = param(key, "head_bias_v", dims, constant(0.0))
+    param(self, key, "head_dv", dims, fan_in(dims, "d"), "table")
+    param(self, key, "head_bias_v", dims, constant(0.0), "bias")
 
   def logits(self, x_btd):
     """Scores every class: logits_btv, fp32."""
@@ -115,10 +115,10 @@ class Projector(nnx.Module):
   def __init__(self, key, config: ModelConfig):
     dims = {"i": config.vision.width, "f": config.width, "d": config.width}
     keys = jax.random.split(key)
-    self.up_if = param(keys[0], "up_if", dims, fan_in(dims, "i"))
-    self.up_bias_f = param(keys[0], "up_bias_f", dims, constant(0.0))
-    self.down_fd = param(keys[1], "down_fd", dims, fan_in(dims, "f"))
-    self.down_bias_d = param(keys[1], "down_bias_d", dims, constant(0.0))
+    param(self, keys[0], "up_if", dims, fan_in(dims, "i"))
+    param(self, keys[0], "up_bias_f", dims, constant(0.0), "bias")
+    param(self, keys[1], "down_fd", dims, fan_in(dims, "f"))
+    param(self, keys[1], "down_bias_d", dims, constant(0.0), "bias")
 
   def __call__(self, x_bsi):
     hidden_bsf = dot("bsi,if->bsf", x_bsi, self.up_if) + self.up_bias_f.astype(x_bsi.dtype)

@@ -76,17 +76,17 @@ class Embed(nnx.Module):
     self.config = config
     self.position = position
     self.tied = tied
-    self.token_vd = param(key, "token_vd", dims, normal(0.02))
+    param(self, key, "token_vd", dims, normal(0.02), "table")
     if position.kind == "learned":
-      self.position_td = param(key, "position_td", dims, normal(0.02))
+      param(self, key, "position_td", dims, normal(0.02), "table")
     if config.types:
-      self.type_id = param(key, "type_id", dims | {"i": config.types}, normal(0.02))
+      param(self, key, "type_id", dims | {"i": config.types}, normal(0.02), "table")
     if config.norm:
       self.norm = Norm(key, dims, norm)
     if not tied:
-      self.head_dv = param(key, "head_dv", dims, fan_in(dims, "d"))
+      param(self, key, "head_dv", dims, fan_in(dims, "d"), "table")
     if config.head_bias:
-      self.head_bias_v = param(key, "head_bias_v", dims, constant(0.0))
+      param(self, key, "head_bias_v", dims, constant(0.0), "bias")
 
   def __call__(self, tokens_bt, positions_bt, dtype, types_bt=None, replace=None):
     """Looks tokens up and adds what the config says.

@@ -51,15 +51,15 @@ class Mlp(nnx.Module):
   def __init__(self, key, dims, activation: str, bias: bool, out_scale: float):
     self.activation = activation
     if activation in GATED:
-      self.gate_df = param(key, "gate_df", dims, fan_in(dims, "d"))
-    self.up_df = param(key, "up_df", dims, fan_in(dims, "d"))
-    self.down_fd = param(key, "down_fd", dims, fan_in(dims, "f", out_scale))
+      param(self, key, "gate_df", dims, fan_in(dims, "d"))
+    param(self, key, "up_df", dims, fan_in(dims, "d"))
+    param(self, key, "down_fd", dims, fan_in(dims, "f", out_scale))
     self.bias = bias
     if bias:
       if activation in GATED:
-        self.gate_bias_f = param(key, "gate_bias_f", dims, constant(0.0))
-      self.up_bias_f = param(key, "up_bias_f", dims, constant(0.0))
-      self.down_bias_d = param(key, "down_bias_d", dims, constant(0.0))
+        param(self, key, "gate_bias_f", dims, constant(0.0), "bias")
+      param(self, key, "up_bias_f", dims, constant(0.0), "bias")
+      param(self, key, "down_bias_d", dims, constant(0.0), "bias")
 
   def __call__(self, x_btd):
     names = ("up", "gate") if self.activation in GATED else ("up",)

@@ -31,15 +31,15 @@ class Moe(nnx.Module):
     self.config = config
     self.activation = activation
     if config.router != "hash":
-      self.router_de = param(key, "router_de", dims, fan_in(dims, "d"))
+      param(self, key, "router_de", dims, fan_in(dims, "d"))
     if config.bias:
-      self.bias_e = param(key, "bias_e", dims, constant(0.0))
+      param(self, key, "bias_e", dims, constant(0.0), "router_bias")
     if config.noisy:
-      self.noise_de = param(key, "noise_de", dims, constant(0.0))
+      param(self, key, "noise_de", dims, constant(0.0))
     if activation in GATED:
-      self.gate_edf = param(key, "gate_edf", dims, fan_in(dims, "d"))
-    self.up_edf = param(key, "up_edf", dims, fan_in(dims, "d"))
-    self.down_efd = param(key, "down_efd", dims, fan_in(dims, "f", out_scale))
+      param(self, key, "gate_edf", dims, fan_in(dims, "d"))
+    param(self, key, "up_edf", dims, fan_in(dims, "d"))
+    param(self, key, "down_efd", dims, fan_in(dims, "f", out_scale))
     if config.shared:
       wide = dims | {"f": config.shared * dims["f"]}
       self.shared = Mlp(jax.random.fold_in(key, 1), wide, activation, False, out_scale)

@@ -92,9 +92,9 @@ class Norm(nnx.Module):
   def __init__(self, key, dims, config: NormConfig, letters: str = "d"):
     self.config = config
     self.letters = letters
-    setattr(self, f"scale_{letters}", param(key, f"scale_{letters}", dims, constant(1.0)))
+    param(self, key, f"scale_{letters}", dims, constant(1.0), "scale")
     if config.bias:
-      setattr(self, f"bias_{letters}", param(key, f"bias_{letters}", dims, constant(0.0)))
+      param(self, key, f"bias_{letters}", dims, constant(0.0), "bias")
 
   def __call__(self, x):
     scale = getattr(self, f"scale_{self.letters}")

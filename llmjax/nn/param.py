@@ -1,4 +1,4 @@
-"""`param`: the one declaration of a weight, by name, letters, sizes and initializer.
+"""`param`: the one declaration of a weight, by name, letters, sizes, initializer and role.
 
 The name carries the letters, the letters the sizes and the sharding; the abstract tree, partition
 specs, sharded init and every count derive from it through `jax.eval_shape`.
@@ -12,6 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+# What a weight is for; optimizers, formats and surgery select by it.
+#   matrix: maps one space of the network to another.
+#   table: vectors looked up by number, and what maps into or out of the network: head, patches.
+#   scale: multiplies channel by channel; not decayed.
+#   bias: is added; not decayed.
+#   router_bias: is added where experts are chosen, and moved towards even load, not by a gradient.
+ROLES = ("matrix", "table", "scale", "bias", "router_bias")
 _TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut at ±2
 
 
@@ -34,17 +41,44 @@ def fan_in(dims: Mapping[str, int], letters: str, scale: float = 1.0):
   return normal(scale / math.sqrt(math.prod(dims[letter] for letter in letters)))
 
 
-def param(key, name: str, dims: Mapping[str, int], init):
-  """Declares a weight: `self.up_df = param(key, "up_df", dims, fan_in(dims, "d"))`.
+def param(
+  module: nnx.Module, key, name: str, dims: Mapping[str, int], init, role: str = "matrix"
+):
+  """Declares a weight of a module: `param(self, key, "up_df", dims, fan_in(dims, "d"))`.
 
   Args:
+    module: gets the weight as attribute `name`, a leaf of its tree, in fp32.
     key: the module's PRNG key; the weight's own is folded in from its name, so adding a weight
       changes no other.
-    name: attribute name; its last part spells the letters.
+    name: its last part spells the letters.
     dims: size of each letter.
     init: `(key, shape) -> array`.
-  Returns:
-    An fp32 array, marked as a leaf of its module.
+    role: one of `ROLES`.
+  Raises:
+    ValueError: an unknown role.
   """
+  if role not in ROLES:
+    raise ValueError(f"role {role!r} of {name!r} is not one of {ROLES}")
   shape = tuple(dims[letter] for letter in name.rsplit("_", 1)[-1])
-  return nnx.data(init(jax.random.fold_in(key, zlib.crc32(name.encode())), shape))
+  weight = init(jax.random.fold_in(key, zlib.crc32(name.encode())), shape)
+  setattr(module, name, nnx.data(weight))
+  module.roles = (*getattr(module, "roles", ()), (name, role))
+
+
+def roles(model) -> dict[str, str]:
+  """Lists the role of every declared weight by its path, in no particular order.
+
+  Args:
+    model: a module, abstract or not; a tuple of modules counts as their parent's children.
+  Returns:
+    Path of the weight → one of `ROLES`. Where the weight is no plain array (`core/weight.py`), the
+    paths of its leaves begin with that path.
+  """
+  if isinstance(model, tuple):
+    children, found = {str(i): child for i, child in enumerate(model)}, {}
+  else:
+    children, found = vars(model), dict(getattr(model, "roles", ()))
+  for name, child in children.items():
+    if isinstance(child, (nnx.Module, tuple)):
+      found |= {f"{name}/{path}": role for path, role in roles(child).items()}
+  return found

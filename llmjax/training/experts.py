@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from llmjax.core import tree
+from llmjax.nn.param import roles
 from llmjax.nn.router import RouterStats
 
 STARVED = 50  # steps in a row without a token after which an expert is named
@@ -23,7 +24,8 @@ def move_biases(model: nnx.Module, load_le, rate: float) -> nnx.Module:
   Source: Wang et al. 2024, arXiv:2408.15664, alg. 1.
   """
   step_le = rate * jnp.sign(load_le.mean(-1, keepdims=True) - load_le)
-  move = lambda path, leaf: leaf + step_le if path.endswith("moe/bias_e") else leaf  # noqa: E731
+  role = roles(model)
+  move = lambda path, leaf: leaf + step_le if role[path] == "router_bias" else leaf  # noqa: E731
   return tree.map_with_path(move, model)
 
 
@@ -41,7 +43,8 @@ def routing_metrics(routing: RouterStats, model: nnx.Module) -> dict[str, jax.Ar
   places_l = jnp.maximum(routing.load_e.sum(-1), 1)
   load_le = routing.load_e / jnp.maximum(routing.load_e.mean(-1, keepdims=True), 1e-9)
   tokens_l = jnp.maximum(routing.tokens, 1)
-  biases = [leaf for path, leaf in tree.flatten(model).items() if path.endswith("moe/bias_e")]
+  role = roles(model)
+  biases = [leaf for path, leaf in tree.flatten(model).items() if role[path] == "router_bias"]
   return dict(zip(("moe_bias",), biases, strict=False)) | {
     "moe_load": load_le,
     "moe_entropy": routing.entropy / tokens_l,

@@ -7,7 +7,11 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_array_equal
 
-from llmjax.nn.param import constant, fan_in, normal, param
+from llmjax.core import tree
+from llmjax.models.build import abstract
+from llmjax.models.depth import unstack_layers
+from llmjax.nn.param import ROLES, constant, fan_in, normal, param, roles
+from tests.models.variants import VARIANTS
 
 DIMS = {"d": 64, "n": 8, "h": 16, "f": 300}
 KEY = jax.random.key(0)
@@ -18,7 +22,7 @@ def weight_of(name, init):
 
   class Holder(nnx.Module):
     def __init__(self):
-      setattr(self, name, param(KEY, name, DIMS, init))
+      param(self, KEY, name, DIMS, init)
 
   return getattr(Holder(), name)
 
@@ -53,4 +57,31 @@ def test_a_constant_is_the_same_everywhere():
 
 def test_a_name_with_a_letter_nobody_sized_is_an_error():
   with pytest.raises(KeyError, match="q"):
-    param(KEY, "up_dq", DIMS, normal(1.0))
+    param(nnx.Module(), KEY, "up_dq", DIMS, normal(1.0))
+
+
+def test_every_weight_of_every_model_has_a_role():
+  seen = set()
+  for config in VARIANTS.values():
+    model = abstract(config)
+    assert roles(model).keys() == tree.flatten(model).keys()
+    seen |= set(roles(model).values())
+  assert seen == set(ROLES)
+
+
+def test_roles_are_what_a_reader_of_the_papers_would_say():
+  found = roles(abstract(VARIANTS["deepseek"])) | roles(abstract(VARIANTS["gptoss"]))
+  expected = {
+    "embed/token_vd": "table", "decoder/norm/scale_d": "scale",
+    "decoder/first/mlp/up_df": "matrix", "decoder/blocks/moe/shared/down_fd": "matrix",
+    "decoder/blocks/moe/router_de": "matrix", "decoder/blocks/moe/bias_e": "router_bias",
+    "decoder/blocks/attention/query_bias_nh": "bias", "decoder/blocks/attention/sinks_n": "bias",
+  }
+  assert {path: found[path] for path in expected} == expected
+  layers = roles(jax.eval_shape(unstack_layers, abstract(VARIANTS["gptoss"])))
+  assert layers["decoder/blocks/2/attention/sinks_n"] == "bias"
+
+
+def test_a_role_that_nobody_knows_is_an_error():
+  with pytest.raises(ValueError, match="'vector' of 'up_df'"):
+    param(nnx.Module(), KEY, "up_df", DIMS, normal(1.0), "vector")

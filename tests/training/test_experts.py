@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from llmjax.core import tree
 from llmjax.core.config import flat, override
 from llmjax.core.errors import UserError
 from llmjax.data.tasks import language_model
+from llmjax.nn.param import param
 from llmjax.nn.router import RouterStats
 from llmjax.training.config import Config
 from llmjax.training.experts import move_biases, routing_metrics
@@ -260,8 +262,10 @@ def test_figures_of_routing_by_hand():
     sequence=jnp.zeros(2),
     z=jnp.zeros(2),
   )
-  bias = {"moe": {"bias_e": jnp.array([[1.0, 2.0]])}}
-  found = routing_metrics(routing, bias)
+  router = nnx.Module()
+  bias_le = jnp.array([[1.0, 2.0]])
+  param(router, jax.random.key(0), "bias_e", {"e": 2}, lambda *_: bias_le, "router_bias")
+  found = routing_metrics(routing, router)
   assert_allclose(found["moe_bias"], [[1, 2]])
   assert_allclose(found["moe_load"], [[4, 0, 0, 0], [1, 1, 1, 1]])
   assert_allclose(found["moe_entropy"], [0.2, 1.3], rtol=1e-6)
@@ -269,7 +273,7 @@ def test_figures_of_routing_by_hand():
   assert int(found["moe_dead"]) == 3
   assert_allclose(found["moe_dropped"], [5 / 20, 0])
   assert_allclose(found["moe_balance"], (4 + 1) / 2)
-  nothing = routing_metrics(jax.tree.map(jnp.zeros_like, routing), {})
+  nothing = routing_metrics(jax.tree.map(jnp.zeros_like, routing), nnx.Module())
   assert "moe_bias" not in nothing
   assert all(np.isfinite(value).all() for value in nothing.values())
 

@@ -30,6 +30,7 @@ from llmjax.core import tree
 from llmjax.core.errors import UserError, note
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
+from llmjax.nn.param import roles
 
 
 class Tensors(UserDict):
@@ -80,19 +81,20 @@ def from_tensors(
     shown = ", ".join(sorted(left)[:4])
     raise UserError(f"{len(left)} tensors have no place in the model: {shown}")
   if offset:
-    made |= {path: made[path] + np.float32(offset) for path in filter(is_scale, made)}
-  made |= _blanks({path: shape for path, shape in shapes.items() if path not in made}, optional)
+    made |= {path: made[path] + np.float32(offset) for path in made.keys() & scales(config)}
+  rest = {path: shape for path, shape in shapes.items() if path not in made}
+  made |= _blanks(rest, optional, scales(config))
   return jax.tree.map(jnp.asarray, tree.unflatten(like, made))
 
 
-def _blanks(shapes: dict, optional: tuple) -> dict[str, np.ndarray]:
+def _blanks(shapes: dict, optional: tuple, ones: set) -> dict[str, np.ndarray]:
   """What stands in for the weights that no tensor holds, if they may be missing."""
   made = {}
   for path, shape in shapes.items():
     if not matches(path, optional):
       raise UserError(f"no tensor of this layout holds the model's {path!r}")
     square = path.endswith("_id") and shape[0] == shape[1]
-    made[path] = np.eye(shape[0]) if square else np.full(shape, float(is_scale(path)))
+    made[path] = np.eye(shape[0]) if square else np.full(shape, float(path in ones))
   if made:
     note(f"no tensors for {', '.join(made)}: identity matrices, scales of 1 and zeros stand in")
   return {path: array.astype(np.float32) for path, array in made.items()}
@@ -112,7 +114,7 @@ def to_tensors(
   shapes = {path: leaf.shape for path, leaf in leaves.items()}
   for names, paths, layout in _rows(config, table, shapes):
     arrays = [np.asarray(leaves[path], np.float32) for path in paths]
-    if offset and is_scale(paths[0]):
+    if offset and paths[0] in scales(config):
       arrays = [array - np.float32(offset) for array in arrays]
     left -= set(paths)
     for name, index in names.items():
@@ -188,9 +190,9 @@ def matches(name: str, patterns) -> bool:
   return any(re.search(pattern, name) for pattern in patterns)
 
 
-def is_scale(path: str) -> bool:
-  """Whether a path is the scale of a norm."""
-  return "/scale_" in path
+def scales(config: ModelConfig) -> set[str]:
+  """Paths of all norms' scales."""
+  return {path for path, role in roles(abstract(config)).items() if role == "scale"}
 
 
 class _Layout:

@@ -169,18 +169,18 @@ class Attention(nnx.Module):
   ):
     self.config = config
     self.layout = layout
-    self.query_dnh = param(key, "query_dnh", dims, fan_in(dims, "d"))
-    self.key_dkh = param(key, "key_dkh", dims, fan_in(dims, "d"))
-    self.value_dkh = param(key, "value_dkh", dims, fan_in(dims, "d"))
-    self.out_nhd = param(key, "out_nhd", dims, fan_in(dims, "nh", out_scale))
+    param(self, key, "query_dnh", dims, fan_in(dims, "d"))
+    param(self, key, "key_dkh", dims, fan_in(dims, "d"))
+    param(self, key, "value_dkh", dims, fan_in(dims, "d"))
+    param(self, key, "out_nhd", dims, fan_in(dims, "nh", out_scale))
     if config.bias != "none":
-      self.query_bias_nh = param(key, "query_bias_nh", dims, constant(0.0))
-      self.key_bias_kh = param(key, "key_bias_kh", dims, constant(0.0))
-      self.value_bias_kh = param(key, "value_bias_kh", dims, constant(0.0))
+      param(self, key, "query_bias_nh", dims, constant(0.0), "bias")
+      param(self, key, "key_bias_kh", dims, constant(0.0), "bias")
+      param(self, key, "value_bias_kh", dims, constant(0.0), "bias")
     if config.bias == "all":
-      self.out_bias_d = param(key, "out_bias_d", dims, constant(0.0))
+      param(self, key, "out_bias_d", dims, constant(0.0), "bias")
     if config.sinks:
-      self.sinks_n = param(key, "sinks_n", dims, constant(0.0))
+      param(self, key, "sinks_n", dims, constant(0.0), "bias")
     if config.qk_norm != "none":
       together = config.qk_norm == "all"
       norm = dataclasses.replace(norm, bias=False)

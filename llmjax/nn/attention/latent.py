@@ -45,18 +45,18 @@ class LatentAttention(nnx.Module):
     part = lambda h, r=latent.kv_rank: dims | {"h": h, "r": r}  # noqa: E731
     if latent.query_rank:
       whole = part(latent.head_dim, latent.query_rank)
-      self.query_down_dr = param(key, "query_down_dr", whole, fan_in(whole, "d"))
+      param(self, key, "query_down_dr", whole, fan_in(whole, "d"))
       self.query_norm = Norm(key, whole, norm, "r")
-      self.query_up_rnh = param(key, "query_up_rnh", whole, fan_in(whole, "r"))
+      param(self, key, "query_up_rnh", whole, fan_in(whole, "r"))
     else:
-      self.query_dnh = param(key, "query_dnh", part(latent.head_dim), fan_in(dims, "d"))
+      param(self, key, "query_dnh", part(latent.head_dim), fan_in(dims, "d"))
     nope, rope, value = (part(h) for h in (latent.nope_dim, latent.rope_dim, latent.value_dim))
-    self.latent_dr = param(key, "latent_dr", nope, fan_in(dims, "d"))
+    param(self, key, "latent_dr", nope, fan_in(dims, "d"))
     self.latent_norm = Norm(key, nope, norm, "r")
-    self.key_rope_dh = param(key, "key_rope_dh", rope, fan_in(dims, "d"))
-    self.key_up_rnh = param(key, "key_up_rnh", nope, fan_in(nope, "r"))
-    self.value_up_rnh = param(key, "value_up_rnh", value, fan_in(value, "r"))
-    self.out_nhd = param(key, "out_nhd", value, fan_in(value, "nh", out_scale))
+    param(self, key, "key_rope_dh", rope, fan_in(dims, "d"))
+    param(self, key, "key_up_rnh", nope, fan_in(nope, "r"))
+    param(self, key, "value_up_rnh", value, fan_in(value, "r"))
+    param(self, key, "out_nhd", value, fan_in(value, "nh", out_scale))
 
   def __call__(self, x_btd, view: AttentionInputs, positions_bt, cache: KVCache | None = None):
     """Mixes a row's positions; see `Attention`. A latent and its rotary key are one `key`."""
