@@ -15,7 +15,7 @@ from llmjax.formats.hf import folder as hf
 from llmjax.models.model import Model
 from llmjax.run import load
 from llmjax.text.folder import save as save_tokenizer
-from llmjax.text.tokenizer import around
+from llmjax.text.tokenizer import affixes
 from llmjax.training.checkpoint import save_model
 
 FORMATS = ("huggingface", "checkpoint")
@@ -78,5 +78,5 @@ def _write(model: Model, folder: Path, format: str, dtype: str, family: str) -> 
     return "llmjax"
   hf.save_folder(model, folder, dtype, family)
   if model.tokenizer is not None:
-    save_tokenizer(model.tokenizer, folder, around(model.tokenizer, model.config.kind))
+    save_tokenizer(model.tokenizer, folder, affixes(model.tokenizer, model.config.kind))
   return hf.choose(model.config, family).name

@@ -14,7 +14,7 @@ from llmjax.data.batch import Batch
 from llmjax.models.model import Model
 from llmjax.models.pooling import Pooling, pool
 from llmjax.serve.prompt import bucket, check_lengths, pad_rows
-from llmjax.text.tokenizer import around, framed
+from llmjax.text.tokenizer import affixes, framed
 
 _ROWS = 32  # texts a batch
 
@@ -84,8 +84,8 @@ def _encode(model: Model, texts: Sequence[str], how: Pooling) -> tuple[list[list
   check_lengths("text", rows, min(how.longest or context, context), context)
   if how.include_prompt or not how.prompt:
     return rows, 0
-  before, _ = around(tokenizer, kind)
-  return rows, len(before) + len(tokenizer.encode(how.prompt))
+  prefix, _ = affixes(tokenizer, kind)
+  return rows, len(prefix) + len(tokenizer.encode(how.prompt))
 
 
 @functools.partial(jax.jit, static_argnames="modes")

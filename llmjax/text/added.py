@@ -1,8 +1,5 @@
-"""Tokens that files beside a model add to it, or say more about: special or not, and their flags.
-
-The `tokenizers` library knows what the flags mean; a model of another make whose tokens have any is
-therefore turned into a `tokenizer.json`.
-"""
+"""Tokens that files beside a model add to it, or give flags to. Only the `tokenizers` library knows
+the flags' meaning, so a model of another kind with flagged tokens becomes a `tokenizer.json`."""
 
 import json
 from collections.abc import Mapping
@@ -18,15 +15,12 @@ _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 def listed(config: Mapping, special: Mapping, extra: Mapping[str, int]) -> dict[str, dict]:
-  """Gathers what a Hugging Face folder says of tokens.
+  """Gathers what a Hugging Face folder's `tokenizer_config.json`, `special_tokens_map.json` and
+  `added_tokens.json` (token → id) say of tokens.
 
-  Args:
-    config: `tokenizer_config.json`; its `added_tokens_decoder` says most.
-    special: `special_tokens_map.json`.
-    extra: `added_tokens.json`, token → id.
   Returns:
-    token → `special` and the flags that are said, and `id` where it is; `named` is true of tokens
-    that have a name, as `eos_token`, and are therefore special.
+    token → its flags, `special` among them, and `id`, where they are given; `named` is true of
+    tokens that have a name, such as `eos_token`, and are therefore special.
   """
   found = {}
   for said in (special, config):
@@ -44,38 +38,39 @@ def listed(config: Mapping, special: Mapping, extra: Mapping[str, int]) -> dict[
 
 
 def add(
-  made: Tokenizer, entries: Mapping[str, dict], whole: bool
+  tokenizer: Tokenizer, entries: Mapping[str, dict], has_flags: bool
 ) -> tuple[bytes, type[Tokenizer], dict[str, int]]:
   """Adds tokens to a tokenizer.
 
   Args:
-    made: the tokenizer as its model file has it.
+    tokenizer: as its model file has it.
     entries: of `listed`.
-    whole: the model file has flags itself, which then hold; it is a `tokenizer.json`.
+    has_flags: the model file is a `tokenizer.json`, whose own flags hold.
   Returns:
     (model, its class, special tokens that the model does not hold, text → id).
   Raises:
     UserError: a token's id is none that it can have.
   """
-  there = made.added_tokens()
-  wanted = {}
+  known = tokenizer.added_tokens()
+  new = {}
   for token, entry in entries.items():
-    entry = {**entry, **(there.get(token, {}) if whole else {})}
+    entry = {**entry, **(known.get(token, {}) if has_flags else {})}
     entry["special"] = entry.get("special", False) or bool(entries[token].get("named"))
-    entry["id"] = made.find(token) if entry.get("id") is None else entry["id"]
+    entry["id"] = tokenizer.find(token) if entry.get("id") is None else entry["id"]
     plain = entry["special"] and not any(entry.get(flag) for flag in _STRIPS)
-    same = there.get(token, {}).get("special") == entry["special"] and (whole or plain)
-    if not same and entry["id"] is not None and not (plain and entry["id"] == made.unk_id):
-      wanted[token] = {**entry, "plain": plain}
-  if all(entry["plain"] and made.find(token) is None for token, entry in wanted.items()):
-    return made.to_bytes(), type(made), {token: entry["id"] for token, entry in wanted.items()}
-  return _folded(made, wanted)
+    same = known.get(token, {}).get("special") == entry["special"] and (has_flags or plain)
+    if not same and entry["id"] is not None and not (plain and entry["id"] == tokenizer.unk_id):
+      new[token] = {**entry, "plain": plain}
+  if all(entry["plain"] and tokenizer.find(token) is None for token, entry in new.items()):
+    added = {token: entry["id"] for token, entry in new.items()}
+    return tokenizer.to_bytes(), type(tokenizer), added
+  return _add_to_json(tokenizer, new)
 
 
-def _folded(made: Tokenizer, wanted: Mapping[str, dict]):
-  written = json.loads(to_json(made))
+def _add_to_json(tokenizer: Tokenizer, new: Mapping[str, dict]):
+  written = json.loads(to_json(tokenizer))
   tokens = {entry["content"]: entry for entry in written["added_tokens"]}
-  for token, entry in wanted.items():
+  for token, entry in new.items():
     flags = {"normalized": not entry["special"], **entry}
     flags = {flag: bool(flags.get(flag)) for flag in _FLAGS}
     tokens[token] = {"id": entry["id"], "content": token, **flags}
@@ -83,7 +78,7 @@ def _folded(made: Tokenizer, wanted: Mapping[str, dict]):
   model = json.dumps(written, ensure_ascii=False, separators=(",", ":")).encode()
   kind = fast.kind_of(model)
   read = kind(model)
-  for token, entry in wanted.items():
+  for token, entry in new.items():
     if read.find(token) != entry["id"]:
       raise UserError(
         f"the added token {token!r} is said to be id {entry['id']}, where only "

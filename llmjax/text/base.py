@@ -1,7 +1,5 @@
-"""What all tokenizers share: special tokens, which ids mark beginnings and ends, decoding.
-
-A kind brings `_encode` and `_decode`, which know ordinary text alone, and `encode_batch` where its
-library has threads. What looks like a special token stays ordinary text unless the caller asks.
+"""What all tokenizers share: special tokens, BOS, EOS and PAD, decoding. A kind adds `_encode` and
+`_decode` of ordinary text; special tokens spelled out in text are ordinary unless the caller asks.
 """
 
 import dataclasses
@@ -13,6 +11,7 @@ from llmjax.core.errors import UserError
 NONE = -1  # in Settings: there is no such token, whatever the model file says
 
 # Names by which models that do not say otherwise have BOS, EOS and PAD, likeliest first.
+_IDS = ("bos_id", "eos_id", "pad_id")
 _NAMES = (
   ("<s>", "<|bos|>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"),
   ("</s>", "<|eos|>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
@@ -32,10 +31,10 @@ class Settings:
     chat_template: Jinja source that turns messages into text.
     tool_template: the one for chats with tools, where there are two.
     named: special tokens by the names that templates have for them, such as `sep_token`.
-    pattern: regular expression that cuts text before tiktoken's ranks are applied.
-    around: ids before and ids after a single text, as the tokenizer's own files say; None: no file
-      says, as for a tokenizer trained here.
-    ends: ids that end what a model writes, beside EOS.
+    pattern: tiktoken's pre-tokenization pattern, a regular expression.
+    affixes: ids put before and ids put after a single text, as the tokenizer's own files say; None:
+      no file says, as for a tokenizer trained here.
+    ends: stop ids of generation beside EOS.
   """
 
   bos_id: int | None = None
@@ -44,13 +43,13 @@ class Settings:
   added: Mapping[str, int] = dataclasses.field(default_factory=dict)
   chat_template: str | None = None
   pattern: str | None = None
-  around: Sequence[Sequence[int]] | None = None
+  affixes: Sequence[Sequence[int]] | None = None
   ends: Sequence[int] | None = None
   tool_template: str | None = None
   named: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def to_dict(self) -> dict:
-    """What is set, as a JSON value."""
+    """The fields that are set, as a JSON value."""
     pairs = dataclasses.asdict(self).items()
     return {key: value for key, value in pairs if value is not None and value != {}}
 
@@ -58,8 +57,8 @@ class Settings:
 PLAIN = Settings()
 
 
-def ends(bos_id: int | None, eos_id: int | None) -> list[list[int]]:
-  """What `Settings.around` is for a tokenizer that puts these two ids, where they exist."""
+def bos_eos(bos_id: int | None, eos_id: int | None) -> list[list[int]]:
+  """`Settings.affixes` of a tokenizer that puts these two ids around a text, where they exist."""
   return [[] if i in (None, NONE) else [i] for i in (bos_id, eos_id)]
 
 
@@ -81,7 +80,7 @@ class Tokenizer:
   """
 
   kind = ""
-  adds = (False, False)  # whether BOS and EOS stand around a text where no file says
+  adds = (False, False)  # whether BOS and EOS are put around a text where no file says
 
   def __init__(
     self,
@@ -97,19 +96,14 @@ class Tokenizer:
     self.special_tokens = {**special, **added}
     self.vocab_size = max(size, 1 + max(added.values(), default=-1))
     self.unk_id = unk_id
-    named = (next((special[name] for name in names if name in special), None) for names in _NAMES)
-    bos_id, eos_id, pad_id = ids or named
-    self.bos_id = self._choose("BOS", settings.bos_id, bos_id)
-    self.eos_id = self._choose("EOS", settings.eos_id, eos_id)
-    self.pad_id = self._choose("PAD", settings.pad_id, pad_id)
-    # What only repeats the file is left out, so that equal tokenizers have equal fingerprints.
-    self.settings = dataclasses.replace(
-      settings,
-      bos_id=None if self.bos_id == bos_id else settings.bos_id,
-      eos_id=None if self.eos_id == eos_id else settings.eos_id,
-      pad_id=None if self.pad_id == pad_id else settings.pad_id,
-      added=added,
+    named = [next((special[name] for name in names if name in special), None) for names in _NAMES]
+    self.bos_id, self.eos_id, self.pad_id = (
+      self._choose(name, getattr(settings, name), found)
+      for name, found in zip(_IDS, ids or named, strict=True)
     )
+    # What only repeats the file is left out, so that equal tokenizers have equal fingerprints.
+    same = [n for n, found in zip(_IDS, ids or named, strict=True) if getattr(self, n) == found]
+    self.settings = dataclasses.replace(settings, added=added, **dict.fromkeys(same))
     self.chat_template = settings.chat_template
     self.special_names = {i: token for token, i in self.special_tokens.items()}
     longest_first = sorted(self.special_tokens, key=len, reverse=True)
@@ -120,11 +114,12 @@ class Tokenizer:
     if chosen is None or chosen == NONE:
       return None
     if not 0 <= chosen < self.vocab_size:
-      raise UserError(f"{name} is id {chosen}, the tokenizer's run from 0 to {self.vocab_size - 1}")
+      token, last = name.removesuffix("_id").upper(), self.vocab_size - 1
+      raise UserError(f"{token} is id {chosen}, the tokenizer's run from 0 to {last}")
     return chosen
 
   def template(self) -> list[list[int]] | None:
-    """The ids that the model file itself puts before and after a text; None: it names none."""
+    """The affixes that the model file itself puts around a text; None: it names none."""
     return None
 
   def find(self, token: str) -> int | None:
@@ -151,11 +146,9 @@ class Tokenizer:
     if not (allow_special and self.special_tokens):
       return self._encode(text.replace(cut, ""))
     ids = []
-    for number, part in enumerate(self._special.split(text)):
-      if number % 2:
-        ids.append(self.special_tokens[part])
-      elif part:
-        ids += self._encode(part.replace(cut, ""))
+    for piece in filter(None, self._special.split(text)):
+      special = self.special_tokens.get(piece)
+      ids += self._encode(piece.replace(cut, "")) if special is None else [special]
     return ids
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:

@@ -1,7 +1,5 @@
-"""Chat templates: Jinja source that turns a list of messages into the text a model was tuned on.
-
-Rendered as Hugging Face's transformers does, in Jinja's sandbox: a template is code of strangers.
-"""
+"""Chat templates: Jinja source that turns a list of messages into the text a model was tuned on,
+rendered as transformers does, in Jinja's sandbox, since a template is untrusted code."""
 
 import datetime
 import functools
@@ -17,8 +15,8 @@ import jinja2.sandbox
 from llmjax.core.errors import UserError
 from llmjax.text.base import Tokenizer
 
-# Stand in a rendered text until it is returned: around what the assistant says, and in special
-# tokens that a message spells out. Drawn anew in every process, so no message can hold them.
+# Random marks, so that no message can hold them: around what the assistant says, and inside special
+# tokens that a message spells out.
 _MARK, _CUT = (f"\ufdd0{secrets.token_hex(8)}\ufdd1" for _ in range(2))
 
 
@@ -30,8 +28,8 @@ def render(
   Args:
     messages: each with `role` and `content` and whatever else the template reads.
     add_generation_prompt: ends with what begins an answer.
-    **values: further variables of the template: `bos_token` and the like, texts; `tools`, JSON
-      schemas of functions that the model may call; `documents`; and whatever else it reads.
+    **values: further variables of the template, such as `bos_token`, `tools` (JSON schemas of
+      functions that the model may call) and `documents`.
   Returns:
     The text; its special tokens are spelled out, BOS too where the template writes it.
   Raises:
@@ -43,14 +41,14 @@ def render(
 def spans(
   template: str, messages: Sequence[Mapping], add_generation_prompt: bool = False, **values
 ) -> tuple[str, list[tuple[int, int]]]:
-  """Renders as `render` does and tells which characters the assistant wrote.
-
-  Those are what the template puts between `{% generation %}` and `{% endgeneration %}`.
+  """Renders as `render` does and finds what the template puts between `{% generation %}` and
+  `{% endgeneration %}`, which is what the assistant wrote.
 
   Returns:
-    (text, [(start, stop), …] in characters); no spans when the template marks none.
+    (text, [(start, stop), …] in characters).
   """
-  given = {"messages": [_told(message) for message in messages], "tools": None, "documents": None}
+  messages = [_without_none(message) for message in messages]
+  given = {"messages": messages, "tools": None, "documents": None}
   given |= {"add_generation_prompt": add_generation_prompt, **values}
   try:
     text = _compiled(template).render(given)
@@ -71,14 +69,12 @@ def encode_chat(
 ) -> list[int]:
   """Renders messages with the tokenizer's own template and encodes the result.
 
-  Special tokens that the template writes become their ids. Those that a message spells out do not:
-  a user who types `<|im_end|>` cannot end the turn, and the text survives as it was typed.
+  Special tokens that the template writes become their ids; those that a message spells out stay
+  text, so a user who types `<|im_end|>` cannot end the turn.
 
   Args:
-    tokenizer: with a `chat_template`; the other arguments are those of `render`. With `tools` the
-      template named `tool_use` is taken where the tokenizer has one.
-  Returns:
-    Ids, BOS among them where the template writes it.
+    tokenizer: with a `chat_template`; the other arguments are those of `render`. With `tools` its
+      `tool_template` is taken, if there is one.
   Raises:
     UserError: the tokenizer has no template, or the template refuses.
   """
@@ -87,9 +83,9 @@ def encode_chat(
   template = tokenizer.chat_template
   if values.get("tools") is not None:
     template = tokenizer.settings.tool_template or template
-  told = {name: values[name] for name in ("tools", "documents") if name in values}
-  told = _guard({"messages": messages, **told}, tokenizer.special_tokens)
-  values = {**token_values(tokenizer), **values, **told}
+  texts = {name: values[name] for name in ("tools", "documents") if name in values}
+  texts = _guard({"messages": messages, **texts}, tokenizer.special_tokens)
+  values = {**token_values(tokenizer), **values, **texts}
   text = render(template, add_generation_prompt=add_generation_prompt, **values)
   return tokenizer.encode(text, allow_special=True, cut=_CUT)
 
@@ -97,32 +93,32 @@ def encode_chat(
 def token_values(tokenizer: Tokenizer) -> dict[str, str]:
   """The texts of special tokens under the names that templates have for them, as `bos_token`."""
   ids = {name: getattr(tokenizer, f"{name}_id") for name in ("unk", "bos", "eos", "pad")}
-  own = {f"{name}_token": tokenizer.spell(i) for name, i in ids.items() if i is not None}
-  return {**own, **tokenizer.settings.named}
+  texts = {f"{name}_token": tokenizer.spell(i) for name, i in ids.items() if i is not None}
+  return texts | tokenizer.settings.named
 
 
-def _told(message):
-  """A message without the keys that tell nothing: of a missing key templates know what to make."""
+def _without_none(message):
+  """Templates know what to make of a missing key."""
   if not isinstance(message, Mapping):
     return message
   return {key: value for key, value in message.items() if value is not None}
 
 
 def _guard(value, special: Mapping[str, int]):
-  """Cuts every special token that a message spells out, and what may stand inside it, apart."""
+  """Breaks every special token that a text in a nested value spells out, by a mark in it."""
   if isinstance(value, str):
     for token in special:
       value = value.replace(token, _CUT.join(token))
     return value
   if isinstance(value, Mapping):
-    return {key: _guard(part, special) for key, part in value.items()}
+    return {key: _guard(each, special) for key, each in value.items()}
   if isinstance(value, (list, tuple)):
-    return [_guard(part, special) for part in value]
+    return [_guard(each, special) for each in value]
   return value
 
 
 class _Generation(jinja2.ext.Extension):
-  """`{% generation %} … {% endgeneration %}`: passes the text through, between two marks."""
+  """`{% generation %} … {% endgeneration %}`: puts the text between two marks."""
 
   tags = frozenset(["generation"])
 

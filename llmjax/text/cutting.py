@@ -1,10 +1,6 @@
-r"""How byte-level BPE cuts text before it merges, by the names of GGUF's `tokenizer.ggml.pre`.
-
-A name stands for regular expressions, each of which cuts what those before it left. They are those
-of the models' own `tokenizer.json`; many names stand for the same ones.
-
-Source: the names in llama.cpp's src/llama-vocab.cpp.
-"""
+"""Pre-tokenization by the names of GGUF's `tokenizer.ggml.pre`: the regular expressions, each
+applied to what those before it left, of the models' own `tokenizer.json`.
+Source: the names in llama.cpp's src/llama-vocab.cpp."""
 
 from llmjax.text.ranks import LLAMA3_PATTERN, O200K_PATTERN, QWEN_PATTERN
 
@@ -44,14 +40,8 @@ _GROUPS = (
   ("minicpm5", [r"\p{N}{1,3}", LLAMA3_PATTERN]),
   ("gpt-4o llama4 kanana2 talkie minimax-m2 granite-embed-multi-97m", [O200K_PATTERN]),
   ("tiny_aya cohere2moe", [r"\d{1,3}(?=(?:\d{3})*\b)", O200K_PATTERN]),
-  (
-    "tekken",
-    [O200K_PATTERN.replace(f"{_SHORT}?", "").replace(r"\p{N}{1,3}", r"\p{N}")],
-  ),
-  (
-    "bailingmoe bailingmoe2 llada-moe",
-    [QWEN_PATTERN.replace(r"\s*[\r\n]+", r"\s*[\r\n]")],
-  ),
+  ("tekken", [O200K_PATTERN.replace(f"{_SHORT}?", "").replace(r"\p{N}{1,3}", r"\p{N}")]),
+  ("bailingmoe bailingmoe2 llada-moe", [QWEN_PATTERN.replace(r"\s*[\r\n]+", r"\s*[\r\n]")]),
   ("seed-coder", [QWEN_PATTERN.replace(r"\p{N}]+[\r\n]*", r"\p{N}\r\n]+")]),
   ("falcon", [r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"]),
   ("default", [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]),

@@ -1,8 +1,5 @@
-"""Any tokenizer as a `tokenizer.json`, which other libraries read.
-
-SentencePiece keeps scores and tiktoken ranks where `tokenizers` wants a list of merges; both tell
-the merges, and the normalisation is spelled out as the steps it consists of.
-"""
+"""Any tokenizer as a `tokenizer.json`: merges are worked out from SentencePiece's scores and
+tiktoken's ranks, and the normalisation is spelled out as the steps it consists of."""
 
 import json
 import re
@@ -13,7 +10,7 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from tokenizers import decoders, models, normalizers
 
 from llmjax.text.base import Tokenizer
-from llmjax.text.fast import LETTERS, Fast, byte_level, words
+from llmjax.text.fast import LETTERS, Fast, byte_level, tokenizer_of, words
 from llmjax.text.ranks import Tiktoken
 from llmjax.text.raw import Bytes
 from llmjax.text.sentencepiece import SentencePiece
@@ -21,46 +18,41 @@ from llmjax.text.sentencepiece import SentencePiece
 _SPACE = "▁"
 
 
-def to_json(tokenizer: Tokenizer, around: Sequence[Sequence[int]] | None = None) -> bytes:
+def to_json(tokenizer: Tokenizer, affixes: Sequence[Sequence[int]] | None = None) -> bytes:
   """Writes a tokenizer as a `tokenizer.json`.
 
   Ids are the same for every text with one exception: our own SentencePiece models spell a U+2581
   in three bytes, for which the format has no means; there it comes back as a space.
 
   Args:
-    around: ids that the file is to put before and after a text; None: no more than it does itself.
+    affixes: ids that the file is to put around a text; None: those of the model file itself.
   """
-  made = _bare(tokenizer)
-  if around is None or around == (tokenizer.template() or [[], []]):
-    return made
-  written = json.loads(made)
-  written["post_processor"] = _processor(tokenizers.Tokenizer.from_str(made.decode()), around)
-  return json.dumps(written, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _processor(made: tokenizers.Tokenizer, around: Sequence[Sequence[int]]) -> dict:
-  """The post-processor that puts ids around each of one or two texts."""
-  names = {i: made.id_to_token(i) for part in around for i in part}
-  pieces = {i: {"SpecialToken": {"id": name, "type_id": 0}} for i, name in names.items()}
-  before, after = ([pieces[i] for i in ids] for ids in around)
-  one, other = ([*before, {"Sequence": {"id": text, "type_id": 0}}, *after] for text in "AB")
+  written = _convert(tokenizer)
+  if affixes is None or affixes == (tokenizer.template() or [[], []]):
+    return written
+  names = {i: tokenizer_of(written).id_to_token(i) for ids in affixes for i in ids}
+  tokens = {i: {"SpecialToken": {"id": name, "type_id": 0}} for i, name in names.items()}
+  prefix, suffix = ([tokens[i] for i in ids] for ids in affixes)
+  one, other = ([*prefix, {"Sequence": {"id": text, "type_id": 0}}, *suffix] for text in "AB")
   special = {name: {"id": name, "ids": [i], "tokens": [name]} for i, name in names.items()}
   template = {"type": "TemplateProcessing", "single": one, "pair": one + other}
-  return {**template, "special_tokens": special}
+  post_processor = {**template, "special_tokens": special}
+  changed = {**json.loads(written), "post_processor": post_processor}
+  return json.dumps(changed, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _bare(tokenizer: Tokenizer) -> bytes:
+def _convert(tokenizer: Tokenizer) -> bytes:
   if isinstance(tokenizer, Fast):
     return tokenizer.to_bytes()
   if isinstance(tokenizer, SentencePiece):
-    made = _from_pieces(tokenizer)
+    converted = _from_pieces(tokenizer)
   elif isinstance(tokenizer, Tiktoken):
-    made = _from_ranks(tokenizer)
+    converted = _from_ranks(tokenizer)
   elif isinstance(tokenizer, Bytes):
     vocabulary = {letter: byte for byte, letter in enumerate(byte_letters())}
-    made = byte_level(models.BPE(vocabulary | tokenizer.special_tokens, []), LETTERS)
-  made.add_special_tokens(sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.get))
-  return made.to_str().encode()
+    converted = byte_level(models.BPE(vocabulary | tokenizer.special_tokens, []), LETTERS)
+  converted.add_special_tokens(sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.get))
+  return converted.to_str().encode()
 
 
 def byte_letters() -> list[str]:
@@ -90,34 +82,29 @@ def _from_pieces(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
   fallback = any(piece.type == piece.BYTE for piece in spec.pieces)
   if spec.trainer_spec.model_type == proto.TrainerSpec.UNIGRAM:
     scores = [(piece.piece, piece.score) for piece in spec.pieces]
-    made = tokenizers.Tokenizer(models.Unigram(scores, tokenizer.unk_id, byte_fallback=fallback))
+    model = models.Unigram(scores, tokenizer.unk_id, byte_fallback=fallback)
   else:
     vocabulary = {piece.piece: i for i, piece in enumerate(spec.pieces)}
     scores = {piece.piece: piece.score for piece in spec.pieces if piece.type == piece.NORMAL}
     merges = _merges(sorted(scores, key=scores.get, reverse=True))
     how = {"unk_token": spec.pieces[tokenizer.unk_id].piece, "byte_fallback": fallback}
     model = models.BPE(vocabulary | tokenizer.special_tokens, merges, fuse_unk=True, **how)
-    made = tokenizers.Tokenizer(model)
-  made.normalizer = normalizers.Sequence(_normalizing(spec.normalizer_spec))
-  after = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-  if spec.normalizer_spec.add_dummy_prefix:
-    after.append(decoders.Strip(" ", 1, 0))
-  made.decoder = decoders.Sequence(after)
-  own = [piece.piece for piece in spec.pieces if piece.type == piece.USER_DEFINED]
-  made.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in own])
-  return made
-
-
-def _normalizing(spec: proto.NormalizerSpec) -> list:
-  steps = []
-  if spec.precompiled_charsmap:
-    steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-  if spec.remove_extra_whitespaces:
+  converted = tokenizers.Tokenizer(model)
+  steps, rules = [], spec.normalizer_spec
+  decoding = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+  if rules.precompiled_charsmap:
+    steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+  if rules.remove_extra_whitespaces:
     edges, runs = tokenizers.Regex(r"\A +| +\z"), tokenizers.Regex(" {2,}")
     steps += [normalizers.Replace(edges, ""), normalizers.Replace(runs, " ")]
-  if spec.add_dummy_prefix:
+  if rules.add_dummy_prefix:
     steps.append(normalizers.Prepend(_SPACE))
-  return [*steps, normalizers.Replace(" ", _SPACE)]
+    decoding.append(decoders.Strip(" ", 1, 0))
+  converted.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+  converted.decoder = decoders.Sequence(decoding)
+  user_defined = [piece.piece for piece in spec.pieces if piece.type == piece.USER_DEFINED]
+  converted.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in user_defined])
+  return converted
 
 
 def _merges(tokens: Sequence[str]) -> list[tuple[str, str]]:

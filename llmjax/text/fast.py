@@ -1,8 +1,5 @@
 """What the `tokenizers` library runs: byte-level BPE, WordPiece, and any other `tokenizer.json`.
-
-Ours are trained in here; files of the field are read as they are. The library would turn special
-tokens spelled out in text into their ids, so two copies are kept: one that does and one that not.
-"""
+One copy turns special tokens spelled out in text into their ids, one leaves them text."""
 
 import functools
 import itertools
@@ -18,6 +15,7 @@ from llmjax.text.base import PLAIN, Settings, Tokenizer, too_large, too_small
 
 _SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>"]
 _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_STRIPS = ("lstrip", "rstrip", "single_word")
 _ALIAS = secrets.token_hex(16)  # begins the alias of a special token, so that no text can hold one
 _BERT_CHARS = 1000  # most characters of a trained WordPiece; rarer ones are [UNK], as in BERT
 # Training takes time that grows with the square of a word's length, which is that of the whole text
@@ -33,9 +31,6 @@ GPT2_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 class Fast(Tokenizer):
   """A `tokenizer.json` of any make.
 
-  Args:
-    model: the file's bytes.
-    settings: BOS, EOS and PAD where their names do not tell them.
   Raises:
     UserError: the bytes are no `tokenizer.json`.
   """
@@ -43,7 +38,7 @@ class Fast(Tokenizer):
   kind = "json"
 
   def __init__(self, model: bytes, settings: Settings = PLAIN):
-    self._plain = _read(model)
+    self._plain = tokenizer_of(model)
     self._plain.encode_special_tokens = True  # as ordinary text, the name means
     added = sorted(self._plain.get_added_tokens_decoder().items())
     special = {token.content: i for i, token in added if token.special}
@@ -53,13 +48,13 @@ class Fast(Tokenizer):
 
   @functools.cached_property
   def _parsing(self) -> tokenizers.Tokenizer:
-    return _read(self._model)
+    return tokenizer_of(self._model)
 
   def template(self) -> list[list[int]] | None:
     tokens = (self._plain.id_to_token(i) or "" for i in range(self.vocab_size))
-    # Some letter that the vocabulary knows, since nothing stands between what is around no text.
-    framed = map(self._plain.encode, itertools.chain("a", tokens))
-    found = next((each for each in framed if 0 in each.special_tokens_mask), None)
+    # The affixes of the first text that has any token of its own between them.
+    encodings = map(self._plain.encode, itertools.chain("a", tokens))
+    found = next((each for each in encodings if 0 in each.special_tokens_mask), None)
     if found is None or 1 not in found.special_tokens_mask:
       return None
     mask = found.special_tokens_mask
@@ -70,7 +65,7 @@ class Fast(Tokenizer):
     return super().find(token) if i is None else i
 
   def added_tokens(self) -> dict[str, dict]:
-    names = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    names = (*_STRIPS, "normalized", "special")
     found = self._plain.get_added_tokens_decoder().values()
     return {token.content: {name: getattr(token, name) for name in names} for token in found}
 
@@ -80,24 +75,24 @@ class Fast(Tokenizer):
   @functools.cached_property
   def _aliased(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
     """A copy that knows special tokens under an alias alone; the aliases' ids → the tokens' own."""
-    made, ids = _read(self._model), {}
-    made.encode_special_tokens = True
-    for i, token in sorted(made.get_added_tokens_decoder().items()):
+    aliased, ids = tokenizer_of(self._model), {}
+    aliased.encode_special_tokens = True
+    for i, token in sorted(aliased.get_added_tokens_decoder().items()):
       if token.special:
-        flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
+        flags = {name: getattr(token, name) for name in _STRIPS}
         alias = tokenizers.AddedToken(_ALIAS + token.content, normalized=False, **flags)
-        made.add_tokens([alias])
-        ids[made.token_to_id(alias.content)] = i
-    return made, ids
+        aliased.add_tokens([alias])
+        ids[aliased.token_to_id(alias.content)] = i
+    return aliased, ids
 
   def encode(self, text: str, allow_special: bool = False, cut: str = "") -> list[int]:
     if not allow_special or self.settings.added:
       return super().encode(text, allow_special, cut)
     if not cut or cut not in text:
       return self._parsing.encode(text, add_special_tokens=False).ids
-    made, ids = self._aliased
+    aliased, ids = self._aliased
     text = self._special.sub(lambda found: _ALIAS + found[0], text).replace(cut, "")
-    return [ids.get(i, i) for i in made.encode(text, add_special_tokens=False).ids]
+    return [ids.get(i, i) for i in aliased.encode(text, add_special_tokens=False).ids]
 
   def _encode(self, text: str) -> list[int]:
     return self._plain.encode(text, add_special_tokens=False).ids
@@ -116,16 +111,14 @@ class Fast(Tokenizer):
 
 
 class ByteBPE(Fast):
-  """Byte-level BPE: GPT-2's cutting into words, any text comes back exactly when trained here."""
+  """Byte-level BPE; trained here, it has GPT-2's pre-tokenization and loses nothing."""
 
   kind = "bpe"
 
   @classmethod
   def train(cls, texts: Iterable[str], vocab_size: int) -> "ByteBPE":
-    """Trains on documents.
+    """Trains `vocab_size` tokens, counting 256 bytes and 3 special ones.
 
-    Args:
-      vocab_size: tokens, counting 256 bytes and 3 special ones.
     Raises:
       UserError: the text supports fewer tokens than asked for, or the bytes alone need more.
     """
@@ -154,17 +147,13 @@ class WordPiece(Fast):
 
   @classmethod
   def train(cls, texts: Iterable[str], vocab_size: int) -> "WordPiece":
-    """Trains on documents, lower case.
+    """Trains `vocab_size` lower case tokens, counting characters and 5 special ones.
 
-    The library numbers the characters in the order of a hash map, another one every time; given
-    them in order beforehand, equal text makes equal tokenizers.
-
-    Args:
-      vocab_size: tokens, counting characters and 5 special ones.
     Raises:
       UserError: the text supports fewer tokens than asked for, or its characters need more.
     """
     texts = list(texts)
+    # The library would number the characters in the order of a hash map, another one every time.
     first = [*_BERT_SPECIAL, *_characters(texts)]
     if vocab_size < len(first):
       parts = "5 special tokens and the text's own characters"
@@ -183,7 +172,7 @@ class WordPiece(Fast):
 
 
 def byte_level(model: models.Model, cutting: pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:
-  """Makes a byte-level tokenizer; `cutting` must end in turning text into byte letters."""
+  """Makes a byte-level tokenizer; `cutting` must end by mapping bytes to letters."""
   tokenizer = tokenizers.Tokenizer(model)
   tokenizer.pre_tokenizer = cutting
   tokenizer.decoder = decoders.ByteLevel()
@@ -191,35 +180,32 @@ def byte_level(model: models.Model, cutting: pre_tokenizers.PreTokenizer) -> tok
 
 
 def words(*patterns: str) -> pre_tokenizers.PreTokenizer:
-  """Cuts text where regular expressions match, each what is left, into pieces of byte letters."""
+  """The byte-level pre-tokenizer that splits at matches of one regular expression after another."""
   cuts = [pre_tokenizers.Split(tokenizers.Regex(each), "isolated") for each in patterns]
   return pre_tokenizers.Sequence([*cuts, LETTERS])
 
 
 def bert(vocabulary: dict[str, int], lowercase: bool) -> tokenizers.Tokenizer:
-  """Makes BERT's tokenizer: words, then the longest pieces from the left, in [CLS] and [SEP].
-
-  Args:
-    vocabulary: piece → id; pieces inside a word begin with `##`.
-    lowercase: case and accents are dropped.
-  """
+  """Makes BERT's tokenizer of pieces, inside a word with `##`; `lowercase` drops accents too."""
   tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
   tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
   tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   tokenizer.decoder = decoders.WordPiece(prefix="##")
   tokenizer.add_special_tokens([name for name in _BERT_SPECIAL if name in vocabulary])
   if {"[CLS]", "[SEP]"} <= vocabulary.keys():
-    ends = ((name, vocabulary[name]) for name in ("[SEP]", "[CLS]"))
-    tokenizer.post_processor = processors.BertProcessing(*ends)
+    pair = ((name, vocabulary[name]) for name in ("[SEP]", "[CLS]"))
+    tokenizer.post_processor = processors.BertProcessing(*pair)
   return tokenizer
 
 
 def kind_of(model: bytes) -> type[Fast]:
   """Tells the class of a `tokenizer.json`; its errors are those of `Fast`."""
-  return {models.BPE: ByteBPE, models.WordPiece: WordPiece}.get(type(_read(model).model), Fast)
+  kinds = {models.BPE: ByteBPE, models.WordPiece: WordPiece}
+  return kinds.get(type(tokenizer_of(model).model), Fast)
 
 
-def _read(model: bytes) -> tokenizers.Tokenizer:
+def tokenizer_of(model: bytes) -> tokenizers.Tokenizer:
+  """Parses a `tokenizer.json`, without its truncation and padding."""
   try:
     tokenizer = tokenizers.Tokenizer.from_str(model.decode())
   except Exception as error:  # the library raises plain `Exception`

@@ -1,19 +1,16 @@
-"""Tokenizers out of GGUF metadata, the vocabulary that llama.cpp's model files carry.
-
-Takes a plain dict of the `tokenizer.*` values; reading the file is not this floor's concern. The
-metadata name a behaviour rather than spell it out, so what the names mean is written down here.
-"""
+"""Tokenizers out of GGUF metadata, a dict of the `tokenizer.*` values of llama.cpp's model files.
+The metadata name a behaviour rather than spell it out; what the names mean is written down here."""
 
 import re
-import sys
 from collections.abc import Mapping
 
 from sentencepiece import sentencepiece_model_pb2 as proto
 from tokenizers import AddedToken, models
 
-from llmjax.core.errors import UserError, nearest
+from llmjax.core.errors import UserError, nearest, note
+from llmjax.parallel.multihost import say
 from llmjax.text import fast
-from llmjax.text.base import NONE, Settings, Tokenizer, ends
+from llmjax.text.base import NONE, Settings, Tokenizer, bos_eos
 from llmjax.text.cutting import PATTERNS, WHOLE_WORDS, WITH_BOS
 from llmjax.text.sentencepiece import SentencePiece, Unigram
 
@@ -33,9 +30,9 @@ _KNOWN = re.compile(
   r"remove_extra_whitespaces|precompiled_charsmap|normalizer\.(lowercase|strip_accents)|"
   r"tokenizer\.chat_template"
 )
-# Kind of tokenizer → what llama.cpp takes where the metadata do not say: ids of BOS, EOS and PAD,
-# and whether BOS and EOS stand around a text.
-_USUAL = {
+# Kind of tokenizer → llama.cpp's defaults: ids of BOS, EOS and PAD, and whether BOS and EOS are put
+# around a text.
+_DEFAULTS = {
   "llama": (1, 2, NONE, True, False),
   "gpt2": (11, 11, NONE, False, False),
   "bert": (101, 102, 0, True, True),
@@ -48,10 +45,7 @@ def from_gguf(metadata: Mapping) -> Tokenizer:
 
   Args:
     metadata: values under their full names: `tokenizer.ggml.model` (`llama`, `gpt2`, `bert` or
-      `t5`), `.tokens`, `.scores`, `.token_type`, `.merges`, `.pre`, `.bos_token_id` and the like,
-      and `tokenizer.chat_template`.
-  Returns:
-    A tokenizer of kind `sentencepiece`, `bpe`, `wordpiece` or `unigram`.
+      `t5`: kind `sentencepiece`, `bpe`, `wordpiece` or `unigram`), `.tokens` and the like.
   Raises:
     UserError: a value is missing, or names something that is not known here.
   Source: the tokenizer keys of ggml's docs/gguf.md; behaviours as in llama.cpp's src/llama-vocab.
@@ -63,9 +57,10 @@ def from_gguf(metadata: Mapping) -> Tokenizer:
     raise UserError("the GGUF file holds no vocabulary")
   if model not in kinds:
     raise UserError(f"GGUF tokenizer model {model!r} is not known; {nearest(str(model), kinds)}")
-  unknown = [name for name in metadata if _is_unknown(name)]
+  own = [name for name in metadata if name.startswith("tokenizer.")]
+  unknown = [name for name in own if not _KNOWN.fullmatch(name.removeprefix(_PREFIX))]
   if unknown:
-    _say(f"note: nothing reads these keys of the GGUF file: {', '.join(unknown)}")
+    note(f"nothing reads these keys of the GGUF file: {', '.join(unknown)}")
   try:
     return kinds[model](values, _settings(values))
   except UserError:
@@ -75,17 +70,7 @@ def from_gguf(metadata: Mapping) -> Tokenizer:
     raise UserError(f"the GGUF metadata's {model} tokenizer cannot be built: {why}") from error
 
 
-def _is_unknown(name: str) -> bool:
-  return name.startswith("tokenizer.") and not _KNOWN.fullmatch(name.removeprefix(_PREFIX))
-
-
-def _say(text: str):
-  print(f"llmjax: {text}", file=sys.stderr)
-
-
 class _Values(dict):
-  """Metadata without their prefix."""
-
   def __missing__(self, name: str):
     raise UserError(f"the GGUF metadata hold no {_PREFIX + name!r}")
 
@@ -94,7 +79,7 @@ def _settings(values: _Values) -> Settings:
   bos_id = _id(values, 0, "bos", "cls")
   # "seperator" is the format's own spelling
   eos_id = _id(values, 1, *(("seperator", "eos") if values["model"] == "bert" else ("eos",)))
-  first, last = _USUAL[values["model"]][3:]
+  first, last = _DEFAULTS[values["model"]][3:]
   first = values.get("add_bos_token", first or values.get("pre") in WITH_BOS)
   last = values.get("add_eos_token", last)
   if values["model"] == "bert":
@@ -107,23 +92,23 @@ def _settings(values: _Values) -> Settings:
     eos_id=eos_id,
     pad_id=_id(values, 2, "padding"),
     chat_template=values.get("tokenizer.chat_template"),
-    around=ends(bos_id if first else NONE, eos_id if last else NONE),
+    affixes=bos_eos(bos_id if first else NONE, eos_id if last else NONE),
     ends=_ends(values, eos_id) or None,
   )
 
 
-def _id(values: _Values, place: int, *names: str) -> int:
+def _id(values: _Values, column: int, *names: str) -> int:
   """A special token's id: of the first key that is there, else llama.cpp's, if it is spelled so."""
-  given = next((values[f"{name}_token_id"] for name in names if f"{name}_token_id" in values), None)
-  if given is not None:
-    return given
-  usual, tokens = _USUAL[values["model"]][place], values["tokens"]
-  there = tokens[usual] if 0 <= usual < len(tokens) else ""
-  return usual if re.fullmatch(r"<.*>|\[.*\]", there) else NONE
+  for key in (f"{name}_token_id" for name in names):
+    if values.get(key) is not None:
+      return values[key]
+  default, tokens = _DEFAULTS[values["model"]][column], values["tokens"]
+  token = tokens[default] if 0 <= default < len(tokens) else ""
+  return default if re.fullmatch(r"<.*>|\[.*\]", token) else NONE
 
 
 def _ends(values: _Values, eos_id: int) -> list[int]:
-  """The ids that end what a model writes beside EOS, by keys and by llama.cpp's list of names."""
+  """The stop ids beside EOS, by keys and by llama.cpp's list of names."""
   keyed = [values.get(f"{name}_token_id") for name in ("eot", "eom")]
   tokens = list(values.get("tokens", ()))
   named = [tokens.index(name) for name in _ENDS if name in tokens]
@@ -136,7 +121,7 @@ def _types(values: _Values) -> list[int]:
 
 
 def _sentencepiece(values: _Values, settings: Settings) -> SentencePiece:
-  """A SentencePiece model of the same pieces and scores, BPE or (`t5`) unigram."""
+  """A SentencePiece model, BPE or (`t5`) unigram."""
   unigram = values["model"] == "t5"
   model = proto.ModelProto()
   for token, score, kind in zip(values["tokens"], values["scores"], _types(values), strict=True):
@@ -148,10 +133,9 @@ def _sentencepiece(values: _Values, settings: Settings) -> SentencePiece:
   trained.byte_fallback = any(piece.type == piece.BYTE for piece in model.pieces)
   trained.vocab_size = len(model.pieces)
   trained.unk_piece = next(piece.piece for piece in model.pieces if piece.type == _UNKNOWN)
-  if settings.bos_id != NONE:
-    trained.bos_piece = model.pieces[settings.bos_id].piece
-  if settings.eos_id != NONE:
-    trained.eos_piece = model.pieces[settings.eos_id].piece
+  for name in ("bos", "eos"):
+    if (i := getattr(settings, f"{name}_id")) != NONE:
+      setattr(trained, f"{name}_piece", model.pieces[i].piece)
   normal.name = "identity"
   rules = values.get("precompiled_charsmap", ())  # bytes, with a sign or without
   normal.precompiled_charsmap = bytes(number % 256 for number in rules)
@@ -163,9 +147,10 @@ def _sentencepiece(values: _Values, settings: Settings) -> SentencePiece:
 def _gpt2(values: _Values, settings: Settings) -> fast.ByteBPE:
   pre = values.get("pre", "default")
   if "pre" not in values:
-    _say(
-      "warning: the GGUF file does not say how its tokenizer cuts text ('tokenizer.ggml.pre' is "
-      "missing); 'default' is taken, and ids may differ from those the model was trained on"
+    say(
+      "llmjax: warning: the GGUF file does not say how its tokenizer cuts text "
+      "('tokenizer.ggml.pre' is missing); 'default' is taken, and ids may differ from those "
+      "the model was trained on"
     )
   if pre not in PATTERNS:
     raise UserError(f"GGUF pre-tokenizer {pre!r} is not known; {nearest(str(pre), PATTERNS)}")
@@ -174,17 +159,15 @@ def _gpt2(values: _Values, settings: Settings) -> fast.ByteBPE:
     raise UserError("the GGUF metadata's vocabulary holds a token twice")
   merges = [tuple(merge.split(" ", 1)) for merge in values["merges"]]
   model = models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS)
-  made = fast.byte_level(model, fast.words(*PATTERNS[pre]))
-  both = list(zip(values["tokens"], _types(values), strict=True))
-  made.add_special_tokens([token for token, kind in both if kind == _CONTROL])
-  own = [AddedToken(token, normalized=False) for token, kind in both if kind == _USER_DEFINED]
-  made.add_tokens(own)
-  return fast.ByteBPE.build(made, settings)
+  tokenizer = fast.byte_level(model, fast.words(*PATTERNS[pre]))
+  typed = list(zip(values["tokens"], _types(values), strict=True))
+  tokenizer.add_special_tokens([token for token, kind in typed if kind == _CONTROL])
+  plain = [AddedToken(token, normalized=False) for token, kind in typed if kind == _USER_DEFINED]
+  tokenizer.add_tokens(plain)
+  return fast.ByteBPE.build(tokenizer, settings)
 
 
 def _bert(values: _Values, settings: Settings) -> fast.WordPiece:
-  """BERT's own spelling: pieces inside a word begin with `##`, others with nothing."""
-
   def spell(token: str, kind: int) -> str:
     if token.startswith(_BERT_SPACE):
       return token.removeprefix(_BERT_SPACE)

@@ -1,9 +1,5 @@
-"""tiktoken rank files: byte-level BPE whose merges are told by the order of the tokens.
-
-`tiktoken` itself runs them: the rank file is its own format, so nothing has to be worked out first
-(`tokenizers` would want the merges), and its threads are the faster. Rank files are read, never
-trained. A file does not say how text is cut into words; the known ones are told by their length.
-"""
+"""tiktoken rank files: byte-level BPE whose merges follow from the order of the tokens, run by
+`tiktoken`. A file does not say its pre-tokenization; the known ones are told by their length."""
 
 import base64
 import os
@@ -52,10 +48,9 @@ _KNOWN = {
 
 
 class Tiktoken(Tokenizer):
-  """A rank file.
+  """A rank file: lines of base64 token, space, rank.
 
   Args:
-    model: lines of base64 token, space, rank.
     settings: `pattern`, `added` and `eos_id` are needed where the file is of unknown length.
   Raises:
     UserError: no rank file, or one of unknown length and no pattern with it.
@@ -65,10 +60,8 @@ class Tiktoken(Tokenizer):
 
   def __init__(self, model: bytes, settings: Settings = PLAIN):
     self.ranks = _read(model)
-    pattern, special = _KNOWN.get(len(self.ranks), (None, {}))
-    if settings.pattern:
-      pattern, special = settings.pattern, {}
-    self.pattern = pattern
+    known = _KNOWN.get(len(self.ranks), (None, {}))
+    self.pattern, special = (settings.pattern, {}) if settings.pattern else known
     if not self.pattern:
       lengths = ", ".join(f"{length:,}" for length in _KNOWN)
       raise UserError(

@@ -7,7 +7,7 @@ SPECIAL = {"<|bos|>": 256, "<|eos|>": 257, "<|pad|>": 258}
 
 
 class Bytes(Tokenizer):
-  """Ids 0 to 255 are bytes, then BOS, EOS and PAD; the model is empty."""
+  """Ids 0 to 255 are bytes, then BOS, EOS and PAD."""
 
   kind = "bytes"
 

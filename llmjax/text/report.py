@@ -21,15 +21,15 @@ def report(tokenizer: Tokenizer, texts: Sequence[str]) -> dict:
     UserError: the texts make no token.
   """
   began_s = time.perf_counter()
-  rows = tokenizer.encode_batch(list(texts))
+  encoded = tokenizer.encode_batch(list(texts))
   seconds = time.perf_counter() - began_s
-  counts = Counter(itertools.chain.from_iterable(rows))
+  counts = Counter(itertools.chain.from_iterable(encoded))
   tokens = counts.total()
   if not tokens:
     raise UserError(f"{len(texts)} documents make no token; a report needs text")
   size_bytes = sum(len(text.encode()) for text in texts)
   characters = sum(map(len, texts))
-  exact = sum(tokenizer.decode(row) == text for row, text in zip(rows, texts, strict=True))
+  exact = sum(tokenizer.decode(ids) == text for ids, text in zip(encoded, texts, strict=True))
   return {
     "documents": len(texts),
     "bytes": size_bytes,

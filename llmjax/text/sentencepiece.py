@@ -1,8 +1,5 @@
-"""SentencePiece, BPE and unigram: trained here so that any text comes back, or read as they are.
-
-Ours leave text as it is (no normalisation, no dummy prefix), so that bits per byte are those of the
-very bytes on disk. SentencePiece writes a space as U+2581 inside; in our models a U+2581 in the
-text is therefore spelled in its three bytes. Models of others encode as SentencePiece itself does.
+"""SentencePiece, BPE and unigram. Models trained here lose nothing: no normalisation, no dummy
+prefix, and a U+2581 in the text, which is SentencePiece's space, is encoded as its three bytes.
 """
 
 import io
@@ -22,11 +19,8 @@ _SENTENCE_BYTES = 4 * _SENTENCE_CHARS + 1  # also what tells a model of ours fro
 
 
 class SentencePiece(Tokenizer):
-  """A SentencePiece BPE model.
+  """A SentencePiece BPE model, a serialized `ModelProto`.
 
-  Args:
-    model: serialized `ModelProto`, as in a `tokenizer.model` file.
-    settings: ids and tokens that the model does not hold.
   Attributes:
     spec: pieces, scores and normalisation; not to be changed.
   Raises:
@@ -49,17 +43,15 @@ class SentencePiece(Tokenizer):
     except (RuntimeError, DecodeError) as error:
       raise UserError("the file is not a SentencePiece model") from error
     self._lossless = self.spec.trainer_spec.max_sentence_length == _SENTENCE_BYTES
-    made = self._processor
-    special = {made.id_to_piece(i): i for i in range(made.vocab_size()) if made.is_control(i)}
-    ids = [None if i < 0 else i for i in (made.bos_id(), made.eos_id(), made.pad_id())]
-    super().__init__(model, settings, made.vocab_size(), special, made.unk_id(), ids)
+    sp, size = self._processor, self._processor.vocab_size()
+    special = {sp.id_to_piece(i): i for i in range(size) if sp.is_control(i)}
+    ids = [None if i < 0 else i for i in (sp.bos_id(), sp.eos_id(), sp.pad_id())]
+    super().__init__(model, settings, size, special, sp.unk_id(), ids)
 
   @classmethod
   def train(cls, texts: Iterable[str], vocab_size: int) -> "SentencePiece":
-    """Trains on documents a model with byte fallback that loses nothing.
+    """Trains `vocab_size` tokens, counting 256 bytes and 3 special ones.
 
-    Args:
-      vocab_size: tokens, counting 256 bytes and 3 special ones.
     Raises:
       UserError: the text supports fewer tokens than asked for, or the bytes alone need more.
     """
@@ -86,7 +78,7 @@ class SentencePiece(Tokenizer):
         minloglevel=2,
       )
     except RuntimeError as error:
-      raise _why(str(error), vocab_size) from error
+      raise _explain(str(error), vocab_size) from error
     return cls(written.getvalue())
 
   def find(self, token: str) -> int | None:
@@ -101,12 +93,11 @@ class SentencePiece(Tokenizer):
       return self._processor.encode(text)
     mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
     first, *rest = map(self._processor.encode, text.split(_SPACE_MARK))
-    return first + [i for part in rest for i in (*mark, *part)]
+    return first + [i for ids in rest for i in (*mark, *ids)]
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
-    rows = self._processor.encode(texts, num_threads=-1)
-    both = zip(texts, rows, strict=True)
-    return [self._encode(text) if _SPACE_MARK in text else row for text, row in both]
+    pairs = zip(texts, self._processor.encode(texts, num_threads=-1), strict=True)
+    return [self._encode(text) if _SPACE_MARK in text else ids for text, ids in pairs]
 
   def _decode(self, ids: list[int]) -> str:
     size = self._processor.vocab_size()
@@ -142,7 +133,7 @@ def _sentences(texts: Iterable[str]):
       yield text[start : start + _SENTENCE_CHARS]
 
 
-def _why(message: str, vocab_size: int) -> UserError:
+def _explain(message: str, vocab_size: int) -> UserError:
   most = re.search(r"value <= (\d+)", message)
   if most:
     return too_large(vocab_size, int(most[1]))

@@ -1,8 +1,5 @@
-"""Which tokenizer a run has: the one place that knows which kinds there are.
-
-A tokenizer's whole state is (kind, bytes) and the few settings that its model file does not hold:
-that is what a workdir and a checkpoint keep, and its hash is what tokenized data is keyed by.
-"""
+"""Which tokenizer a run has, what is put around its texts, and its state: (kind, bytes, settings),
+which workdirs and checkpoints keep and whose hash is the key of tokenized data."""
 
 import base64
 import dataclasses
@@ -12,16 +9,15 @@ from collections.abc import Iterable, Sequence
 
 from llmjax.core.choices import check_least
 from llmjax.core.errors import UserError, nearest
-from llmjax.text.base import Settings, Tokenizer, ends
+from llmjax.text.base import Settings, Tokenizer, bos_eos
 from llmjax.text.fast import ByteBPE, Fast, WordPiece
 from llmjax.text.folder import load_tokenizer
 from llmjax.text.ranks import Tiktoken
 from llmjax.text.raw import Bytes
 from llmjax.text.sentencepiece import SentencePiece, Unigram
 
-KINDS = {
-  made.kind: made for made in (SentencePiece, Unigram, ByteBPE, WordPiece, Bytes, Tiktoken, Fast)
-}
+_CLASSES = (SentencePiece, Unigram, ByteBPE, WordPiece, Bytes, Tiktoken, Fast)
+KINDS = {each.kind: each for each in _CLASSES}
 _VOCAB_SIZE = 4096
 _TRAIN_BYTES = 50_000_000
 
@@ -35,10 +31,9 @@ class TokenizerConfig:
       `bpe` (byte-level), `wordpiece` (BERT's, lossy) or `bytes`; read from files only: `tiktoken`
       (rank files) and `json` (any other `tokenizer.json`). With `path` it must be the file's.
     vocab_size: tokens, counting the 256 bytes and the special ones. Where nothing is trained it
-      may be 0, the default, or the size that there is.
-    path: a tokenizer file, or a folder with one, to use as it is; empty trains one on the run's
-      text.
-    train_bytes: at most so much of the training text is looked at, evenly spread.
+      may be 0, the default, or the tokenizer's size.
+    path: a tokenizer file, or a folder with one, to use as it is; empty trains one.
+    train_bytes: training looks at no more of the run's text, evenly spread over it.
   Raises:
     UserError: an unknown kind, or keys that contradict each other.
   """
@@ -52,7 +47,7 @@ class TokenizerConfig:
     kind = _kind(self.kind)
     trained = not self.path and kind is not Bytes
     check_least("tokenizer", self, train_bytes=1, vocab_size=1 if trained else 0)
-    if not self.path and kind is not Bytes and not hasattr(kind, "train"):
+    if trained and not hasattr(kind, "train"):
       raise UserError(f"a tokenizer of kind {self.kind!r} is read, not trained: set tokenizer.path")
     if self.path and self.train_bytes != _TRAIN_BYTES:
       raise UserError("tokenizer.train_bytes changes nothing beside tokenizer.path: leave it out")
@@ -74,21 +69,21 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
   if config.path:
     read, where = load_tokenizer(config.path), f"in {config.path!r}"
     # The run's documents are framed as `frame` says, so its prompts have to be.
-    made = type(read)(read.to_bytes(), dataclasses.replace(read.settings, around=None))
+    tokenizer = type(read)(read.to_bytes(), dataclasses.replace(read.settings, affixes=None))
   elif config.kind == "bytes":
-    made, where = Bytes(), "of raw bytes"
+    tokenizer, where = Bytes(), "of raw bytes"
   else:
     return _kind(config.kind).train(texts, config.vocab_size)
-  if made.kind != config.kind:
+  if tokenizer.kind != config.kind:
     raise UserError(
-      f"the tokenizer {where} is of kind {made.kind!r}; tokenizer.kind says {config.kind!r}"
+      f"the tokenizer {where} is of kind {tokenizer.kind!r}; tokenizer.kind says {config.kind!r}"
     )
-  if config.vocab_size not in (0, _VOCAB_SIZE, made.vocab_size):
+  if config.vocab_size not in (0, _VOCAB_SIZE, tokenizer.vocab_size):
     raise UserError(
-      f"the tokenizer {where} has {made.vocab_size} tokens; tokenizer.vocab_size says "
+      f"the tokenizer {where} has {tokenizer.vocab_size} tokens; tokenizer.vocab_size says "
       f"{config.vocab_size}, set it to 0"
     )
-  return made
+  return tokenizer
 
 
 def frame(tokenizer: Tokenizer) -> tuple[int, int]:
@@ -107,30 +102,28 @@ def frame(tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def framed(tokenizer: Tokenizer, kind: str, ids: Sequence[int]) -> list[int]:
-  """Puts around a text's ids what a model was trained to see there.
-
-  That is what the tokenizer's files say. Of one that was trained here they say nothing; texts then
-  begin and end as the training documents of the model's kind do: a decoder is to go on, so it sees
-  no end, and a source of an encoder_decoder has no beginning.
+  """Puts a text's ids between its `affixes`.
 
   Args:
     kind: of the model that reads the ids.
   Returns:
-    At least one id: where nothing stands around no text, the `start_id`.
+    At least one id: of an empty text without affixes, the `start_id`.
   Raises:
     UserError: a decoder's prompt, or no text, and the tokenizer has neither BOS nor EOS.
   """
-  before, after = around(tokenizer, kind)
-  return [*before, *ids, *after] or [start_id(tokenizer)]
+  prefix, suffix = affixes(tokenizer, kind)
+  return [*prefix, *ids, *suffix] or [start_id(tokenizer)]
 
 
-def around(tokenizer: Tokenizer, kind: str) -> Sequence[Sequence[int]]:
-  """The ids before and after a text, as `framed` puts them."""
-  if tokenizer.settings.around is not None:
-    return tokenizer.settings.around
+def affixes(tokenizer: Tokenizer, kind: str) -> Sequence[Sequence[int]]:
+  """The ids before and after a text, as the tokenizer's files say. Of one trained here they say
+  nothing: texts then begin and end as the training documents of the model's kind do, a decoder's
+  without an end, since it is to go on, and an encoder_decoder's source without a beginning."""
+  if tokenizer.settings.affixes is not None:
+    return tokenizer.settings.affixes
   if kind == "decoder":
     return [[start_id(tokenizer)], []]
-  return ends(tokenizer.bos_id if kind == "encoder" else None, tokenizer.eos_id)
+  return bos_eos(tokenizer.bos_id if kind == "encoder" else None, tokenizer.eos_id)
 
 
 def start_id(tokenizer: Tokenizer) -> int:
@@ -158,8 +151,10 @@ def to_state(tokenizer: Tokenizer) -> dict:
 def from_state(state: dict) -> Tokenizer:
   """Unpacks what `to_state` packed."""
   settings = dict(state.get("settings", {}))
-  if settings.pop("add_bos", None) is False:  # the spelling of older checkpoints
-    settings["around"] = [[], []]
+  if settings.pop("add_bos", None) is False:  # spellings of older checkpoints
+    settings["affixes"] = [[], []]
+  if "around" in settings:
+    settings["affixes"] = settings.pop("around")
   return _kind(state["kind"])(base64.b64decode(state["model"]), Settings(**settings))
 
 
@@ -168,5 +163,5 @@ def fingerprint(tokenizer: Tokenizer) -> str:
   decide = ("bos_id", "eos_id", "pad_id", "added", "pattern")
   settings = {k: v for k, v in tokenizer.settings.to_dict().items() if k in decide}
   written = json.dumps(settings, sort_keys=True).encode() if settings else b""
-  made = hashlib.sha256(tokenizer.kind.encode() + tokenizer.to_bytes() + written)
-  return made.hexdigest()[:16]
+  digest = hashlib.sha256(tokenizer.kind.encode() + tokenizer.to_bytes() + written)
+  return digest.hexdigest()[:16]

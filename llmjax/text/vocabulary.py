@@ -1,8 +1,6 @@
-"""Tokenizer files of the field, told by their content: which class runs them, and on which bytes.
-
-Vocabularies without rules become a `tokenizer.json` at once; where a maker's code numbers pieces
-otherwise than the file does, they are renumbered here.
-"""
+"""Tokenizer files of other projects, told by their content: which class runs them, on which bytes.
+Bare vocabularies become a `tokenizer.json`; pieces that their maker's code numbers otherwise than
+the file does are renumbered."""
 
 import json
 import re
@@ -14,7 +12,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from llmjax.core.errors import UserError
 from llmjax.text import fast, sentencepiece
-from llmjax.text.base import Settings, Tokenizer, ends
+from llmjax.text.base import Settings, Tokenizer, bos_eos
 from llmjax.text.export import to_json
 from llmjax.text.ranks import Tiktoken
 from llmjax.text.raw import Bytes
@@ -30,12 +28,10 @@ _MAKERS = {
 
 
 def read(file: Path, config: dict) -> tuple[bytes, type[Tokenizer], Settings]:
-  """Reads a file.
+  """Reads a file: the model, its class, and what the file says beside the model.
 
   Args:
     config: `tokenizer_config.json` beside it, `{}` where there is none.
-  Returns:
-    The model, its class, and what the file says beside the model.
   Raises:
     UserError: nothing that is understood.
   """
@@ -69,17 +65,14 @@ def _json(data: bytes, config: dict) -> tuple[bytes, type[Tokenizer], Settings]:
     return _tekken(found)
   kind = fast.kind_of(data)
   listed = config.get("added_tokens_decoder", {}).items()
-  ours = Bytes(b"", Settings(added={entry["content"]: int(i) for i, entry in listed}))
-  if {**found, "post_processor": None} == json.loads(to_json(ours)):
+  raw = Bytes(b"", Settings(added={entry["content"]: int(i) for i, entry in listed}))
+  if {**found, "post_processor": None} == json.loads(to_json(raw)):
     return b"", Bytes, Settings()
   return data, kind, Settings()
 
 
 def _tekken(found: dict) -> tuple[bytes, type[Tokenizer], Settings]:
-  """Mistral's: ranks behind a block of special tokens.
-
-  Source: mistral-common's tekken.json: `config`, `vocab` and `special_tokens`.
-  """
+  """Mistral's: ranks behind a block of special tokens. Source: mistral-common's tekken.json."""
   if "special_tokens" not in found:
     raise UserError("this tekken.json lists no special_tokens, as old ones do; give tokenizer.json")
   config, listed = found["config"], found["special_tokens"]
@@ -91,8 +84,8 @@ def _tekken(found: dict) -> tuple[bytes, type[Tokenizer], Settings]:
   ranks = enumerate((piece["token_bytes"] for piece in found["vocab"]), reserved)
   lines = [f"{token} {i}\n" for i, token in ranks if i < size]
   ids = (special.get(name) for name in ("<s>", "</s>", "<pad>"))
-  around = ends(special.get("<s>"), None)
-  settings = Settings(*ids, added=special, pattern=config["pattern"], around=around)
+  affixes = bos_eos(special.get("<s>"), None)
+  settings = Settings(*ids, added=special, pattern=config["pattern"], affixes=affixes)
   return "".join(lines).encode(), Tiktoken, settings
 
 
@@ -106,29 +99,32 @@ def _fairseq(data: bytes) -> bytes:
   piece, control = proto.ModelProto.SentencePiece, proto.ModelProto.SentencePiece.CONTROL
   first = [piece(piece=name, type=control) for name in ("<s>", "<pad>", "</s>")]
   unknown = piece(piece="<unk>", type=piece.UNKNOWN)
-  made = proto.ModelProto()
-  made.CopyFrom(spec)
-  del made.pieces[:]
-  made.pieces.extend([*first, unknown, *pieces, piece(piece="<mask>", type=control)])
-  trained = made.trainer_spec
+  mask = piece(piece="<mask>", type=control)
+  renumbered = proto.ModelProto(
+    pieces=[*first, unknown, *pieces, mask],
+    trainer_spec=spec.trainer_spec,
+    normalizer_spec=spec.normalizer_spec,
+  )
+  trained = renumbered.trainer_spec
   trained.bos_piece, trained.eos_piece, trained.pad_piece = "<s>", "</s>", "<pad>"
-  trained.unk_piece, trained.vocab_size = "<unk>", len(made.pieces)
-  return made.SerializeToString()
+  trained.unk_piece, trained.vocab_size = "<unk>", len(renumbered.pieces)
+  return renumbered.SerializeToString()
 
 
 def _gpt2(file: Path, config: dict) -> tokenizers.Tokenizer:
-  made_for = config.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
-  if made_for not in ("GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer"):
-    raise UserError(f"a vocabulary with merges of {made_for} is not known; give tokenizer.json")
+  maker = config.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
+  if maker not in ("GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer"):
+    raise UserError(f"a vocabulary with merges of {maker} is not known; give tokenizer.json")
   name = {merges: vocab for vocab, merges in MERGES.items()}.get(file.name, file.name)
   model = models.BPE.from_file(str(file.parent / name), str(file.parent / MERGES[name]))
   cutting = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
-  made = fast.byte_level(model, cutting)
-  special = {name: made.token_to_id(name) for name in _GPT2_SPECIAL}
-  made.add_special_tokens([name for name, i in special.items() if i is not None])
-  if made_for != "GPT2Tokenizer":
-    made.post_processor = processors.RobertaProcessing(*((t, special[t]) for t in ("</s>", "<s>")))
-  return made
+  tokenizer = fast.byte_level(model, cutting)
+  special = {name: tokenizer.token_to_id(name) for name in _GPT2_SPECIAL}
+  tokenizer.add_special_tokens([name for name, i in special.items() if i is not None])
+  if maker != "GPT2Tokenizer":
+    pair = ((name, special[name]) for name in ("</s>", "<s>"))
+    tokenizer.post_processor = processors.RobertaProcessing(*pair)
+  return tokenizer
 
 
 def _bert(data: bytes, config: dict) -> tokenizers.Tokenizer:

@@ -8,7 +8,7 @@ import pytest
 from llmjax.core.errors import UserError
 from llmjax.data.tasks import marks_of
 from llmjax.text import chat
-from llmjax.text.base import Settings, ends
+from llmjax.text.base import Settings, bos_eos
 from llmjax.text.folder import load_tokenizer, save
 from llmjax.text.tokenizer import framed, start_id
 from tests.text import chats, test_added
@@ -35,16 +35,16 @@ FIELD = {
 }
 
 
-def same_in_transformers(tokenizer, folder, around=None):
+def same_in_transformers(tokenizer, folder, affixes=None):
   from transformers import AutoTokenizer
 
-  save(tokenizer, folder, around)
+  save(tokenizer, folder, affixes)
   theirs = AutoTokenizer.from_pretrained(folder)
   for text in TEXTS:
     ids = tokenizer.encode(text)
     assert theirs.encode(text, add_special_tokens=False) == ids, text
-    before, after = load_tokenizer(folder).settings.around
-    assert theirs.encode(text) == [*before, *ids, *after] and around in (None, [before, after])
+    before, after = load_tokenizer(folder).settings.affixes
+    assert theirs.encode(text) == [*before, *ids, *after] and affixes in (None, [before, after])
     if tokenizer.unk_id not in ids:  # the libraries spell UNK differently
       assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
   for token, i in tokenizer.special_tokens.items():
@@ -68,7 +68,7 @@ def test_transformers_reads_what_we_trained(kind, tmp_path):
 def test_transformers_puts_around_a_text_what_we_do(kind, bos, eos, tmp_path):
   tokenizer = EVERY[kind]
   first, last = start_id(tokenizer) if bos else None, tokenizer.eos_id if eos else None
-  same_in_transformers(tokenizer, tmp_path, ends(first, last))
+  same_in_transformers(tokenizer, tmp_path, bos_eos(first, last))
 
 
 @pytest.mark.parametrize("name", FIELD)
@@ -99,7 +99,7 @@ def chatting(tmp_path_factory):
   folder = tmp_path_factory.mktemp("chatting")
   save(EVERY["bpe"], folder)
   config = json.loads((folder / "tokenizer_config.json").read_text())
-  config |= {"sep_token": "<|sep|>", "image_token": "<|image|>", "pad_token": None, "around": None}
+  config |= {"sep_token": "<|sep|>", "image_token": "<|image|>", "pad_token": None, "affixes": None}
   (folder / "tokenizer_config.json").write_text(json.dumps(config))
   return load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
 

@@ -200,7 +200,7 @@ def test_without_bos_a_prompt_begins_with_eos(tokenizer, tiny_config):
 
 
 def test_a_tokenizer_that_goes_without_bos_puts_none_before_a_prompt(tokenizer, tiny_config):
-  without = SentencePiece(tokenizer.to_bytes(), Settings(around=[[], []]))
+  without = SentencePiece(tokenizer.to_bytes(), Settings(affixes=[[], []]))
   found = encode_prompts(tiny_config, without, ["", "fox"]).rows
   assert found == [[1], tokenizer.encode("fox")]
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llmjax.text.base import NONE, Settings, ends
+from llmjax.text.base import NONE, Settings, bos_eos
 from llmjax.text.folder import load_tokenizer, save
 from llmjax.text.tokenizer import (
   TokenizerConfig,
@@ -84,9 +84,9 @@ def test_a_post_processor_decides_and_then_the_flags(case, tmp_path):
   ids = TRAINED["bpe"].encode("the fox")
   for kind in ("decoder", "encoder", "encoder_decoder"):
     assert framed(made, kind, ids) == [*before, *ids, *after]
-  assert from_state(to_state(made)).settings.around == [before, after]
+  assert from_state(to_state(made)).settings.affixes == [before, after]
   save(made, tmp_path / "again")
-  assert load_tokenizer(tmp_path / "again").settings.around == [before, after]
+  assert load_tokenizer(tmp_path / "again").settings.affixes == [before, after]
 
 
 def test_smollm2_s_prompts_have_no_bos(shared_data):
@@ -120,7 +120,7 @@ def test_a_file_alone_has_what_its_kind_has(name, shared_data):
 def test_beside_a_sentencepiece_model_the_flags_decide(flags, want, tmp_path):
   (tmp_path / "tokenizer.model").write_bytes(TRAINED["sentencepiece"].to_bytes())
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(flags))
-  assert load_tokenizer(tmp_path).settings.around == want
+  assert load_tokenizer(tmp_path).settings.affixes == want
 
 
 def test_a_vocabulary_of_roberta_s_is_framed_as_its_own_code_does(tmp_path):
@@ -130,7 +130,7 @@ def test_a_vocabulary_of_roberta_s_is_framed_as_its_own_code_does(tmp_path):
   (tmp_path / "merges.txt").write_text("#version: 0.2\n")
   config = {"tokenizer_class": "RobertaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-  assert load_tokenizer(tmp_path).settings.around == [[len(letters)], [len(letters) + 1]]
+  assert load_tokenizer(tmp_path).settings.affixes == [[len(letters)], [len(letters) + 1]]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_trained_here_a_text_stands_as_in_training(kind, want, tmp_path):
   made = TRAINED["sentencepiece"]
   assert framed(made, kind, [9]) == [*want[0], 9, *want[1]]
   save(made, tmp_path, want)
-  assert load_tokenizer(tmp_path).settings.around == want
+  assert load_tokenizer(tmp_path).settings.affixes == want
   # A run that reads the file frames its documents itself, and its prompts likewise.
   config = TokenizerConfig(kind="sentencepiece", vocab_size=0, path=str(tmp_path))
   assert framed(train_tokenizer(config, []), kind, [9]) == [*want[0], 9, *want[1]]
@@ -152,4 +152,4 @@ def test_checkpoints_of_older_versions_keep_their_prompts():
   old = from_state({**state, "settings": {"add_bos": False}})
   assert framed(old, "decoder", [65]) == [65]
   assert framed(from_state({**state, "settings": {}}), "decoder", [65]) == [256, 65]
-  assert ends(NONE, 3) == [[], [3]] and Settings().around is None
+  assert bos_eos(NONE, 3) == [[], [3]] and Settings().affixes is None

@@ -77,7 +77,7 @@ def test_what_is_saved_comes_back(kind, tmp_path):
   tokenizer = EVERY[kind]
   save(tokenizer, tmp_path / "new")
   again = load_tokenizer(tmp_path / "new")
-  assert again.settings.around == AROUND[kind]
+  assert again.settings.affixes == AROUND[kind]
   assert fingerprint(again) == fingerprint(tokenizer)
   assert again.chat_template is None
   changed = Settings(
@@ -87,7 +87,7 @@ def test_what_is_saved_comes_back(kind, tmp_path):
     chat_template="{{ 'é' }}\n",
     pattern=tokenizer.settings.pattern,
     eos_id=tokenizer.eos_id,
-    around=[[tokenizer.eos_id, 5], [7]],
+    affixes=[[tokenizer.eos_id, 5], [7]],
   )
   other = type(tokenizer)(tokenizer.to_bytes(), changed)
   save(other, tmp_path / "new")

@@ -83,7 +83,7 @@ def bpe(**keys):
 def around(metadata: dict, **keys):
   """What stands around a text, as llama.cpp's `add_special` puts it."""
   made = from_gguf(metadata | {f"tokenizer.ggml.{key}": value for key, value in keys.items()})
-  return made.settings.around
+  return made.settings.affixes
 
 
 def test_what_stands_around_a_text_where_the_metadata_do_not_say():

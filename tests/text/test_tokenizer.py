@@ -1,60 +1,14 @@
-"""Proves that any text comes back from its tokens exactly, and that mistakes are user errors."""
+"""SentencePiece's own ways, tokenizers out of files, and mistakes that are user errors."""
 
-import hypothesis.strategies as st
 import pytest
-from hypothesis import example, given, settings
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from llmjax.core.errors import UserError
 from llmjax.text.sentencepiece import SentencePiece
-from llmjax.text.tokenizer import (
-  TokenizerConfig,
-  fingerprint,
-  from_state,
-  to_state,
-  train_tokenizer,
-)
+from llmjax.text.tokenizer import TokenizerConfig, from_state, train_tokenizer
+from tests.text.test_kinds import TEXTS, TRAINED
 
-TEXTS = [
-  "def main():\n    return 'héllo wörld'\n" * 30,
-  "the quick brown fox jumps over the lazy dog\n" * 30,
-]
-TOKENIZER = SentencePiece.train(TEXTS, 320)
-
-# Surrogates are no text (UTF-8 cannot hold them) and sources refuse NUL.
-characters = st.characters(exclude_categories=("Cs",), exclude_characters="\0")
-# Half of all characters from a few that matter; st.text would flatten the two into one alphabet.
-one = st.one_of(characters, st.sampled_from("▁ \n\taeé<>0x"))
-texts = st.lists(one, max_size=60).map("".join)
-
-
-@settings(deadline=None, max_examples=300)
-@example("")
-@example("▁")
-@example(" ▁▁ \u2581 x▁")
-@example("  leading, trailing  ")
-@example("\r\n\t\x0b\x0c\x1f\x7f\x85\u2028\u2029")
-@example("<s></s><unk><0x41>")
-@example("\ufffd\ufeff\u200b\uffff")
-@example("e\u0301 é ﬁ Ⅳ 👩‍👩‍👧 \U0010ffff")
-@given(texts)
-def test_decoding_undoes_encoding(text):
-  assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
-
-
-@settings(deadline=None, max_examples=60)
-@example(["no mark", "▁ one", "a▁b▁▁"])
-@given(st.lists(texts, max_size=8))
-def test_a_batch_is_encoded_as_its_texts_are(batch):
-  assert TOKENIZER.encode_batch(batch) == [TOKENIZER.encode(text) for text in batch]
-
-
-@settings(deadline=None, max_examples=60)
-@given(texts)
-def test_text_never_becomes_a_special_token(text):
-  ids = TOKENIZER.encode(text)
-  assert not {TOKENIZER.bos_id, TOKENIZER.eos_id, 0} & set(ids)
-  assert all(0 <= i < TOKENIZER.vocab_size for i in ids)
+TOKENIZER = TRAINED["sentencepiece"]
 
 
 def test_a_model_of_others_is_left_its_own_way_with_the_space_mark():
@@ -65,34 +19,10 @@ def test_a_model_of_others_is_left_its_own_way_with_the_space_mark():
   assert TOKENIZER.encode("a▁b") != TOKENIZER.encode("a b")
 
 
-def test_special_tokens_vanish_in_decoding():
-  ids = [TOKENIZER.bos_id, *TOKENIZER.encode("the fox"), TOKENIZER.eos_id]
-  assert TOKENIZER.decode(ids) == "the fox"
-
-
 def test_half_a_character_decodes_to_the_replacement_character():
   ids = TOKENIZER.encode("☃")  # not in the training text: three byte tokens
   assert len(ids) == 3
   assert "\ufffd" in TOKENIZER.decode(ids[:2])
-
-
-def test_training_makes_the_asked_for_vocabulary_and_learns_words():
-  assert TOKENIZER.vocab_size == 320
-  # 320 - 259 tokens are pieces, enough for words of this text to cost less than their letters.
-  assert len(TOKENIZER.encode("the quick brown fox")) < len("the quick brown fox") - 4
-
-
-def test_training_is_repeatable():
-  assert SentencePiece.train(TEXTS, 320).to_bytes() == TOKENIZER.to_bytes()
-
-
-def test_a_state_makes_the_same_tokenizer():
-  state = to_state(TOKENIZER)
-  again = from_state(state)
-  assert again.to_bytes() == TOKENIZER.to_bytes()
-  assert again.encode("the wörld") == TOKENIZER.encode("the wörld")
-  assert fingerprint(again) == state["fingerprint"] == fingerprint(TOKENIZER)
-  assert fingerprint(SentencePiece.train(TEXTS, 321)) != state["fingerprint"]
 
 
 def test_a_file_is_read_as_it_is(tmp_path):
@@ -124,18 +54,6 @@ def test_an_unknown_kind_is_a_user_error_that_names_the_nearest():
     train_tokenizer(TokenizerConfig(kind="sentencepeace"), TEXTS)
   with pytest.raises(UserError, match=r"'wordy'"):
     from_state({"kind": "wordy", "model": ""})
-
-
-def test_too_large_a_vocabulary_is_a_user_error_that_names_the_largest_possible():
-  with pytest.raises(UserError, match=r"vocab_size 100000 is more .* at most (\d+)") as caught:
-    train_tokenizer(TokenizerConfig(vocab_size=100_000), TEXTS)
-  most = int(str(caught.value).rsplit(" ", 1)[-1])
-  assert train_tokenizer(TokenizerConfig(vocab_size=most), TEXTS).vocab_size == most
-
-
-def test_too_small_a_vocabulary_is_a_user_error_that_names_what_is_needed():
-  with pytest.raises(UserError, match=r"vocab_size 100 is too small.* need \d+"):
-    train_tokenizer(TokenizerConfig(vocab_size=100), TEXTS)
 
 
 def test_no_text_to_train_on_is_a_user_error():
