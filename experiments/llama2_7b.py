@@ -5,8 +5,8 @@
 
 `plan` and `check` need no file. A run wants `tokenizer.model` of
 huggingface.co/meta-llama/Llama-2-7b where `tokenizer.path` says. Rates and tokens are those of
-Touvron et al. 2023, arXiv:2307.09288, sec. 2.2; rows and batch are what docs/plan.md compares with,
-where theirs were 1,024 × 4,096.
+Touvron et al. 2023, arXiv:2307.09288, sec. 2.2; rows and batch are those of the comparison in
+docs/plan-accuracy.md, where theirs were 1,024 × 4,096.
 
 The compiler's estimate: 14.5 of 16 GiB, 2.56 s a step of which 0.19 wait for links, 67 % MFU, 104
 dollars a billion tokens at the list price. With remat full, chunks of 128 and fast memory as by

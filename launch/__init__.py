@@ -1,1 +1,1 @@
-"""What puts a run on machines, one file a kind of machine."""
+"""Starts runs on machines, one file for each kind of machine."""

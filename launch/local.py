@@ -1,7 +1,4 @@
-"""`launch --on=local:N`: N processes of `llmjax train` on this machine, as on N machines.
-
-Each has forced CPU devices of its own, so a laptop runs what a cluster will run.
-"""
+"""`launch --on=local:N`: runs `llmjax train` in N processes with CPU devices on this machine."""
 
 import json
 import os
@@ -25,15 +22,15 @@ def launch(
   Args:
     config: Python file of the experiment.
     workdir: folder of the run.
-    processes: how many.
-    devices: CPU devices of each.
+    processes: number of processes.
+    devices: number of CPU devices per process.
     overrides: `--config.a.b=v` arguments.
   Returns:
-    What the run's `result.json` holds.
+    The content of the run's `result.json`.
   Raises:
     UserError: the input was wrong.
     RunFailed: a process died; the message says which one and how.
-    KeyboardInterrupt: SIGINT or SIGTERM came; the processes saved a checkpoint and stopped.
+    KeyboardInterrupt: SIGINT or SIGTERM; the processes saved a checkpoint and stopped.
   """
   if processes < 1 or devices < 1:
     raise UserError(f"{processes} processes with {devices} devices each; both are at least 1")
@@ -51,7 +48,7 @@ def launch(
 
 
 def _environments(processes: int, devices: int) -> list[dict[str, str]]:
-  """The variables that make each process one of several, with CPU devices of its own."""
+  """The environment of each process: how to join the others, and its CPU devices."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -60,7 +57,7 @@ def _environments(processes: int, devices: int) -> list[dict[str, str]]:
   shared = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "JAX_COORDINATOR_BIND_ADDRESS": address,  # else it listens to other machines
+    "JAX_COORDINATOR_BIND_ADDRESS": address,  # by default it would listen to other machines
     "XLA_FLAGS": f"{flags} {count}={devices}".strip(),
     join.COORDINATOR: address,
     join.PROCESSES: str(processes),

@@ -1,7 +1,7 @@
 """Watches the processes of a run on one machine until all have ended.
 
-Process 0's output is shown; that of the others is kept, and shown when they fail. A process that
-dies takes the others with it: they cannot go on alone, and the last checkpoint is on disk.
+The output of process 0 is shown; that of the others is kept and shown if they fail. When a process
+dies the others are ended too: they cannot continue alone, and the last checkpoint is on disk.
 """
 
 import math
@@ -16,26 +16,26 @@ from collections import deque
 from llmjax.core.errors import RunFailed, UserError
 from llmjax.parallel.join import HEARTBEAT_S, lost
 
-STOP_S = 30  # all processes have ended so long after one died
-GRACE_S = 5  # of these, until those are killed that did not stop when they were asked to
-# Said once, at the end: by the process, or in the launcher's own words.
+STOP_S = 30  # within which all processes have ended after one died
+GRACE_S = 5  # after which processes that did not stop on SIGTERM are killed
+# Lines that are not shown at once but used for the launcher's last line.
 _HELD = ("llmjax: error: ", "llmjax: stopped ", "llmjax: process ", "llmjax: failed: ")
-_NOISE = "[Gloo] "  # on standard output, of every connection
+_NOISE = "[Gloo] "  # printed on standard output for every connection
 
 
 class Watched:
-  """Processes of one run, started together: what they say, and how they end, in order.
+  """The processes of one run, started together: their output, and the order in which they end.
 
   Args:
-    command: what each of them runs.
-    environments: the variables of each.
+    command: command line of every process.
+    environments: environment variables of each process.
   """
 
   def __init__(self, command: list[str], environments: list[dict[str, str]]):
     self._ended, self._queue, self._asked = [], queue.Queue(), 0
     self._tails = [deque(maxlen=200) for _ in environments]
     pipe = subprocess.PIPE
-    self._processes = [  # in sessions of their own, so that Ctrl-C reaches them through here alone
+    self._processes = [  # each in its own session, so that only this process receives Ctrl-C
       subprocess.Popen(
         command, env=env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True,
         errors="replace", start_new_session=True,
@@ -67,17 +67,17 @@ class Watched:
         print(line, end="", file=to, flush=True)
 
   def signal(self, number: int):
-    """Sends a signal to every process that still runs."""
+    """Sends a signal to every process that is still running."""
     for process in self._processes:
       process.send_signal(number)
 
   def stop(self, *_):
-    """Has all processes save a checkpoint and stop; the second time, kills them."""
+    """Makes all processes save a checkpoint and stop; a second call kills them."""
     self._asked += 1
     self.signal(signal.SIGTERM if self._asked == 1 else signal.SIGKILL)
 
   def watch(self):
-    """Waits until all have ended; after one failed, no longer than the grace."""
+    """Waits until all processes have ended, at most `GRACE_S` after one failed."""
     left, deadline_s = len(self._processes), math.inf
     while left:
       try:
@@ -86,13 +86,13 @@ class Watched:
         status = 0
       if status and deadline_s == math.inf:
         deadline_s = time.monotonic() + GRACE_S
-        if status != 2:  # wrong input they find out by themselves
+        if status != 2:  # with wrong input, all of them end by themselves
           self.signal(signal.SIGTERM)
       if time.monotonic() > deadline_s:
         self.signal(signal.SIGKILL)
 
   def verdict(self):
-    """Returns if all processes ended well.
+    """Returns if all processes succeeded.
 
     Raises:
       UserError: a process found the input wrong.
@@ -113,13 +113,13 @@ class Watched:
       stopped = "".join(stops[:1]).removeprefix("llmjax: ").partition(";")[0]
       raise KeyboardInterrupt(stopped or "interrupted")
     number, status = failed[0]
-    if status != -signal.SIGKILL:  # of process 0 all but the held lines has been shown
+    if status != -signal.SIGKILL:  # process 0's other lines have been shown
       tail = self._tails[number]
       sys.stderr.writelines(line for line in tail if number or line.startswith(_HELD))
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
     if silent := lost("".join(self._tails[number])):
-      number, how = int(silent), f"was not heard of for {HEARTBEAT_S} s"
+      number, how = int(silent), f"sent no heartbeat for {HEARTBEAT_S} s"
     raise RunFailed(
       f"process {number} of {len(self._processes)} (pid {self._processes[number].pid}) {how} and "
-      "the others were stopped; the same command goes on from the last checkpoint"
+      "the others were stopped; rerun the same command to resume from the last checkpoint"
     )

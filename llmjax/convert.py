@@ -1,7 +1,4 @@
-"""`convert`: any model that `load` reads, written as a Hugging Face folder or as a checkpoint.
-
-The folder appears whole or not at all: it is written beside its place and renamed.
-"""
+"""`convert`: any model that `load` reads, written as a Hugging Face folder or a checkpoint."""
 
 import os
 import shutil
@@ -9,7 +6,8 @@ from pathlib import Path
 
 import jax
 
-from llmjax.core.errors import UserError, nearest
+from llmjax.core.choices import check_choice
+from llmjax.core.errors import UserError
 from llmjax.core.files import check_place
 from llmjax.formats.hf import folder as hf
 from llmjax.models.model import Model
@@ -28,30 +26,30 @@ def convert(
   dtype: str = "float32",
   family: str = "",
 ) -> dict:
-  """Writes a model in another format, its tokenizer and chat template along with it.
+  """Writes a model in another format, with its tokenizer and chat template.
+
+  The target is written under a temporary name and renamed, so it is complete or absent.
 
   Args:
-    source: whatever `load` reads: a workdir, a checkpoint, a Hugging Face folder, a GGUF file.
+    source: anything `load` reads: a workdir, a checkpoint, a Hugging Face folder, a GGUF file.
     target: folder to write; must be empty or not exist.
-    format: huggingface (config.json, safetensors, tokenizer files), or checkpoint (what training
-      writes, without optimizer).
+    format: huggingface (config.json, safetensors, tokenizer files), or checkpoint (as in training,
+      without an optimizer).
     dtype: of the tensors of a Hugging Face folder: float32, bfloat16 or float16.
     family: `model_type` of a Hugging Face folder; empty takes the first that fits.
   Returns:
     `family` (`llmjax` for a checkpoint), `parameters`, `bytes` on disk and `path`.
   Raises:
-    UserError: nothing to read, a target that is not empty, or a model that the format cannot hold.
+    UserError: nothing to read, a target that is not empty, or a model the format cannot represent.
   """
-  if format not in FORMATS:
-    raise UserError(f"format {format!r} is unknown; {nearest(format, FORMATS)}")
+  check_choice("format", format, FORMATS)
   if format == "checkpoint" and (dtype != "float32" or family):
-    raise UserError("a checkpoint is float32 and of no family: leave out --dtype and --family")
-  if dtype not in hf.DTYPES:
-    raise UserError(f"dtype {dtype!r} is unknown; {nearest(dtype, hf.DTYPES)}")
+    raise UserError("a checkpoint is float32 and has no family: leave out --dtype and --family")
+  check_choice("dtype", dtype, hf.DTYPES)
   check_place("target", target)
   target = Path(target).expanduser().absolute()
   if target.exists() and any(target.iterdir()):
-    raise UserError(f"{str(target)!r} is there already and not empty; convert writes a new folder")
+    raise UserError(f"{str(target)!r} exists and is not empty; convert writes a new folder")
   model = load(source)
   partial = target.with_name(f".{target.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
@@ -71,7 +69,6 @@ def convert(
 
 
 def _write(model: Model, folder: Path, format: str, dtype: str, family: str) -> str:
-  """Writes a model; returns its family."""
   folder.parent.mkdir(parents=True, exist_ok=True)
   if format == "checkpoint":
     save_model(model, folder)

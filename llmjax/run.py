@@ -1,4 +1,4 @@
-"""The public functions, one a verb; each composes the floors below and returns plain values."""
+"""The public functions `train`, `load` and `evaluate`; each returns plain values."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from llmjax.models.build import count_parameters
 from llmjax.models.model import Model
 from llmjax.models.upcycle import init_from
 from llmjax.parallel import multihost
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
 from llmjax.parallel.rules import weight_shardings
 from llmjax.serve.generate import generate
 from llmjax.serve.prompt import encode_prompts
@@ -45,42 +45,41 @@ EVAL_KEYS = ("data.sources", "data.cache", "eval.batch_size", "eval.stride")
 
 
 def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
-  """Runs an experiment: tokenizer, data, training, held-out evaluation, samples.
+  """Runs or resumes an experiment: tokenizer, data, training, held-out evaluation, samples.
 
-  Goes on from whatever the workdir holds. Writes into it `data/`, `checkpoints/` (each with config
-  and tokenizer), `metrics.jsonl`, `tensorboard/`, `loss.png`, `samples.txt` and `result.json`.
+  Writes `data/`, `checkpoints/` (each with config and tokenizer), `metrics.jsonl`, `tensorboard/`,
+  `loss.png`, `samples.txt` and `result.json` into the workdir.
 
   Args:
     config: the experiment, frozen or as `get_config()` returns it.
-    workdir: folder of the run, made if it is missing.
+    workdir: folder of the run, created if it is missing.
   Returns:
-    What `result.json` holds: `nats_per_token`, `bits_per_byte` (of language models),
-    `gzip_bits_per_byte`, `xz_bits_per_byte`, `train_seconds`, what they went on
-    (see `train.metrics.rates`), `steps`, `parameters`, `tokenizer` (see `text.report`) and more.
+    The content of `result.json`: `nats_per_token`, `bits_per_byte` (language models only),
+    `gzip_bits_per_byte`, `xz_bits_per_byte`, `train_seconds` and where that time went
+    (`training.metrics.rates`), `steps`, `parameters`, `tokenizer` (`text.report`) and more.
   Raises:
-    UserError: an ordinary mistake, or another run in the workdir; nothing there is lost.
-    Interrupted: stopped by the user; a checkpoint was saved.
-    RunFailed: something in it is not finite, or a file could not be written.
+    UserError: an ordinary mistake, or another run in the workdir, which loses nothing.
+    Interrupted: stopped by the user, after a checkpoint was saved.
+    RunFailed: the loss or a gradient is not finite, or a file could not be written.
   """
   workdir = Path(workdir)
   if isinstance(config, ConfigDict):
     config = configs.freeze(config.to_dict(), Config)
-  check_places(config, workdir)
+  _check_paths(config, workdir)
   with files.told_if_full(), contextlib.ExitStack() as held:
     multihost.from_writer(lambda: held.enter_context(locked(workdir)))
     return _train(config, workdir)
 
 
 def _train(config: Config, workdir: Path) -> dict:
-  """`train`, in a workdir that no other run writes into."""
   began_s = time.perf_counter()
   mesh = make_mesh(config.mesh)
   meta = multihost.from_writer(lambda: newest_meta(workdir))
-  config = ready(config, workdir, mesh, meta)
+  config = _check_run(config, workdir, mesh, meta)
   if config.optim.warmup >= config.train.steps:
     multihost.say(
       f"llmjax: warning: optim.warmup {config.optim.warmup} is not below train.steps "
-      f"{config.train.steps}: the learning rate grows until the end and never decays"
+      f"{config.train.steps}: the learning rate rises until the end and never decays"
     )
   multihost.say(f"reading text: {config.data.sources}")
   documents, held_out = read_split(config.data)
@@ -95,13 +94,13 @@ def _train(config: Config, workdir: Path) -> dict:
   windows = task.windows(config.model.max_seq_len)
   if windows > 1:
     multihost.say(
-      f"llmjax: note: {len(task.marks)} sentinels do not suffice for a whole row, whose spans are "
-      f"hidden in {windows} windows that do not see each other"
+      f"llmjax: note: {len(task.marks)} sentinels are too few for {config.model.max_seq_len} "
+      f"positions, so that each row is corrupted in {windows} separate windows"
     )
-  writes = config.model.kind == "decoder"
-  if writes:  # fail now, not at the end
+  samples = config.model.kind == "decoder"
+  if samples:  # an error here is better than one at the end
     encode_prompts(config.model, tokenizer, config.sample.prompts)
-  _sampling(config)  # the same
+  _sampling(config)
   multihost.say(
     f"{count_parameters(config.model):,} parameters, {len(store):,} documents, "
     f"{int(store.lengths.sum()):,} tokens of {store.size_bytes / store.lengths.sum():.2f} bytes; "
@@ -111,13 +110,13 @@ def _train(config: Config, workdir: Path) -> dict:
   def evaluate(model):
     return evaluate_loss(model, held_store, mesh, task, config.eval.batch_size, config.eval.stride)
 
-  begin = functools.partial(_begin, config)
   fitted = fit(
-    config, workdir, tokenizer, store, mesh, evaluate, begin, lambda i: documents[i].path
+    config, workdir, tokenizer, store, mesh, evaluate, functools.partial(_initial, config),
+    lambda i: documents[i].path,
   )
   multihost.say("evaluating on held-out text")
   scores = evaluate(fitted.model)
-  if writes:
+  if samples:
     fitted = dataclasses.replace(fitted, model=multihost.to_writer(fitted.model))
 
   def finish():
@@ -126,30 +125,33 @@ def _train(config: Config, workdir: Path) -> dict:
   return multihost.from_writer(finish)
 
 
-def check_places(config: Config, workdir: str | Path):
-  """Refuses folders that a run could not write to, and weights to begin from that are not there."""
+def check_start(config: Config, workdir: str | Path, devices: int):
+  """Checks whether a run could start or resume, before anything is read or started.
+
+  Args:
+    config: the experiment.
+    workdir: folder of the run.
+    devices: number of devices, which need not be present.
+  Raises:
+    UserError: what is wrong, in one sentence.
+  """
+  _check_paths(config, workdir)
+  mesh = abstract_mesh(config.mesh, devices)
+  _check_run(config, workdir, mesh, newest_meta(Path(workdir)))
+
+
+def _check_paths(config: Config, workdir: str | Path):
   files.check_place("workdir", workdir)
   if config.data.cache:
     files.check_place("data.cache", config.data.cache)
   if config.init.checkpoint and not Path(config.init.checkpoint).expanduser().exists():
     raise UserError(f"init.checkpoint {config.init.checkpoint!r} does not exist")
   if config.train.executable:
-    files.check_file("train.executable", config.train.executable)
+    files.check_exists("train.executable", config.train.executable)
 
 
-def ready(config: Config, workdir: str | Path, mesh, meta: dict | None) -> Config:
-  """Refuses a run that could not begin, or not go on, before anything is read or started.
-
-  Args:
-    config: the experiment.
-    workdir: folder of the run.
-    mesh: the run's; its devices need not be at hand.
-    meta: of the newest checkpoint in the workdir; None without one.
-  Returns:
-    The config with `model.vocab_size` filled in.
-  Raises:
-    UserError: what is wrong, in one sentence.
-  """
+def _check_run(config: Config, workdir: str | Path, mesh, meta: dict | None) -> Config:
+  """Checks a config against the newest checkpoint and the mesh; fills in `vocab_size`."""
   if meta:
     _check_workdir(config, meta, Path(workdir))
     size = meta["config"]["model"]["vocab_size"]
@@ -157,17 +159,41 @@ def ready(config: Config, workdir: str | Path, mesh, meta: dict | None) -> Confi
   return check_run(config, mesh)
 
 
-def _begin(config: Config, fresh):
-  """The run's first weights: those of `init.checkpoint`, fitted to the model, or fresh ones."""
-  where = config.init.checkpoint
-  if not where:
+def _check_workdir(config: Config, meta: dict, workdir: Path):
+  """Refuses a workdir whose checkpoints have another config, naming the differences."""
+  there = configs.flat(configs.freeze(meta["config"], Config))
+  here = configs.flat(config)
+  here["model.vocab_size"] = here["model.vocab_size"] or there["model.vocab_size"]
+  differing = [key for key, value in binding(here).items() if value != there[key]]
+  if differing == ["train.steps"]:
+    multihost.say(f"train.steps was {there['train.steps']} and is now {here['train.steps']}")
+  elif differing:
+    shown = ", ".join(f"{key} ({there[key]!r} there, {here[key]!r} here)" for key in differing[:4])
+    more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+    raise UserError(
+      f"{workdir} holds a run of another config: {shown}{more}; use another --workdir"
+    )
+
+
+def _initial(config: Config, fresh):
+  """The run's initial weights: those of `init.checkpoint`, adapted to the model, or fresh ones."""
+  path = config.init.checkpoint
+  if not path:
     return fresh
-  multihost.say(f"weights of {where}")
-  return init_from(load(where), config.model, fresh, config.init.drop, config.seed)
+  multihost.say(f"weights of {path}")
+  return init_from(load(path), config.model, fresh, config.init.drop, config.seed)
+
+
+def _tokenizer(config: Config, documents):
+  if config.tokenizer.path:
+    multihost.say(f"reading the tokenizer {config.tokenizer.path}")
+  else:
+    multihost.say(f"training a {config.tokenizer.kind} tokenizer")
+  return make_tokenizer(config.tokenizer, documents)
 
 
 def _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s) -> dict:
-  """Writes what a finished run leaves: picture, samples, result."""
+  """Writes the plots, the samples and the result of a finished run."""
   result = {
     **scores,
     **compressor_bits_per_byte(held_out),
@@ -191,10 +217,10 @@ def _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s) -> di
 
 
 def load(path: str | Path) -> Model:
-  """Loads a model: a workdir, a checkpoint folder, a Hugging Face folder or a GGUF file.
+  """Loads a model from a workdir, a checkpoint folder, a Hugging Face folder or a GGUF file.
 
   Raises:
-    UserError: nothing there, or nothing that can be read.
+    UserError: there is nothing, or nothing that can be read.
   """
   if gguf.is_file(path):
     return gguf.load_file(path)
@@ -204,18 +230,17 @@ def load(path: str | Path) -> Model:
     return hf.load_folder(path)
   model = load_model(path)[0]
   if model.tokenizer is None and model.config.kind != "vision":
-    multihost.say("llmjax: note: the model has no tokenizer: the checkpoint holds none")
+    multihost.say("llmjax: note: the checkpoint holds no tokenizer, so the model has none")
   return model
 
 
 def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
-  """Measures a checkpoint's loss on text.
+  """Measures the loss of a checkpoint on text.
 
   Args:
     checkpoint: workdir or checkpoint folder.
-    overrides: `--config.a.b=v` arguments on the config kept in the checkpoint, of the keys in
-      `EVAL_KEYS`. With `data.sources` among them all of that text is scored; without, the run's
-      own held-out part.
+    overrides: `--config.a.b=v` arguments for the checkpoint's config, with keys of `EVAL_KEYS`. If
+      `data.sources` is one of them, all of that text is scored, else the run's held-out text.
   Returns:
     `nats_per_token`, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and the bits per byte of
     gzip and xz on the same bytes.
@@ -224,8 +249,8 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
   """
   if gguf.is_file(checkpoint) or hf.is_folder(checkpoint):
     raise UserError(
-      f"{str(checkpoint)!r} is no checkpoint; eval takes what "
-      f"llmjax convert --from={checkpoint} --to=DIR --format=checkpoint makes of it"
+      f"{str(checkpoint)!r} is not a checkpoint; eval reads what "
+      f"llmjax convert --from={checkpoint} --to=DIR --format=checkpoint writes"
     )
   model, meta = load_model(checkpoint)
   if model.tokenizer is None:
@@ -242,8 +267,8 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
     trained, documents = read_split(config.data)
     if store_key(trained, model.tokenizer) != meta["data_key"]:
       multihost.say(
-        f"llmjax: warning: the text of {config.data.sources!r} is not what this run was trained "
-        "on; what is scored here may have been among it"
+        f"llmjax: warning: the text of {config.data.sources!r} has changed since this run was "
+        "trained, so text scored here may have been trained on"
       )
   mesh = make_mesh(MeshConfig())
   decoder = jax.device_put(model.parameters, weight_shardings(mesh, model.parameters))
@@ -254,7 +279,7 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
 
 
 def _levels(result: dict) -> dict[str, float]:
-  """The held-out scores as nats a token, so that one picture shows model and compressors."""
+  """The held-out scores in nats per token, so that one plot shows model and compressors."""
   if "bits_per_byte" not in result:
     return {}
   nats = math.log(2) * result["bytes"] / result["tokens"]
@@ -266,7 +291,7 @@ def _levels(result: dict) -> dict[str, float]:
 
 
 def _last_fifth(workdir: Path, name: str) -> float:
-  """Mean of a metric over the last fifth of a run's reported steps."""
+  """Averages a metric over the last fifth of the reported steps."""
   values = [line[name] for line in read_metrics(workdir) if name in line]
   return round(statistics.fmean(values[-max(1, len(values) // 5) :]), 4)
 
@@ -278,43 +303,15 @@ def _workdir(checkpoint) -> Path:
   return path
 
 
-def _check_workdir(config: Config, meta: dict, workdir: Path):
-  """Refuses a workdir whose checkpoints are of another config, naming what differs."""
-  there = configs.flat(configs.freeze(meta["config"], Config))
-  here = configs.flat(config)
-  here["model.vocab_size"] = here["model.vocab_size"] or there["model.vocab_size"]
-  differing = [key for key, value in binding(here).items() if value != there[key]]
-  if differing == ["train.steps"]:
-    multihost.say(f"train.steps was {there['train.steps']} and is now {here['train.steps']}")
-  elif differing:
-    shown = ", ".join(f"{key} ({there[key]!r} there, {here[key]!r} here)" for key in differing[:4])
-    more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-    raise UserError(
-      f"{workdir} holds a run of another config: {shown}{more}; use another --workdir"
-    )
-
-
-def _tokenizer(config: Config, documents):
-  if config.tokenizer.path:
-    multihost.say(f"reading the tokenizer {config.tokenizer.path}")
-  else:
-    multihost.say(f"training a {config.tokenizer.kind} tokenizer")
-  return make_tokenizer(config.tokenizer, documents)
-
-
 def _sampling(config: Config) -> Sampling:
-  wanted = config.sample
-  return Sampling(
-    temperature=wanted.temperature,
-    top_p=wanted.top_p,
-    max_tokens=wanted.max_tokens,
-    seed=config.seed,
-  )
+  options = dataclasses.asdict(config.sample)
+  del options["prompts"]
+  return Sampling(**options, seed=config.seed)
 
 
 def _write_samples(model: Model, prompts, sampling: Sampling, workdir: Path):
   texts = [
-    f"--- prompt: {prompt!r}\n{prompt}{made.text}\n"
-    for prompt, made in zip(prompts, generate(model, prompts, sampling), strict=True)
+    f"--- prompt: {prompt!r}\n{prompt}{completion.text}\n"
+    for prompt, completion in zip(prompts, generate(model, prompts, sampling), strict=True)
   ]
   files.replace(workdir / "samples.txt", "\n".join(texts))

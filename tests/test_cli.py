@@ -111,7 +111,7 @@ def test_eval_prints_its_scores(setup, capsys):
       "--config.model.attention.context_parallel=gather",
       "context_parallel=gather changes nothing on a mesh of con",
     ),
-    ("--config.mesh.across=stage", "mesh.across=stage changes nothing: all devices are of one"),
+    ("--config.mesh.across=stage", "mesh.across=stage changes nothing: all devices are in one"),
     ("--config.train.zero_stage=2", "train.zero_stage=2 changes nothing on a mesh of fsdp 1"),
     (
       "--config.train.grad_reduce_dtype=bfloat16",

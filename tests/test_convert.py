@@ -182,7 +182,7 @@ def test_an_empty_folder_is_filled_and_a_broken_attempt_leaves_nothing(
 
 def test_eval_and_load_say_what_a_path_is(checkpoint, tmp_path):
   llmjax.convert(checkpoint, tmp_path / "hf")
-  with pytest.raises(UserError, match="is no checkpoint; eval takes what llmjax convert --from"):
+  with pytest.raises(UserError, match="is not a checkpoint; eval reads what llmjax convert --from"):
     llmjax.evaluate(tmp_path / "hf")
   (tmp_path / "a.txt").write_text("text")
   with pytest.raises(UserError, match=r"a\.txt' is a file, but not a GGUF file"):

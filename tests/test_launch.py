@@ -199,7 +199,7 @@ def test_a_stop_is_agreed_on_and_fewer_or_more_processes_go_on(config, alone, tm
   err = launcher.communicate(timeout=120)[1]
   assert launcher.returncode == 1 and "Traceback" not in err
   line = err.splitlines()[-1]
-  assert line.startswith("llmjax: stopped after step") and line.endswith("goes on")
+  assert line.startswith("llmjax: stopped after step") and line.endswith("resume")
   step = int(line.split("step ")[1].split()[0])
   assert (workdir / "checkpoints" / str(step)).is_dir()
   status, _, err = run("launch", config, workdir, "--on=local:2")
@@ -250,8 +250,8 @@ def test_config_and_workdir_are_wanted(config, capsys):
 @pytest.mark.parametrize(
   ("variables", "message"),
   [
-    (("127.0.0.1:1", "0", ""), "wanted are host:port and two numbers"),
-    (("", "0", "2"), "wanted are host:port and two numbers"),
+    (("127.0.0.1:1", "0", ""), "expected are host:port and two numbers"),
+    (("", "0", "2"), "expected are host:port and two numbers"),
     (("127.0.0.1:1", "x", "2"), "LLMJAX_PROCESS=x"),
     (("127.0.0.1:1", "2", "2"), "LLMJAX_PROCESS=2 is not below LLMJAX_PROCESSES=2"),
   ],

@@ -121,7 +121,7 @@ def test_eval_says_when_the_text_is_no_longer_that_of_the_run(text, tmp_path, ca
   assert "warning" not in capsys.readouterr().err
   (tmp_path / "text/00.txt").write_text("ka lo mi ne ru " * 60)
   llmjax.evaluate(tmp_path / "run")
-  assert "is not what this run was trained on" in capsys.readouterr().err
+  assert "has changed since this run was trained" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_resumes_bit_for_bit(finished, text, tmp_path, monkeypatch):

@@ -1,8 +1,7 @@
 """Strict configs: a Python file returns an ml_collections tree, the run gets frozen dataclasses.
 
-Dataclasses hold the keys, their types and defaults; `get_config()` in a file under `experiments/`
-starts from `defaults(Config)` and changes values; `--config.section.key=value` changes them again.
-A key nobody declared is an error that names its nearest neighbour.
+The dataclasses declare keys, types and defaults; `get_config()` in a file changes values, and
+`--config.section.key=value` changes them again. Unknown keys are errors that name the nearest one.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from llmjax.core.choices import check_finite
 from llmjax.core.errors import UserError, nearest
-from llmjax.core.files import check_file
+from llmjax.core.files import check_exists
 
 # Keys that were renamed: old name → new name.
 RENAMED = {
@@ -36,19 +35,19 @@ RENAMED = {
 
 
 def unknown_key(key: str, known) -> UserError:
-  """The error of a key that nobody declared: its new name, or what is nearest."""
+  """Returns the error for an unknown key, with its new name or the nearest known one."""
   if key in RENAMED:
     return UserError(f"config key {key!r} is now called {RENAMED[key]!r}")
   return UserError(f"unknown config key {key!r}; {nearest(key, known)}")
 
 
 def defaults(schema: type) -> ConfigDict:
-  """Makes a locked, editable config tree holding a dataclass's defaults."""
+  """Returns a locked, editable config tree with the defaults of a dataclass."""
   return editable(schema())
 
 
 def editable(config) -> ConfigDict:
-  """Makes a locked, editable config tree, or a section of one, of a frozen config."""
+  """Returns a locked, editable config tree of a frozen config, or of one section of it."""
   return ConfigDict(dataclasses.asdict(config)).lock()
 
 
@@ -62,14 +61,14 @@ def load(path: str, overrides: Sequence[str], schema: type):
   Returns:
     A frozen instance of `schema`.
   Raises:
-    UserError: no such file, an error inside it, an unknown key, a value of the wrong type.
+    UserError: no such file, an error in it, an unknown key, a value of the wrong type.
   """
-  check_file("config file", path)
+  check_exists("config file", path)
   return _apply(_run_file(path, schema), overrides, schema)
 
 
 def override(config, overrides: Sequence[str]):
-  """Applies `--config.a.b=v` arguments to a frozen config; returns another one.
+  """Returns a frozen config with `--config.a.b=v` arguments applied.
 
   Raises:
     UserError: an unknown key or a value of the wrong type.
@@ -78,7 +77,13 @@ def override(config, overrides: Sequence[str]):
 
 
 def _apply(tree: ConfigDict, overrides: Sequence[str], schema: type):
-  _check_keys(overrides, schema)
+  known = flat(schema())
+  for argument in overrides:
+    key, found, _ = argument.removeprefix("--config.").partition("=")
+    if key not in known:
+      raise unknown_key(key, known)
+    if not found:
+      raise UserError(f"config key {key!r} has no value; write --config.{key}=VALUE")
   values = flags.FlagValues()
   argv = ["llmjax", *overrides]
   config_flags.DEFINE_config_dict("config", tree, flag_values=values, sys_argv=argv)
@@ -90,66 +95,59 @@ def _apply(tree: ConfigDict, overrides: Sequence[str], schema: type):
 
 
 def _run_file(path: str, schema: type) -> ConfigDict:
-  """Runs a config file; a mistake in it is told with its line."""
+  """Runs a config file; an error in it is reported with its line."""
   try:
-    made = runpy.run_path(path)
-    if "get_config" not in made:
+    names = runpy.run_path(path)
+    if "get_config" not in names:
       raise UserError(f"{path}: no get_config() in it")
-    tree = made["get_config"]()
+    tree = names["get_config"]()
   except UserError:
     raise
   except SyntaxError as error:
     raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
   except Exception as error:
-    missing = re.search('Key "([^"]+)" does not exist', str(error))
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-    place = f"{path}:{lines[-1]}" if lines else path
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    text = " ".join(str(text).split())
-    if missing:
-      new = [new for old, new in RENAMED.items() if old.endswith(f".{missing[1]}")]
-      keys = {key.rpartition(".")[2] for key in flat(schema())}
-      hint = f"it is now called {' or '.join(new)}" if new else nearest(missing[1], keys)
-      raise UserError(f"{place}: no config key {missing[1]!r} there; {hint}") from error
-    raise UserError(f"{place}: {type(error).__name__}: {text}") from error
+    where = f"{path}:{lines[-1]}" if lines else path
+    raise UserError(f"{where}: {_reason(error, schema)}") from error
   if not isinstance(tree, ConfigDict):
     raise UserError(f"{path}: get_config() must return an ml_collections.ConfigDict")
   return tree
 
 
-def _check_keys(overrides: Sequence[str], schema: type):
-  known = flat(schema())
-  for argument in overrides:
-    key, found, _ = argument.removeprefix("--config.").partition("=")
-    if key not in known:
-      raise unknown_key(key, known)
-    if not found:
-      raise UserError(f"config key {key!r} has no value; write --config.{key}=VALUE")
+def _reason(error: Exception, schema: type) -> str:
+  """Describes an error in a config file; of an unknown key, its new name or the nearest one."""
+  if missing := re.search('Key "([^"]+)" does not exist', str(error)):
+    new = [new for old, new in RENAMED.items() if old.endswith(f".{missing[1]}")]
+    keys = {key.rpartition(".")[2] for key in flat(schema())}
+    hint = f"it is now called {' or '.join(new)}" if new else nearest(missing[1], keys)
+    return f"no config key {missing[1]!r} there; {hint}"
+  text = error.args[0] if isinstance(error, KeyError) and error.args else error
+  return f"{type(error).__name__}: {' '.join(str(text).split())}"
 
 
 def freeze(values: dict, schema: type, prefix: str = ""):
   """Turns nested dicts into a frozen dataclass, strictly.
 
   Args:
-    values: one entry for every field of `schema`, or fewer: the rest take their defaults.
-    schema: frozen dataclass, fields of type int, float, bool, str, tuple or another dataclass.
-    prefix: where in the whole config this section stands, for messages.
+    values: an entry for every field of `schema`, or fewer: the rest take their defaults.
+    schema: frozen dataclass with fields of type int, float, bool, str, tuple or another dataclass.
+    prefix: path of this section in the whole config, for messages.
   Returns:
-    An instance of `schema`; its own `__post_init__` checks what one section can check.
+    An instance of `schema`, which its `__post_init__` has checked.
   Raises:
     UserError: an unknown key or a value of the wrong type.
   """
   hints = typing.get_type_hints(schema)
-  made = {}
+  fields = {}
   for name, value in values.items():
     if name not in hints:
       raise unknown_key(prefix + name, [prefix + hint for hint in hints])
-    made[name] = coerce(value, hints[name], prefix + name)
-  return schema(**made)
+    fields[name] = coerce(value, hints[name], prefix + name)
+  return schema(**fields)
 
 
 def coerce(value, kind: type, key: str):
-  """Gives a key's value its type: an int may be a float, a list a tuple; another is a UserError."""
+  """Returns a value in its key's type: int becomes float, list tuple; others are a `UserError`."""
   if dataclasses.is_dataclass(kind):
     if not isinstance(value, dict):
       raise UserError(f"config key {key!r} is a section, not {value!r}")
@@ -161,19 +159,19 @@ def coerce(value, kind: type, key: str):
     value = tuple(value)
   if type(value) is not kind:
     raise UserError(
-      f"config key {key!r} wants {kind.__name__}, got {value!r} ({type(value).__name__})"
+      f"config key {key!r} must be {kind.__name__}, not {value!r} ({type(value).__name__})"
     )
   check_finite(key, value)
   return value
 
 
 def to_dict(config) -> dict:
-  """Turns a frozen config back into nested dicts of plain values."""
+  """Turns a frozen config into nested dicts of plain values."""
   return dataclasses.asdict(config)
 
 
 def flat(config) -> dict:
-  """Lists a config's values by dotted key."""
+  """Returns a config's values by dotted key."""
   out = {}
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
@@ -185,6 +183,6 @@ def flat(config) -> dict:
 
 
 def config_hash(config) -> str:
-  """Hashes every value of a config: 16 hex digits, the same on every machine."""
+  """Hashes every value of a config to 16 hex digits, the same on every machine."""
   text = json.dumps(to_dict(config), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]

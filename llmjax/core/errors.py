@@ -1,8 +1,4 @@
-"""Errors a user can act on.
-
-A `UserError` is an ordinary mistake: a typo in a key, a missing file, a mesh that does not divide.
-The command line prints it as one line and exits with status 2; a notebook sees the same sentence.
-"""
+"""Errors that a user can act on: one sentence, and exit status 2 or 1 on the command line."""
 
 import difflib
 import sys
@@ -14,18 +10,11 @@ class UserError(ValueError):
 
 
 class RunFailed(RuntimeError):
-  """A run ended through no fault of the input, such as a killed process; one sentence says how."""
+  """A run ended through no fault of the input, such as a killed process; the message says how."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-  """Names what is closest to `name`, as a clause to end an error message with.
-
-  Args:
-    name: what was asked for.
-    known: what exists.
-  Returns:
-    `did you mean 'x'?`, or the list of what exists when nothing is near.
-  """
+  """Returns `did you mean 'x'?`, or the list of what is known if nothing is similar to `name`."""
   known = sorted(known)
   close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   if close:
@@ -35,5 +24,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def note(text: str):
-  """Tells the user what was decided for them."""
+  """Prints a note on standard error, such as what was decided for the user."""
   print(f"llmjax: note: {text}", file=sys.stderr)

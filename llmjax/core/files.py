@@ -1,4 +1,4 @@
-"""Files: those that a run leaves, disks that are full, and paths of the wrong kind."""
+"""Files: JSON, atomic replacement, and clear errors for wrong paths and full disks."""
 
 import contextlib
 import json
@@ -13,74 +13,63 @@ _FULL = re.compile("No space left on device|Disk quota exceeded|File too large")
 
 
 def check_place(name: str, path: str | Path):
-  """Refuses a folder to be written to that is none, or that cannot be made or written.
+  """Checks that a folder exists and is writable, or can be created.
 
   Args:
-    name: of what is to be there, for the message.
+    name: what the path is for, as the message calls it.
     path: the folder; it need not exist.
   Raises:
-    UserError: what stands in the way, and what it is.
+    UserError: what is at the path, or at the nearest parent that exists.
   """
-  place = Path(path).expanduser().absolute()
-  there = next(one for one in (place, *place.parents) if os.path.lexists(one))
-  said = f"{name} {str(path)!r} cannot be a folder" if there != place else f"{name} {str(path)!r}"
-  where = "it" if there == place else repr(str(there))
+  folder = Path(path).expanduser().absolute()
+  there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
+  if there == folder:
+    problem = f"{name} {str(path)!r}: it is"
+  else:
+    problem = f"{name} {str(path)!r} cannot be a folder: {str(there)!r} is"
   if not there.is_dir():
-    raise UserError(f"{said}: {where} is {_what(there)}, not a folder")
+    raise UserError(f"{problem} {_kind(there)}, not a folder")
   if not os.access(there, os.W_OK | os.X_OK):
-    raise UserError(f"{said}: {where} is not writable")
+    raise UserError(f"{problem} not writable")
 
 
-def check_file(name: str, path: str | Path):
-  """Refuses a path where no file is: there is nothing, or a folder.
-
-  Raises:
-    UserError: what is there.
-  """
-  if not Path(path).is_file():
-    raise UserError(f"{name} {str(path)!r} {_absent(Path(path), 'file')}")
-
-
-def check_folder(name: str, path: str | Path):
-  """Refuses a path where no folder is: there is nothing, or a file.
+def check_exists(name: str, path: str | Path, kind: str = "file"):
+  """Checks that a `file` or a `folder` exists at a path.
 
   Raises:
-    UserError: what is there.
+    UserError: what is there instead.
   """
-  if not Path(path).is_dir():
-    raise UserError(f"{name} {str(path)!r} {_absent(Path(path), 'folder')}")
+  there = _kind(Path(path))
+  if not there:
+    raise UserError(f"{name} {str(path)!r} does not exist")
+  if there != f"a {kind}":
+    raise UserError(f"{name} {str(path)!r} is {there}, not a {kind}")
 
 
-def _absent(path: Path, wanted: str) -> str:
-  return f"is {_what(path)}, not a {wanted}" if os.path.lexists(path) else "does not exist"
-
-
-def _what(path: Path) -> str:
-  if path.is_symlink() and not path.exists():
+def _kind(path: Path) -> str:
+  """Names what is at a path; empty if nothing is."""
+  if not os.path.lexists(path):
+    return ""
+  if not os.path.exists(path):
     return "a broken link"
   return "a folder" if path.is_dir() else "a file" if path.is_file() else "a special file"
 
 
 def to_json(value, **options) -> str:
-  """Writes a value as JSON, in which NaN and the infinities have no place: they become null.
-
-  Args:
-    value: dicts, lists, tuples, numbers, strings.
-    options: of `json.dumps`.
-  """
-  return json.dumps(_plain(value), allow_nan=False, **options)
+  """Writes a value as JSON, with null for NaN and infinities; `options` go to `json.dumps`."""
+  return json.dumps(_finite(value), allow_nan=False, **options)
 
 
-def _plain(value):
+def _finite(value):
   if isinstance(value, dict):
-    return {key: _plain(each) for key, each in value.items()}
+    return {key: _finite(each) for key, each in value.items()}
   if isinstance(value, (list, tuple)):
-    return [_plain(each) for each in value]
+    return [_finite(each) for each in value]
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def replace(path: Path, text: str):
-  """Replaces a file as a whole: a reader sees the old one or the new one, also on a full disk."""
+  """Replaces a file atomically: a reader sees the old or the new content, also on a full disk."""
   partial = path.with_name(f".{path.name}.partial")
   try:
     partial.write_text(text)
@@ -91,10 +80,10 @@ def replace(path: Path, text: str):
 
 @contextlib.contextmanager
 def told_if_full():
-  """Says in one sentence that a disk is full, whichever library wrote.
+  """Turns any library's error about a full disk into one sentence.
 
   Raises:
-    RunFailed: an exception or what it came from says that there is no space.
+    RunFailed: an exception, or one that caused it, says that there is no space.
   """
   try:
     yield
@@ -102,12 +91,14 @@ def told_if_full():
     raise
   except Exception as error:
     if reason := full_disk(error):
-      raise RunFailed(f"a file could not be written: {reason}; what was saved stands") from error
+      raise RunFailed(
+        f"a file could not be written: {reason}; what was saved before is intact"
+      ) from error
     raise
 
 
 def full_disk(error: BaseException | None) -> str:
-  """Reads in an exception, or what it came from, that a disk is full; empty if it says no such."""
+  """Finds the report of a full disk in an exception or its causes; empty if there is none."""
   while error:
     if found := _FULL.search(str(error)):
       return f"{found[0]} ({error.filename})" if getattr(error, "filename", None) else found[0]
@@ -118,14 +109,14 @@ def full_disk(error: BaseException | None) -> str:
 def read_json(path: Path, kind: type = dict):
   """Reads a JSON object (or a list); a missing or damaged file is a `UserError`."""
   try:
-    made = json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
     raise UserError(f"{path}: {error.strerror}") from error
   except ValueError as error:
     raise UserError(f"{path} is not JSON: {error}") from error
-  if not isinstance(made, kind):
+  if not isinstance(value, kind):
     raise UserError(f"{path} holds no JSON {'object' if kind is dict else 'array'}")
-  return made
+  return value
 
 
 def write_json(path: Path, values: dict | list):

@@ -1,8 +1,7 @@
-"""Ctrl-C ends a command soon, also while a library works that never looks at signals.
+"""Ctrl-C ends a command soon, even while a library runs that does not check for signals.
 
-Python raises KeyboardInterrupt between two of its own instructions, so that training a tokenizer or
-compiling a program would end first. A thread hears of the signal at once and, where nothing
-happened by then, ends the process.
+Python raises KeyboardInterrupt only between its own instructions, so training a tokenizer or
+compiling would finish first. A thread sees the signal at once and ends the process if need be.
 """
 
 import contextlib
@@ -13,12 +12,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-GRACE_S = 2.0  # for Python's own way: what is half written is removed
+GRACE_S = 2.0  # time for Python to handle the signal itself, which removes unfinished files
 
 
 def say(text: str = ""):
-  """Tells that the user stopped the command, and in what state it is if there is more to say."""
-  print(f"llmjax: {text or 'interrupted'}; the same command goes on", file=sys.stderr, flush=True)
+  """Reports that the user stopped the command, or the given state in which it stopped."""
+  text = f"llmjax: {text or 'interrupted'}; rerun the same command to resume"
+  print(text, file=sys.stderr, flush=True)
 
 
 def _end():
@@ -32,36 +32,36 @@ def _at_start(kind, error, trace):
   sys.__excepthook__(kind, error, trace)
 
 
-# Of the command line alone, which takes seconds to import; what imports llmjax is not ours to end.
+# Only for the command line, whose imports take seconds; other programs keep their own hook.
 if Path(sys.argv[0]).name in ("-m", "llmjax"):
   sys.excepthook = _at_start
 
 
 @contextlib.contextmanager
 def prompt() -> Iterator[None]:
-  """Ends the process with status 1 where SIGINT goes unheard for `GRACE_S`.
+  """Ends the process with status 1 if SIGINT is not handled within `GRACE_S`.
 
-  Somebody else's handler, such as the training loop's, deals with the first SIGINT by itself.
+  The first SIGINT is left to another handler where one is installed, such as the training loop's.
   """
   if threading.current_thread() is not threading.main_thread():
     yield
     return
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
-  over = threading.Event()
-  before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+  done = threading.Event()
+  previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
-  def wait():
-    for times, number in enumerate(iter(lambda: os.read(reader, 1), b"")):
-      ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-      if number[0] == signal.SIGINT and (ours or times) and not over.wait(GRACE_S):
+  def watch():
+    for count, number in enumerate(iter(lambda: os.read(reader, 1), b"")):
+      default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+      if number[0] == signal.SIGINT and (default or count) and not done.wait(GRACE_S):
         _end()
     os.close(reader)
 
-  threading.Thread(target=wait, daemon=True).start()
+  threading.Thread(target=watch, daemon=True).start()
   try:
     yield
   finally:
-    over.set()
-    signal.set_wakeup_fd(before)
+    done.set()
+    signal.set_wakeup_fd(previous)
     os.close(writer)

@@ -1,8 +1,7 @@
-"""One run a workdir: a file that names who writes there, taken from those who are dead.
+"""One run per workdir: a lock file that names its owner, and that a dead owner loses.
 
-The file is made with O_EXCL, which holds on network file systems too, and touched every few
-seconds. Its owner is dead where this machine no longer has its process, or, on another machine,
-where nobody touches the file for `DEAD_S`.
+The file is created with O_EXCL, which network file systems respect, and touched every few seconds.
+An owner is dead if this machine no longer runs its process, or if another one's touches stop.
 """
 
 import contextlib
@@ -21,73 +20,75 @@ from llmjax.core.files import full_disk
 
 BEAT_S = 5.0  # between touches
 DEAD_S = 60.0  # an owner on another machine that is silent for so long is dead
-_KILLED_S = 1.0  # until a killed process has given its memory back
+_KILLED_S = 1.0  # within which a killed process disappears
 _NAME = ".lock"
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-  """Holds a workdir, made if it is missing, against other runs.
+  """Locks a workdir, created if it is missing, against other runs.
 
   Raises:
-    UserError: another run holds it, or it is no folder that can be written.
+    UserError: another run holds it, or it is not a writable folder.
   """
   new = not workdir.exists()
+  path = workdir / _NAME
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    me = _take(workdir / _NAME, workdir)
+    me = _acquire(path)
   except OSError as error:
     if full_disk(error):
       raise
     raise UserError(f"workdir {str(workdir)!r} cannot be written: {error.strerror}") from error
   done = threading.Event()
-  threading.Thread(target=_beat, args=(workdir / _NAME, me, done), daemon=True).start()
+  threading.Thread(target=_beat, args=(path, me, done), daemon=True).start()
   try:
     yield
   finally:
     done.set()
-    if _look(workdir / _NAME)[0] == me:
-      (workdir / _NAME).unlink(missing_ok=True)
+    if _read(path)[0] == me:
+      path.unlink(missing_ok=True)
     if new:
-      with contextlib.suppress(OSError):  # something is in it
+      with contextlib.suppress(OSError):  # the folder is not empty
         workdir.rmdir()
 
 
-def _take(path: Path, workdir: Path) -> dict:
-  """Makes the lock file, once whoever holds it is known to be dead; returns what it says."""
+def _acquire(path: Path) -> dict:
+  """Creates the lock file, removing that of a dead owner; returns its content."""
   me = identity()
   while True:
     with contextlib.suppress(FileExistsError):
-      _make(path, me)
+      _create(path, me)
       return me
     found, alive = _watch(path)
     owner = found[0]
     if not alive:
       _remove(path, found, me)
-    elif _look(path)[0] == owner and path.exists():
+    elif _read(path)[0] == owner and path.exists():
       who = "a run" if owner is None else (
         f"process {owner['pid']} on {owner['host']}, which began at {owner['began']}"
       )
-      raise UserError(f"workdir {str(workdir)!r} is held by {who}; use another, or end that run")
+      folder = str(path.parent)
+      raise UserError(f"workdir {folder!r} is held by {who}; use another, or end that run")
 
 
 def _remove(path: Path, found: tuple, me: dict):
-  """Removes a dead owner's lock, one process at a time: nobody removes that of a successor."""
-  taking = path.with_name(f"{path.name}.taking")
+  """Removes a dead owner's lock, under a second lock so that nobody removes a successor's."""
+  removing = path.with_name(f"{path.name}.taking")
   try:
-    _make(taking, me)
+    _create(removing, me)
   except FileExistsError:
-    if not _watch(taking)[1]:  # killed between these lines
-      taking.unlink(missing_ok=True)
+    if not _watch(removing)[1]:  # its process was killed between these lines
+      removing.unlink(missing_ok=True)
     return
   try:
-    if _look(path) == found:
+    if _read(path) == found:
       path.unlink(missing_ok=True)
   finally:
-    taking.unlink(missing_ok=True)
+    removing.unlink(missing_ok=True)
 
 
-def _make(path: Path, me: dict):
+def _create(path: Path, me: dict):
   with path.open("x") as file:
     try:
       json.dump(me, file)
@@ -98,61 +99,61 @@ def _make(path: Path, me: dict):
 
 
 def _watch(path: Path) -> tuple[tuple, bool]:
-  """What a lock is and whether its owner lives; clocks differ, so other machines' are watched."""
-  found = owner, touched = _look(path)
-  known = owner and is_alive(owner) is not None
-  if owner and not known:
+  """Returns what a lock holds and whether its owner lives, waiting for a touch if it must."""
+  found = owner, touched = _read(path)
+  local = owner and is_alive(owner) is not None
+  if owner and not local:
     text = f"waiting up to {DEAD_S:.0f} s for a sign of process {owner['pid']} on {owner['host']}"
     print(text, file=sys.stderr, flush=True)
-  until_s = time.monotonic() + (_KILLED_S if known else DEAD_S)
+  until_s = time.monotonic() + (_KILLED_S if local else DEAD_S)
   while True:
-    alive = is_alive(owner) if known else _look(path)[1] != touched
-    if bool(alive) != bool(known) or time.monotonic() > until_s or not path.exists():
+    alive = is_alive(owner) if local else _read(path)[1] != touched
+    if bool(alive) != bool(local) or time.monotonic() > until_s or not path.exists():
       return found, bool(alive) or not path.exists()
     time.sleep(0.05)
 
 
 def _beat(path: Path, me: dict, done: threading.Event):
-  """Touches the lock; ends the process where another run has taken it."""
+  """Touches the lock regularly; ends the process if another run has taken it."""
   while not done.wait(BEAT_S):
-    with contextlib.suppress(OSError):  # the file system is away: others see no touch
-      found = _look(path)[0]
+    with contextlib.suppress(OSError):  # a file system that is unavailable gets no touch
+      found = _read(path)[0]
       if found not in (me, None) and not done.is_set():
         text = f"llmjax: failed: {path} was taken by another run while this process stood still"
         print(text, file=sys.stderr, flush=True)
         os._exit(1)
-      os.utime(path) if found else _make(path, me)
+      os.utime(path) if found else _create(path, me)
 
 
 def identity() -> dict:
-  """What tells this process from all others, now and later, here and on other machines."""
+  """Describes this process so that it can be told from every other, also later and elsewhere."""
   return {
     "host": socket.gethostname(),
     "pid": os.getpid(),
     "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-    "born": _born(os.getpid()),
+    "born": _start_time(os.getpid()),
     "machine": _machine(),
     "run": uuid.uuid4().hex,
   }
 
 
 def is_alive(owner: dict) -> bool | None:
-  """Tells whether the process of an `identity` still runs; None of another machine's."""
-  return _born(owner["pid"]) == owner["born"] if owner["machine"] == _machine() else None
+  """Tells whether the process of an `identity` still runs; None on another machine."""
+  return _start_time(owner["pid"]) == owner["born"] if owner["machine"] == _machine() else None
 
 
 def _machine() -> str:
-  """Within which process numbers mean the same: a boot of a machine, a container of it."""
-  parts = [socket.gethostname()]
+  """Identifies the scope of process ids: a boot of a machine, and a container on it."""
+  names = [socket.gethostname()]
   with contextlib.suppress(OSError):  # Linux
-    parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip()]
-    parts += [os.readlink("/proc/self/ns/pid")]
-  return " ".join(parts)
+    names += [Path("/proc/sys/kernel/random/boot_id").read_text().strip()]
+    names += [os.readlink("/proc/self/ns/pid")]
+  return " ".join(names)
 
 
-def _born(pid: int) -> str:
-  """When a process began, in the kernel's ticks; empty if it has ended."""
-  if not Path("/proc/self/stat").exists():  # another system than Linux
+def _start_time(pid: int) -> str:
+  """The start time of a process in kernel ticks; empty if it has ended."""
+  if not Path("/proc/self/stat").exists():  # not Linux
     try:
       os.kill(pid, 0)
     except ProcessLookupError:
@@ -167,13 +168,10 @@ def _born(pid: int) -> str:
   return "" if state in "ZX" else fields[18]
 
 
-def _look(path: Path) -> tuple[dict | None, int | None]:
-  """What a lock says, None if it is not whole, and when it was last touched, None if it is gone.
-
-  The file is opened, because network file systems then ask the server.
-  """
+def _read(path: Path) -> tuple[dict | None, int | None]:
+  """Reads a lock: its owner (None if incomplete) and its last touch (None if there is no file)."""
   try:
-    with path.open() as file:
+    with path.open() as file:  # opened, so that network file systems ask the server
       touched = os.fstat(file.fileno()).st_mtime_ns
       return json.load(file), touched
   except FileNotFoundError:

@@ -1,8 +1,7 @@
-"""How the C library's allocator treats XLA's buffers, which are few, large, and come every step.
+"""Settings of the C allocator for XLA's buffers, which are few, large and allocated every step.
 
-Left alone, glibc asks the system for every large buffer and returns it: each step of a CPU run then
-has all its pages zeroed anew, a sixth of a small step's time. And compiling one training step
-leaves hundreds of megabytes of freed pages that count as the process's own.
+By default glibc maps and unmaps every large buffer, so that each CPU step zeroes all pages again (a
+sixth of a small step), and compiling leaves hundreds of megabytes of freed pages unreturned.
 """
 
 import ctypes
@@ -13,19 +12,19 @@ import jax
 import jax.monitoring
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-_LONG_S = 1.0  # shorter compilations leave little, and giving back takes tens of milliseconds
-# (parameter of mallopt(3), value): no mappings of their own, freed pages stay, one heap for all
-# threads, since that of a thread cannot hold a large buffer.
+_LONG_S = 1.0  # shorter compilations free little, and trimming takes tens of milliseconds
+# (parameter, value) for mallopt(3): no mmap for large buffers (-4), never trim (-1), and one heap
+# for all threads (-8), since a thread's own heap cannot hold a large buffer.
 _KEEP = ((-4, 0), (-1, -1), (-8, 1))
-_ENVIRONMENT = ("MALLOC_", "GLIBC_TUNABLES")  # what a user sets decides
-_FREED_S = 0.001  # after its results are ready XLA frees within 0.5 ms, nearly always
+_ENVIRONMENT = ("MALLOC_", "GLIBC_TUNABLES")  # variables by which a user decides instead
+_FREED_S = 0.001  # XLA nearly always frees within 0.5 ms of its results being ready
 
 
 def tune_allocator() -> bool:
-  """Has freed memory kept for the next step, and given back after every long compilation.
+  """Keeps freed memory for the next step, and trims it after every long compilation.
 
   Returns:
-    Whether this C library can (glibc); others are left alone.
+    Whether the C library is glibc; others are left alone.
   """
   library = _glibc()
   if library is None:
@@ -43,19 +42,16 @@ def tune_allocator() -> bool:
 
 
 def give_back() -> None:
-  """Returns freed pages to the system, as after work that will not come again soon."""
+  """Returns freed pages to the operating system."""
   library = _glibc()
   if library is not None:
     library.malloc_trim(0)
 
 
 def settle(results) -> None:
-  """Waits on CPU until a step is over and has freed what it needed on the way.
+  """Waits on CPU until a step has finished and freed its temporaries; does nothing elsewhere.
 
-  A step that began before would get memory of its own, and keep it. Other platforms do not wait.
-
-  Args:
-    results: of the step.
+  A step that starts earlier would get memory of its own, and keep it.
   """
   if jax.default_backend() == "cpu":
     jax.block_until_ready(results)
@@ -63,7 +59,6 @@ def settle(results) -> None:
 
 
 def _glibc():
-  """The C library, where it is one that can be told; None elsewhere."""
   try:
     library = ctypes.CDLL(None)
   except OSError:

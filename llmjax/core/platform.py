@@ -1,4 +1,4 @@
-"""What a traced program will run on, which need not be what traces it."""
+"""The platform that a traced program will run on, which need not be the one that traces it."""
 
 import glob
 import importlib.util
@@ -10,9 +10,9 @@ _ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev
 
 
 def platform() -> str:
-  """Names the platform (cpu, gpu, tpu) of the mesh in scope; without one, the default backend's.
+  """Returns the platform (cpu, gpu, tpu) of the mesh in scope, or of the default backend.
 
-  Machines without a TPU compile for one: the mesh then says so, the backend does not.
+  They differ where a machine without a TPU compiles for one.
   """
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else mesh.abstract_device
@@ -20,9 +20,9 @@ def platform() -> str:
 
 
 def spare_libtpu():
-  """Has jax compute on the CPU where libtpu is installed, to compile with, and no accelerator is.
+  """Makes jax use the CPU where libtpu is installed for compiling but there is no accelerator.
 
-  It would try the library, which complains in six lines; `JAX_PLATFORMS` has the last word.
+  Otherwise jax would try libtpu and print six lines of errors. `JAX_PLATFORMS` takes precedence.
   """
   asked = "JAX_PLATFORMS" in os.environ or any(map(glob.glob, _ACCELERATORS))
   if not asked and importlib.util.find_spec("libtpu"):

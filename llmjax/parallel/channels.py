@@ -1,14 +1,16 @@
-"""Collectives of several CPU devices in one process: told apart by their channels, with threads.
+"""Works around a deadlock of XLA's CPU collectives with several devices in one process.
 
-XLA's CPU executor orders two collectives only by when they begin, and a loop or a conditional
-counts as begun as soon as it has handed some of its instructions to another thread. A device may
-therefore enter a later collective while its neighbour still waits in one inside the loop. That is
-harmless where collectives can be told apart and every waiting one has a thread. jax gives all that
-are written by hand the same channel, so that two of the same devices are taken for one another, and
-the pool has as many threads as there are devices or cores, so that all can wait for one that finds
-no thread: a run then stands still, or ends in a failed check of XLA's. Seen in pipelines, rarely
-with jax 0.10 and often with 0.12.
+Every collective gets its own channel, and every device enough threads to wait in several at once.
 """
+
+# XLA's CPU executor orders two collectives only by when they begin, and a loop or a conditional
+# counts as begun once it has handed some of its instructions to another thread. A device may
+# therefore enter a later collective while its neighbour still waits in one inside the loop. That is
+# harmless if collectives have different channels and every waiting one has a thread. But jax gives
+# all that are written by hand the same channel, so that two over the same devices are confused, and
+# the pool has only as many threads as there are devices or cores, so that all of them can wait for
+# one that gets no thread: the run hangs, or fails a check of XLA's. Seen in pipelines, rarely with
+# jax 0.10 and often with 0.12.
 
 import functools
 import os
@@ -17,13 +19,30 @@ import re
 from jax.interpreters import mlir
 
 _COUNT = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
-_THREADS = 8  # a device; as many collectives of one device may wait at once
+_THREADS = 8  # per device: this many of its collectives can wait at once
+
+
+def force_devices(count: int):
+  """Splits a CPU into so many devices, unless XLA_FLAGS already says how many.
+
+  Raises the time that devices, which share the CPU's cores, may wait for each other. Has an effect
+  only before jax initializes its devices, and none on accelerators.
+  """
+  flags = os.environ.get("XLA_FLAGS", "")
+  for flag, value in (
+    ("xla_force_host_platform_device_count", count),
+    ("xla_cpu_collective_call_terminate_timeout_seconds", 600),
+  ):
+    if flag not in flags:
+      flags += f" --{flag}={value}"
+  os.environ["XLA_FLAGS"] = flags.strip()
+  reserve_threads()
 
 
 def reserve_threads():
-  """Asks for enough threads where XLA_FLAGS make a CPU act as several devices.
+  """Asks for enough threads if XLA_FLAGS split a CPU into several devices.
 
-  It counts only before jax makes its devices; PJRT_NPROC in the environment has the last word.
+  Has an effect only before jax initializes its devices; PJRT_NPROC takes precedence.
   """
   found = _COUNT.findall(os.environ.get("XLA_FLAGS", ""))
   if found and int(found[-1]) > 1:
@@ -32,8 +51,8 @@ def reserve_threads():
 
 @functools.cache
 def separate_channels():
-  """Has every collective that is lowered for CPUs from now on take a channel of its own."""
-  from jax._src.interpreters import mlir as rules  # what holds the rules has no public name
+  """Gives every collective that is lowered for CPUs from now on its own channel."""
+  from jax._src.interpreters import mlir as rules  # the lowering rules have no public name
   from jax._src.lax import parallel
 
   collectives = (
@@ -42,8 +61,8 @@ def separate_channels():
   )
   for primitive in collectives:
     rule = rules._lowerings[primitive].rule
-    own = functools.partial(_lower, rules, rule)
-    mlir.register_lowering(primitive, own, platform="cpu", cacheable=False)
+    lower = functools.partial(_lower, rules, rule)
+    mlir.register_lowering(primitive, lower, platform="cpu", cacheable=False)
 
 
 def _lower(rules, rule, context, *arguments, **parameters):

@@ -1,6 +1,6 @@
-"""How the processes of a run find each other, and how they leave when one of them fails.
+"""Joins the processes of a run by three environment variables, and ends them when one fails.
 
-Whoever starts them, a launcher or a user on each machine, sets three variables in the environment.
+A launcher sets the variables, or a user on each machine.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from llmjax.parallel import multihost
 COORDINATOR = "LLMJAX_COORDINATOR"  # host:port where process 0 listens
 PROCESS = "LLMJAX_PROCESS"  # this process's number
 PROCESSES = "LLMJAX_PROCESSES"  # how many there are
-LAUNCHER = "LLMJAX_LAUNCHER"  # optional: id of the parent, without which the process ends
-GRACE_S = 4  # that processes wait for each other which may all have failed of the same
-HEARTBEAT_S = 20  # a process not heard of for so long is dead, and the others end
+LAUNCHER = "LLMJAX_LAUNCHER"  # optional: process id of the launcher, with which this process ends
+GRACE_S = 4  # wait for the other processes, which may have failed for the same reason
+HEARTBEAT_S = 20  # a process silent for so long is taken for dead, and the others end
 
 
 def join() -> None:
-  """Joins the processes that the environment names, CPU devices through gloo; else does nothing.
+  """Joins the processes that the environment names, if any; must run before jax is initialized.
 
-  Comes before anything touches a device.
+  CPU devices communicate through gloo.
 
   Raises:
-    UserError: some of the three variables are missing, or are no such numbers.
+    UserError: some of the three variables are missing or not valid numbers.
   """
   given = {name: os.environ.get(name, "") for name in (COORDINATOR, PROCESS, PROCESSES)}
   if not any(given.values()) or jax.distributed.is_initialized():
@@ -38,7 +38,7 @@ def join() -> None:
   address, *numbers = given.values()
   if not address or not all(number.isdecimal() for number in numbers):
     shown = ", ".join(f"{name}={value}" for name, value in given.items())
-    raise UserError(f"the environment has {shown}; wanted are host:port and two numbers")
+    raise UserError(f"the environment has {shown}; expected are host:port and two numbers")
   process, count = map(int, numbers)
   if process >= count:
     raise UserError(f"{PROCESS}={process} is not below {PROCESSES}={count}")
@@ -52,7 +52,7 @@ def join() -> None:
 
 
 def _end_with_launcher():
-  """Has Linux kill us when the launcher is gone: nobody would see an orphaned run, nor stop it."""
+  """Asks Linux to kill this process with its launcher, so that no run continues unseen."""
   parent = os.environ.get(LAUNCHER)
   if parent and sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -61,17 +61,17 @@ def _end_with_launcher():
 
 
 def leave(status: int) -> int:
-  """Ends a process that failed, without waiting for others who may be waiting for it.
+  """Ends a failed process without waiting for others, which may be waiting for it.
 
   Returns:
-    `status`, where this process is alone; an exception being handled is then the caller's.
+    `status`, if this is the only process; the caller then handles the current exception.
   """
   if not jax.distributed.is_initialized():
     return status
   error = sys.exc_info()[1]
   if isinstance(error, RunFailed) and multihost.all_here(GRACE_S):
     return status
-  with contextlib.suppress(OSError):  # whoever read our output may be gone
+  with contextlib.suppress(OSError):  # the reader of our output may be gone
     text = " ".join(str(error).split())
     if isinstance(error, Exception) and (lost(text) or _GONE.search(text)):
       which = f"process {lost(text)}" if lost(text) else "another process"
@@ -88,7 +88,7 @@ _GONE = re.compile(r"Gloo \w+ failed|Connection (closed|reset) by peer")
 
 
 def lost(text: str) -> str:
-  """Reads in what jax's runtime says which process it no longer hears; empty if it says none."""
+  """Finds which process an error of jax's runtime no longer hears from; empty if none."""
   if found := _SILENT.search(text):
     return found[1] or found[2]
-  return "0" if "CoordinationService/Heartbeat" in text else ""  # it is process 0 who counts them
+  return "0" if "CoordinationService/Heartbeat" in text else ""  # process 0 monitors the heartbeats

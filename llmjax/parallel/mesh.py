@@ -1,8 +1,6 @@
-"""The device mesh: named axes over the devices of a run, within and across slices.
+"""The device mesh: named axes over the devices of a run, within a slice and between slices.
 
-`data` holds whole copies; `fsdp` cuts weights along the residual width and rows of the batch;
-`stage` cuts layers; `context` positions; `expert` experts (what has none sees it as more `data`);
-`tensor` heads, feed-forward width and vocabulary. Neighbours on the last axes are near each other.
+Devices that are adjacent along the last axes are close to each other on the network.
 """
 
 import dataclasses
@@ -23,17 +21,17 @@ AXES = ("data", "fsdp", "stage", "context", "expert", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; -1 in one place stands for all that are left.
+  """The size of each mesh axis; one of them may be -1, which takes the remaining devices.
 
   Attributes:
-    data: copies of the model.
-    fsdp: ways that weights, gradients and optimizer state are cut (see `train.zero_stage`).
+    data: data-parallel replicas of the model.
+    fsdp: shards of weights, gradients and optimizer state (see `train.zero_stage`); data-parallel.
     stage: pipeline stages.
-    context: ways that a row's positions are cut.
-    expert: ways that experts are cut.
-    tensor: ways that heads, feed-forward width and vocabulary are cut.
-    slices: groups of devices with a slow network between them; 0 means as many as there are.
-    across: the axis that runs across slices, `data` or `stage`; all others stay inside one.
+    context: shards of the sequence (context parallelism).
+    expert: shards of the experts (expert parallelism); data-parallel for everything else.
+    tensor: shards of heads, feed-forward width and vocabulary (tensor parallelism).
+    slices: number of slices, connected by the data-center network; 0 asks the devices.
+    across: the axis that spans slices, `data` or `stage`; all others stay within a slice.
   """
 
   data: int = -1
@@ -53,14 +51,15 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """Lays devices out on the named axes.
+  """Makes the mesh of a run.
 
   Args:
-    devices: all of the run's by default.
+    devices: by default all that jax has.
   Returns:
     A mesh whose axes are all `AxisType.Auto`.
   Raises:
-    UserError: the axes' product is not the number of devices, or slices do not divide their axis.
+    UserError: the product of the axes is not the number of devices, or the slices do not divide
+      the axis that spans them.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = axis_sizes(config, len(devices))
@@ -72,7 +71,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class _StandIn:
-  """A device that is not at hand."""
+  """A device that is not present."""
 
   slice_index: int
   platform: str = ""
@@ -81,19 +80,19 @@ class _StandIn:
 def abstract_mesh(
   config: MeshConfig, devices: int, slices: int = 1, platform: str = "cpu"
 ) -> AbstractMesh:
-  """Makes the mesh of devices that need not be at hand.
+  """Makes the mesh of devices that need not be present.
 
   Args:
     config: sizes of the axes.
-    devices: how many.
-    slices: groups of them, of equal size, with the slow network between.
-    platform: cpu, gpu, tpu.
+    devices: number of devices.
+    slices: number of slices of equal size.
+    platform: cpu, gpu or tpu.
   Raises:
     UserError: as `make_mesh` on such devices.
   """
   sizes = axis_sizes(config, devices)
-  there = [_StandIn(number * slices // devices) for number in range(devices)]
-  device_grid(there, sizes, config.slices, config.across)
+  stand_ins = [_StandIn(number * slices // devices) for number in range(devices)]
+  device_grid(stand_ins, sizes, config.slices, config.across)
   return AbstractMesh(
     tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES),
     abstract_device=AbstractDevice(platform, None, platform),
@@ -101,10 +100,10 @@ def abstract_mesh(
 
 
 def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
-  """Fills in the -1 of a mesh for a number of devices.
+  """Returns the size of every axis, with -1 filled in.
 
   Raises:
-    UserError: the axes' product is not the number of devices.
+    UserError: the product of the axes is not the number of devices.
   """
   sizes = {axis: getattr(config, axis) for axis in AXES}
   shown = " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "1"
@@ -119,32 +118,32 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def device_grid(devices: Sequence, sizes: dict[str, int], slices: int, across: str) -> np.ndarray:
-  """Makes the grid of devices.
+  """Arranges the devices of a mesh.
 
   Args:
     sizes: of every axis, in the order of `AXES`.
-    slices: how many; 0 counts those that devices say they are of.
-    across: the axis they follow each other along.
+    slices: number of slices; 0 counts those that the devices report.
+    across: the axis that spans slices.
   Returns:
-    Array of devices, an axis for each of `AXES`.
+    Array of devices with an axis for each of `AXES`.
   Raises:
-    UserError: the slices do not divide that axis, or are not of equal size.
+    UserError: the slices do not divide that axis, or differ in size.
   """
   groups = _slices(devices, slices)
   if across != MeshConfig.across and len(groups) == 1:
-    raise UserError(f"mesh.across={across} changes nothing: all devices are of one slice")
+    raise UserError(f"mesh.across={across} changes nothing: all devices are in one slice")
   if sizes[across] % len(groups):
     raise UserError(f"mesh.{across} {sizes[across]} is not a multiple of the {len(groups)} slices")
   shape = [size // len(groups) if axis == across else size for axis, size in sizes.items()]
-  return np.concatenate([_inside(group, shape) for group in groups], axis=AXES.index(across))
+  return np.concatenate([_slice_grid(group, shape) for group in groups], axis=AXES.index(across))
 
 
 def _slices(devices, count: int) -> list[list]:
-  """Groups devices by the slice they say they are of, else into runs of equal length."""
+  """Groups devices by the slice they report, else into consecutive groups of equal size."""
   number = lambda device: getattr(device, "slice_index", None) or 0  # noqa: E731
   groups = [list(group) for _, group in itertools.groupby(sorted(devices, key=number), number)]
   if count and len(groups) not in (1, count):
-    raise UserError(f"mesh.slices {count}, but the devices are of {len(groups)} slices")
+    raise UserError(f"mesh.slices {count}, but the devices are in {len(groups)} slices")
   if len(groups) == 1 and count:
     size = max(1, len(devices) // count)
     groups = [devices[i : i + size] for i in range(0, len(devices), size)]
@@ -153,8 +152,8 @@ def _slices(devices, count: int) -> list[list]:
   return groups
 
 
-def _inside(devices, shape) -> np.ndarray:
-  """One slice's grid; on TPU the library puts neighbours on neighbouring chips."""
+def _slice_grid(devices, shape) -> np.ndarray:
+  """Arranges one slice; on TPU jax puts mesh neighbours on neighbouring chips."""
   if devices[0].platform == "tpu" and len(devices) > 1:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   return np.array(devices, object).reshape(shape)

@@ -1,8 +1,7 @@
-"""Several processes, one run: how they agree, and leave the writing to one.
+"""Agreement between the processes of a run; process 0 writes its files.
 
-Every process runs the same program and takes the same decisions in the same order. What may differ
-between them (a signal, a file) goes through `agree`, `Votes` or `from_writer` first: a process that
-decides alone leaves the others waiting for it. With one process each function is what it seems.
+All processes run the same program and must take the same decisions in the same order, so anything
+that may differ between them (a signal, a file) goes through `agree`, `Votes` or `from_writer`.
 """
 
 import functools
@@ -20,29 +19,29 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.core.errors import RunFailed, UserError
 
-_WAIT_MS = 24 * 3600 * 1000  # heartbeats notice the dead; for the living we wait long
+_WAIT_MS = 24 * 3600 * 1000  # heartbeats detect dead processes; living ones may take long
 _numbers = itertools.count()
 
 
 def is_writer() -> bool:
-  """Tells whether this process writes the run's files; the others read them."""
+  """Tells whether this process writes the files of the run."""
   return jax.process_index() == 0
 
 
 def say(text: str):
-  """Prints a line on standard error, in the writer alone."""
+  """Prints a line on standard error, in the writing process only."""
   if is_writer():
     print(text, file=sys.stderr, flush=True)
 
 
 def barrier(name: str) -> None:
-  """Waits until every process is here."""
+  """Waits until every process has called this."""
   if jax.process_count() > 1:
     _client().wait_at_barrier(f"llmjax/{name}", _WAIT_MS)
 
 
 def all_here(wait_s: float) -> bool:
-  """Tells whether all processes come here, the last within so many seconds."""
+  """Tells whether every process calls this within so many seconds."""
   try:
     _client().wait_at_barrier("llmjax/all_here", int(wait_s * 1000))
   except jax.errors.JaxRuntimeError:
@@ -51,14 +50,14 @@ def all_here(wait_s: float) -> bool:
 
 
 def from_writer(make: Callable):
-  """Calls `make`, which may take long and write files, in the writer alone.
+  """Calls a function, which may take long and write files, in the writing process only.
 
   Args:
-    make: returns a JSON-able value.
+    make: returns a value that JSON can represent.
   Returns:
-    The writer's value, in every process.
+    That value, in every process.
   Raises:
-    UserError, RunFailed: `make` raised it; every process does.
+    UserError, RunFailed: `make` raised it; every process raises it.
   """
   if jax.process_count() == 1:
     return make()
@@ -67,25 +66,25 @@ def from_writer(make: Callable):
     try:
       answer = {"value": make()}
     except (UserError, RunFailed) as error:
-      answer = {"error": str(error), "ours": isinstance(error, RunFailed)}
+      answer = {"error": str(error), "failed": isinstance(error, RunFailed)}
     _client().key_value_set(key, json.dumps(answer))
   answer = json.loads(_client().blocking_key_value_get(key, _WAIT_MS))
   barrier(key)
   if is_writer():
     _client().key_value_delete(key)
   if "error" in answer:
-    raise (RunFailed if answer["ours"] else UserError)(answer["error"])
+    raise (RunFailed if answer["failed"] else UserError)(answer["error"])
   return answer["value"]
 
 
 def to_writer(tree):
-  """Gathers a sharded tree on the writer's first device; the others get None."""
+  """Gathers a sharded tree on the writing process's first device; other processes get None."""
   if jax.process_count() == 1:
     return tree
 
   def gather(leaf):
-    whole = multihost_utils.process_allgather(leaf, tiled=True)
-    return jax.device_put(whole, jax.local_devices()[0]) if is_writer() else None
+    full = multihost_utils.process_allgather(leaf, tiled=True)
+    return jax.device_put(full, jax.local_devices()[0]) if is_writer() else None
 
   leaves, structure = jax.tree.flatten(tree)
   leaves = [gather(leaf) for leaf in leaves]
@@ -98,9 +97,9 @@ def agree(flag: bool) -> bool:
 
 
 class Votes:
-  """`agree` once a step without waiting: answers come `depth` steps late, if there are several.
+  """`agree` once per step without waiting; with several processes, `depth` steps late.
 
-  Every process hears the same answer at the same step.
+  Every process gets the same answer at the same step.
   """
 
   def __init__(self, depth: int = 2):
@@ -108,7 +107,7 @@ class Votes:
     self._queue = deque()
 
   def add(self, flag: bool) -> bool:
-    """Casts this step's vote; returns whether anyone said yes `depth` steps ago."""
+    """Adds this step's flag; returns whether any process set it `depth` steps ago."""
     if jax.process_count() == 1:
       return flag
     self._queue.append(_any(flag))
@@ -116,15 +115,15 @@ class Votes:
 
 
 def _client():
-  # jax has no public barrier that heartbeats guard rather than a timeout, and no public store.
+  # jax has no public key-value store, nor a public barrier that relies on heartbeats.
   from jax._src import distributed
 
   return distributed.global_state.client
 
 
 @functools.cache
-def _ballot():
-  """(mesh of one device a process, sharding of one vote each, jitted `any` for all of them)."""
+def _voting():
+  """(mesh with one device per process, sharding with one flag each, jitted `any` of them all)."""
   first = {device.process_index: device for device in reversed(jax.devices())}
   mesh = Mesh(np.array([first[number] for number in sorted(first)]), ("process",))
   everywhere = NamedSharding(mesh, PartitionSpec())
@@ -133,8 +132,8 @@ def _ballot():
 
 
 def _any(flag: bool) -> jax.Array:
-  mesh, sharding, count_votes = _ballot()
+  mesh, sharding, count_votes = _voting()
   here = jax.device_put(np.array([flag]), *sharding.addressable_devices)
   votes = jax.make_array_from_single_device_arrays((mesh.size,), sharding, [here])
-  with jax.set_mesh(mesh):  # that of the run may be in scope, and has other devices
+  with jax.set_mesh(mesh):  # the run's mesh, which may be in scope, has other devices
     return count_votes(votes)

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from llmjax.core import tree
 from llmjax.core.config import config_hash, freeze, to_dict
 from llmjax.core.errors import RunFailed, UserError
-from llmjax.core.files import check_folder, full_disk
+from llmjax.core.files import check_exists, full_disk
 from llmjax.data.loader import DataConfig
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
@@ -253,7 +253,7 @@ def _model_config(meta: dict) -> ModelConfig:
 
 def _candidates(path: Path) -> list[Path]:
   path = path.expanduser().absolute()
-  check_folder("checkpoint", path)
+  check_exists("checkpoint", path, "folder")
   if (path / "meta").is_dir():
     return [path]
   root = path / FOLDER if (path / FOLDER).is_dir() else path

@@ -133,12 +133,12 @@ def test_an_unknown_key_in_a_file_is_a_user_error(tmp_path):
 @pytest.mark.parametrize(
   ("values", "words"),
   [
-    ({"steps": 1.0}, r"'steps' wants int, got 1.0 \(float\)"),
-    ({"steps": True}, r"'steps' wants int, got True"),
-    ({"word": 3}, r"'word' wants str"),
+    ({"steps": 1.0}, r"'steps' must be int, not 1.0 \(float\)"),
+    ({"steps": True}, r"'steps' must be int, not True"),
+    ({"word": 3}, r"'word' must be str"),
     ({"inner": 3}, r"'inner' is a section"),
-    ({"inner": {"on": 1}}, r"'inner.on' wants bool"),
-    ({"inner": {"names": "a"}}, r"'inner.names' wants tuple"),
+    ({"inner": {"on": 1}}, r"'inner.on' must be bool"),
+    ({"inner": {"names": "a"}}, r"'inner.names' must be tuple"),
     ({"inner": {"raet": 1.0}}, r"'inner.raet'; did you mean 'inner.rate'"),
   ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-SAID = "llmjax: interrupted; the same command goes on\n"
+SAID = "llmjax: interrupted; rerun the same command to resume\n"
 # The file alone, so that nothing else has to be imported; a lock taken twice is deaf to signals.
 HEAD = """
 import ctypes, signal, sys, time

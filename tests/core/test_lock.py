@@ -118,11 +118,11 @@ def test_a_heartbeat_is_seen_and_a_lock_that_was_taken_ends_the_process(tmp_path
     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )
   process.stdout.readline()
-  first = lock._look(tmp_path / ".lock")[1]
+  first = lock._read(tmp_path / ".lock")[1]
   until_s = time.monotonic() + 30
-  while lock._look(tmp_path / ".lock")[1] == first and time.monotonic() < until_s:
+  while lock._read(tmp_path / ".lock")[1] == first and time.monotonic() < until_s:
     time.sleep(0.01)
-  assert lock._look(tmp_path / ".lock")[1] > first
+  assert lock._read(tmp_path / ".lock")[1] > first
   (tmp_path / ".lock").write_text(json.dumps(lock.identity()))
   _, err = process.communicate(timeout=30)
   assert process.returncode == 1 and re.search("taken by another run while this", err)

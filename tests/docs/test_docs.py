@@ -13,6 +13,7 @@ import pytest
 from docs.layer_plot import draw_layers
 from llmjax.cli import _parse
 from llmjax.core.config import flat, override
+from llmjax.core.dims import LETTERS
 from llmjax.training.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +100,11 @@ def test_the_page_of_the_layers_names_every_file():
     name = path.relative_to(ROOT).as_posix()
     holds_a_docstring = path.name == "__init__.py" and name != "llmjax/__init__.py"
     assert holds_a_docstring or f"`{name}`" in text, f"docs/house.md does not say what {name} holds"
+
+
+def test_the_page_of_the_letters_explains_every_letter():
+  explained = re.findall(r"`(\w)` \| [^|]+\|", (ROOT / "docs" / "alphabet.md").read_text())
+  assert set(explained) >= set(LETTERS), f"not explained: {set(LETTERS) - set(explained)}"
 
 
 @every_page

@@ -133,7 +133,7 @@ def folder(tmp_path):
     ({"vocab_size": 38}, r"has shape \(37, 16\), which is not vd = \(38, 16\)"),
     ({"hidden_act": "xielu"}, "llama with hidden_act='xielu' is not supported; known: 'silu'"),
     ({"hidden_size": None}, "has no 'hidden_size'"),
-    ({"hidden_size": "wide"}, "'model.width' wants int, got 'wide'"),
+    ({"hidden_size": "wide"}, "'model.width' must be int, not 'wide'"),
     ({"rope_parameters": {"rope_type": "mrope"}}, "rope type 'mrope' is not supported; known: def"),
     ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' has no 'short_factor'"),
     ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' has no 'factor'"),

@@ -57,7 +57,7 @@ def test_a_missing_key_is_the_familys_default(name):
       {"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"] * 16},
       "layer_types=.* beside sliding_window=4096 is not supported",
     ),
-    ({"model_type": "qwen2", "num_hidden_layers": "2"}, "'model.layers' wants int, got '2'"),
+    ({"model_type": "qwen2", "num_hidden_layers": "2"}, "'model.layers' must be int, not '2'"),
     ({"model_type": "gemma2", "query_pre_attn_scalar": "9"}, "query_pre_attn_scalar='9' is not"),
     ({"model_type": "gemma3_text", "sliding_window_pattern": "6"}, "another kind"),
     ({"model_type": "llava", "text_config": ["llama"]}, "another kind"),

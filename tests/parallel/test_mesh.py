@@ -74,7 +74,7 @@ def test_slices_are_made_where_devices_know_of_none():
 def test_slices_that_do_not_fit_are_named():
   with pytest.raises(UserError, match=r"mesh.data 1 is not a multiple of the 2 slices"):
     _grid(MeshConfig(data=1, fsdp=8), _devices(8, slices=2))
-  with pytest.raises(UserError, match=r"mesh.slices 4, but the devices are of 2 slices"):
+  with pytest.raises(UserError, match=r"mesh.slices 4, but the devices are in 2 slices"):
     _grid(MeshConfig(data=8, slices=4), _devices(8, slices=2))
   for devices in (10, 9):  # five groups of two, and four of two with one left
     with pytest.raises(UserError, match=rf"{devices} devices are not 4 slices of equal size"):

@@ -136,7 +136,7 @@ PUBLISHED = (  # Llama-2-7B on h100:64
       ("data.batch_size=64", "model.max_seq_len=2049", "mesh.data=1", "mesh.context=8"),
       "'row' has 2049 query positions .* mesh context 8 does not divide",
     ),
-    (("data.batch_size=64", "mesh.slices=4"), "mesh.slices 4, but the devices are of 2 slices"),
+    (("data.batch_size=64", "mesh.slices=4"), "mesh.slices 4, but the devices are in 2 slices"),
     (
       ("data.batch_size=64", "mesh.data=1", "mesh.context=8", "model.heads=4",
        "model.attention.context_parallel=all_to_all"), "4 query heads do not divide over tensor",
@@ -195,7 +195,7 @@ def test_a_mesh_of_devices_not_at_hand_is_that_of_devices_at_hand():
   assert dict(abstract_mesh(MeshConfig(), 1).shape) == dict(make_mesh(MeshConfig()).shape)
   with pytest.raises(UserError, match="does not divide the 6 devices"):
     abstract_mesh(MeshConfig(tensor=4), 6)
-  with pytest.raises(UserError, match="all devices are of one slice"):
+  with pytest.raises(UserError, match="all devices are in one slice"):
     abstract_mesh(MeshConfig(across="stage"), 4)
 
 
