@@ -2,13 +2,13 @@
 The metadata name a behaviour rather than spell it out; what the names mean is written down here."""
 
 import re
+import sys
 from collections.abc import Mapping
 
 from sentencepiece import sentencepiece_model_pb2 as proto
 from tokenizers import AddedToken, models
 
 from llmjax.core.errors import UserError, nearest, note
-from llmjax.parallel.multihost import say
 from llmjax.text import fast
 from llmjax.text.base import NONE, Settings, Tokenizer, bos_eos
 from llmjax.text.cutting import PATTERNS, WHOLE_WORDS, WITH_BOS
@@ -147,10 +147,11 @@ def _sentencepiece(values: _Values, settings: Settings) -> SentencePiece:
 def _gpt2(values: _Values, settings: Settings) -> fast.ByteBPE:
   pre = values.get("pre", "default")
   if "pre" not in values:
-    say(
+    print(
       "llmjax: warning: the GGUF file does not say how its tokenizer cuts text "
       "('tokenizer.ggml.pre' is missing); 'default' is taken, and ids may differ from those "
-      "the model was trained on"
+      "the model was trained on",
+      file=sys.stderr,
     )
   if pre not in PATTERNS:
     raise UserError(f"GGUF pre-tokenizer {pre!r} is not known; {nearest(str(pre), PATTERNS)}")

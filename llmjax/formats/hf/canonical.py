@@ -1,7 +1,4 @@
-"""One way of writing an architecture, so that two configs of the same computation are equal.
-
-Families are found by it: one holds a config if writing and reading give the same one back.
-"""
+"""One way of writing an architecture, so that two configs of the same computation are equal."""
 
 import dataclasses
 import math
@@ -13,11 +10,8 @@ from llmjax.nn.router import MoeConfig
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
-  """Writes an architecture one way: sizes filled in, values that change nothing at their defaults.
-
-  Rotary positions come out in half layout, but for latent attention, whose families say which; see
-  `hf.half_layout` for the weights.
-  """
+  """Fills sizes in and sets what changes nothing to its default. Rotary positions come out in half
+  layout, but for latent attention, whose families say which; `hf.half_layout` permutes weights."""
   dims, vision = config.dims, config.kind == "vision"
   encoder_layers = config.encoder_layers or config.layers
   moe = _canonical_moe(config)
@@ -64,7 +58,7 @@ def _canonical_moe(config: ModelConfig) -> MoeConfig:
   )
 
 
-# What a kind of positions or a scaling of rotary ones reads.
+# Kind of positions, or scaling of rotary ones → the fields of `PositionConfig` that it reads.
 READ = {
   "rope": ("theta", "local_theta", "fraction", "scaling"),
   **dict.fromkeys(SINUSOIDS, ("theta", "first")),
@@ -79,28 +73,30 @@ READ = {
 
 def _canonical_position(config: ModelConfig) -> PositionConfig:
   position = config.position
-  words = (position.kind, position.scaling) if position.kind == "rope" else (position.kind,)
-  read = [key for word in words for key in READ.get(word, ())]
+  read = READ.get(position.kind, ())
+  if position.kind == "rope":
+    read += READ.get(position.scaling, ())
   if config.attention.latent.kv_rank:
-    read.append("layout")
-  made = PositionConfig(kind=position.kind, **{key: getattr(position, key) for key in read})
+    read += ("layout",)
+  position = PositionConfig(kind=position.kind, **{key: getattr(position, key) for key in read})
   windows = "window" in config.attention.pattern[: config.layers]
-  if not windows or (made.local_theta == made.theta and made.scaling == "none"):
-    made = dataclasses.replace(made, local_theta=0.0)
-  if made.scaling == "ntk":  # the same angles as a larger base
-    r = made.rotary_width(config.rotary_head)
-    theta = made.theta * made.factor ** (r / (r - 2))
-    made = dataclasses.replace(made, theta=theta, scaling="none", factor=1.0)
-  return made
+  if not windows or (position.local_theta == position.theta and position.scaling == "none"):
+    position = dataclasses.replace(position, local_theta=0.0)
+  if position.scaling == "ntk":  # the same angles as a larger base
+    r = position.rotary_width(config.rotary_head)
+    theta = position.theta * position.factor ** (r / (r - 2))
+    position = dataclasses.replace(position, theta=theta, scaling="none", factor=1.0)
+  return position
 
 
 def _canonical_context(config: ModelConfig) -> int:
-  """The least context that families can say: they give that of linear before the stretch, and one
-  of yarn holds all that it is stretched to."""
+  """The least context that families can express: with linear scaling they give the one before the
+  stretch, and yarn's holds all that it is stretched to."""
   position, context = config.position, config.max_seq_len
-  if position.kind == "rope" and position.scaling == "linear":
+  scaling = position.scaling if position.kind == "rope" else "none"
+  if scaling == "linear":
     return int(math.ceil(context / position.factor) * position.factor)
-  if position.kind == "rope" and position.scaling == "yarn":
+  if scaling == "yarn":
     return max(context, int(position.factor * position.original_context))
   return context
 

@@ -1,13 +1,11 @@
 """The tables of decoder families: GPT-2, GPT-NeoX, Llama, Mistral, Qwen, OLMo, Phi, Gemma.
+Sources: the `config.json` files and weights that their authors published, as transformers reads
+them. Each table is another one with what differs."""
 
-Sources: the `config.json` files and weights that their authors published, and the meaning that
-transformers gives to them. Each table is the one before it with what differs.
-"""
-
-import dataclasses
+from dataclasses import replace
 
 from llmjax.core.errors import UserError
-from llmjax.formats.hf.family import Family, Key, Part, only
+from llmjax.formats.hf.family import REQUIRED, Codec, Family, Key, only
 from llmjax.formats.hf.layers import QWEN_LAYERS, gemma_layers, window
 from llmjax.formats.hf.rope import rope
 
@@ -20,12 +18,15 @@ GATED = {
   "silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh",
   "gelu_new": "geglu_tanh", "relu": "reglu",
 }
+BIAS = {"attention_bias": Key("attention.bias", False, {False: "none", True: "all"})}
+B = "decoder/blocks/"
+A = B + "attention/"
+L = "model.layers.{l}."
 
 
 def sizes(width, layers, heads, mlp_width, vocab_size=0, max_seq_len=0) -> dict:
-  """The keys of a model's sizes, with those that a family's config class takes where one is absent;
-  without a vocabulary's and a context's where they are 0."""
-  made = {
+  """The keys of a model's sizes with their defaults, without those that are 0."""
+  keys = {
     "hidden_size": Key("width", width),
     "num_hidden_layers": Key("layers", layers),
     "num_attention_heads": Key("heads", heads),
@@ -33,15 +34,23 @@ def sizes(width, layers, heads, mlp_width, vocab_size=0, max_seq_len=0) -> dict:
     "vocab_size": Key("vocab_size", vocab_size),
     "max_position_embeddings": Key("max_seq_len", max_seq_len),
   }
-  return {name: key for name, key in made.items() if key.default}
+  return {name: key for name, key in keys.items() if key.default}
 
 
-BIAS = {"attention_bias": Key("attention.bias", False, {False: "none", True: "all"})}
-B = "decoder/blocks/"
-A = B + "attention/"
-QKV = (A + "query_dnh", A + "key_dkh", A + "value_dkh")
-QKV_BIAS = (A + "query_bias_nh", A + "key_bias_kh", A + "value_bias_kh")
-L = "model.layers.{l}."
+def llama_keys(*numbers, kv_heads=0, head_dim=0, eps=1e-6) -> dict:
+  """The keys that Llama and its successors share, with these `sizes`."""
+  return sizes(*numbers) | {
+    "num_key_value_heads": Key("kv_heads", kv_heads, null=0),
+    "head_dim": Key("head_dim", head_dim, null=REQUIRED if head_dim else 0),
+    "rms_norm_eps": Key("norm.eps", eps),
+    "hidden_act": Key("activation", "silu", GATED),
+    "tie_word_embeddings": Key("tie_embeddings", False),
+  }
+
+
+def without(table: dict, *substrings: str) -> dict:
+  """Leaves out the rows whose names have one of these substrings."""
+  return {name: row for name, row in table.items() if not any(each in name for each in substrings)}
 
 
 def _divides(config):
@@ -50,24 +59,10 @@ def _divides(config):
   return {}
 
 
-def without(table: dict, *parts: str) -> dict:
-  """Leaves out the rows whose names have one of these parts."""
-  return {name: row for name, row in table.items() if not any(part in name for part in parts)}
-
-
-DIVIDES = Part((), write=_divides)
+DIVIDES = Codec((), write=_divides)
 LLAMA = Family(
   "llama", "LlamaForCausalLM",
-  {
-    **sizes(4096, 32, 32, 11_008, 32_000, 2048),
-    "num_key_value_heads": Key("kv_heads", 0, null=0),
-    "head_dim": Key("head_dim", 0, null=0),
-    "rms_norm_eps": Key("norm.eps", 1e-6),
-    "hidden_act": Key("activation", "silu", GATED),
-    "tie_word_embeddings": Key("tie_embeddings", False),
-    "mlp_bias": Key("mlp_bias", False),
-    **BIAS,
-  },
+  llama_keys(4096, 32, 32, 11_008, 32_000, 2048) | {"mlp_bias": Key("mlp_bias", False)} | BIAS,
   {
     "model.embed_tokens.weight": ("vd", "embed/token_vd"),
     L + "input_layernorm": B + "attention_norm",
@@ -84,36 +79,27 @@ LLAMA = Family(
   aliases=((r"^(embed_tokens|layers|norm)\.", r"model.\1."),),
   ignore=(r"rotary_emb\.inv_freq$",),
 )
-# What Llama's successors share; without biases unless they add them.
-COMMON_KEYS = without(LLAMA.keys, "bias")
-MISTRAL = dataclasses.replace(
+MISTRAL = replace(
   LLAMA, name="mistral", architecture="MistralForCausalLM",
-  keys=COMMON_KEYS
-  | sizes(4096, 32, 32, 14_336, 32_000, 131_072)
-  | {"num_key_value_heads": Key("kv_heads", 8, null=0)},
-  parts=(rope(), window(4096)),
+  keys=llama_keys(4096, 32, 32, 14_336, 32_000, 131_072, kv_heads=8),
+  codecs=(rope(), window(4096)),
 )
-QWEN2 = dataclasses.replace(
+QWEN2 = replace(
   LLAMA, name="qwen2", architecture="Qwen2ForCausalLM",
-  keys=COMMON_KEYS
-  | sizes(4096, 32, 32, 22_016, 151_936, 32_768)
-  | {"num_key_value_heads": Key("kv_heads", 32, null=0)},
+  keys=llama_keys(4096, 32, 32, 22_016, 151_936, 32_768, kv_heads=32),
   fixed={"attention.bias": "qkv"},
-  parts=(rope(), QWEN_LAYERS),
+  codecs=(rope(), QWEN_LAYERS),
 )
-QWEN3 = dataclasses.replace(
+QWEN3 = replace(
   QWEN2, name="qwen3", architecture="Qwen3ForCausalLM",
-  keys=QWEN2.keys | BIAS | {"head_dim": Key("head_dim", 128)},
+  keys=llama_keys(4096, 32, 32, 22_016, 151_936, 32_768, kv_heads=32, head_dim=128) | BIAS,
   fixed={"attention.qk_norm": "head"},
 )
-OLMO2 = dataclasses.replace(
+OLMO2 = replace(
   LLAMA, name="olmo2", architecture="Olmo2ForCausalLM",
-  keys=COMMON_KEYS
-  | BIAS
-  | sizes(4096, 32, 32, 11_008, 50_304, 2048)
-  | {"rms_norm_eps": Key("norm.eps", 1e-5)},
+  keys=llama_keys(4096, 32, 32, 11_008, 50_304, 2048, eps=1e-5) | BIAS,
   fixed={"norm.place": "output", "attention.qk_norm": "all"},
-  parts=(rope(),),
+  codecs=(rope(),),
   tensors=without(LLAMA.tensors, "layernorm")
   | {
     L + "post_attention_layernorm": B + "attention_norm",
@@ -124,12 +110,10 @@ PHI3_ROPE = rope(
   fraction_key="partial_rotary_factor", original=4096,
   kinds={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
 )
-PHI3 = dataclasses.replace(
+PHI3 = replace(
   LLAMA, name="phi3", architecture="Phi3ForCausalLM",
-  keys=COMMON_KEYS
-  | sizes(3072, 32, 32, 8192, 32_064, 4096)
-  | {"rms_norm_eps": Key("norm.eps", 1e-5)},
-  parts=(PHI3_ROPE, window(None)),
+  keys=llama_keys(3072, 32, 32, 8192, 32_064, 4096, eps=1e-5),
+  codecs=(PHI3_ROPE, window(None)),
   tensors=without(LLAMA.tensors, "{q,k,v}", "{gate,up}")
   | {
     L + "self_attn.qkv_proj": A + "{query,key,value}",
@@ -142,17 +126,15 @@ def _gemma_scalar(scale: float, config) -> int:
   return round((scale or config.dims["h"] ** -0.5) ** -2)
 
 
-EMBED_SCALE = Part(("hidden_act",), lambda theirs, values: {"embed.scale": values["width"] ** 0.5})
-GEMMA2 = dataclasses.replace(
+EMBED_SCALE = Codec(("hidden_act",), lambda raw, fields: {"embed.scale": fields["width"] ** 0.5})
+GEMMA2 = replace(
   LLAMA, name="gemma2", architecture="Gemma2ForCausalLM",
-  keys=without(COMMON_KEYS, "hidden_act")
+  keys=without(llama_keys(2304, 26, 8, 9216, 256_000, 8192, head_dim=256), "hidden_act")
+  | BIAS
   | {
-    **sizes(2304, 26, 8, 9216, 256_000, 8192),
     "num_key_value_heads": Key("kv_heads", 4),
-    "head_dim": Key("head_dim", 256),
     "hidden_activation": Key("activation", "gelu_pytorch_tanh", GATED),
     "tie_word_embeddings": Key("tie_embeddings", True),
-    **BIAS,
     "use_bidirectional_attention": only(None, False),
     "query_pre_attn_scalar": Key(
       "attention.scale", 256, (lambda scalar, _: scalar**-0.5, _gemma_scalar)
@@ -161,7 +143,7 @@ GEMMA2 = dataclasses.replace(
     "final_logit_softcapping": Key("embed.logit_softcap", 30.0, null=0.0),
   },
   fixed={"norm.place": "sandwich"},
-  parts=(rope(), gemma_layers(2), EMBED_SCALE, DIVIDES),
+  codecs=(rope(), gemma_layers(2), EMBED_SCALE, DIVIDES),
   tensors=LLAMA.tensors
   | {
     L + "post_attention_layernorm": B + "attention_out_norm",
@@ -170,21 +152,22 @@ GEMMA2 = dataclasses.replace(
   },
   offset=1.0,
 )
-GEMMA3 = dataclasses.replace(
+GEMMA3_ROPE = rope(theta=1_000_000.0, local_key="rope_local_base_freq")
+GEMMA3 = replace(
   GEMMA2, name="gemma3_text", architecture="Gemma3ForCausalLM",
   keys=GEMMA2.keys
+  | sizes(2304, 26, 8, 9216, 262_208, 131_072)
   | {
-    **sizes(2304, 26, 8, 9216, 262_208, 131_072),
     "attn_logit_softcapping": only(None),
     "final_logit_softcapping": Key("embed.logit_softcap", 0.0, null=0.0),
   },
   fixed={"norm.place": "sandwich", "attention.qk_norm": "head"},
-  parts=(
-    rope(theta=1_000_000.0, local_key="rope_local_base_freq"), gemma_layers(6), EMBED_SCALE, DIVIDES
-  ),
+  codecs=(GEMMA3_ROPE, gemma_layers(6), EMBED_SCALE, DIVIDES),
 )
 LAYER_NORM = {"norm.kind": "layer", "norm.bias": True, "mlp_bias": True}
 LEARNED = LAYER_NORM | {"attention.bias": "all", "position.kind": "learned"}
+QKV = (A + "query_dnh", A + "key_dkh", A + "value_dkh")
+QKV_BIAS = (A + "query_bias_nh", A + "key_bias_kh", A + "value_bias_kh")
 G = "transformer.h.{l}."
 GPT2 = Family(
   "gpt2", "GPT2LMHeadModel",
@@ -193,7 +176,7 @@ GPT2 = Family(
     "n_embd": Key("width", 768, other="hidden_size"),
     "n_layer": Key("layers", 12, other="num_hidden_layers"),
     "n_head": Key("heads", 12, other="num_attention_heads"),
-    "n_inner": Key("mlp_width", lambda values: 4 * values["width"]),
+    "n_inner": Key("mlp_width", lambda fields: 4 * fields["width"]),
     "n_positions": Key("max_seq_len", 1024, other="max_position_embeddings"),
     "activation_function": Key("activation", "gelu_new", PLAIN),
     "layer_norm_epsilon": Key("norm.eps", 1e-5),
@@ -226,13 +209,13 @@ GPT2 = Family(
 X = "gpt_neox.layers.{l}."
 NEOX = Family(
   "gpt_neox", "GPTNeoXForCausalLM",
-  without(COMMON_KEYS, "num_key_value_heads", "head_dim", "rms_norm_eps")
-  | sizes(6144, 44, 64, 24_576, 50_432, 2048)
+  sizes(6144, 44, 64, 24_576, 50_432, 2048)
   | {
     "hidden_act": Key("activation", "gelu", PLAIN),
     "layer_norm_eps": Key("norm.eps", 1e-5),
+    "tie_word_embeddings": Key("tie_embeddings", False),
     "use_parallel_residual": Key("block", True, {True: "parallel", False: "sequential"}),
-    "attention_bias": dataclasses.replace(BIAS["attention_bias"], default=True),
+    "attention_bias": replace(BIAS["attention_bias"], default=True),
     "is_decoder": only(False, True),
   },
   {

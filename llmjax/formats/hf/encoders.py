@@ -1,12 +1,9 @@
-"""The tables of BERT, RoBERTa and T5.
-
-Sources: as in `hf_decoders`.
-"""
+"""The tables of BERT and RoBERTa. Sources: as in `hf.decoders`."""
 
 import dataclasses
 
 from llmjax.formats.hf.decoders import LEARNED, sizes
-from llmjax.formats.hf.family import Family, Key, Part, only
+from llmjax.formats.hf.family import Family, Key, only
 
 B = "encoder/blocks/"
 E = "bert.embeddings."
@@ -51,8 +48,9 @@ BERT = Family(
   twins={"cls.predictions.decoder.bias": "cls.predictions.bias"},
   optional=(r"^transform", r"^pooler", r"^embed/head_bias_v$"),
 )
-# Positions begin after the padding id, so the table has two rows more than there are positions.
+# RoBERTa's positions begin after the padding id, so its table has two rows more.
 UNUSED_ROWS = 2
+POSITIONS = (lambda rows, _: rows - UNUSED_ROWS, lambda length, _: length + UNUSED_ROWS)
 
 
 def _roberta(name: str) -> str:
@@ -72,78 +70,11 @@ ROBERTA = dataclasses.replace(
   keys=BERT.keys
   | {
     "vocab_size": Key("vocab_size", 50_265),
-    "max_position_embeddings": Key(
-      "max_seq_len", 512,
-      (lambda rows, _: rows - UNUSED_ROWS, lambda length, _: length + UNUSED_ROWS)
-    ),
+    "max_position_embeddings": Key("max_seq_len", 512, POSITIONS),
     "pad_token_id": only(UNUSED_ROWS - 1),
   },
   tensors={_roberta(name): row for name, row in BERT.tensors.items()}
   | {_roberta(E) + "position_embeddings.weight": (f"({UNUSED_ROWS}+t)d", "embed/position_td")},
   aliases=((r"^(embeddings|encoder|pooler)\.", r"roberta.\1."),),
   twins={"lm_head.decoder.bias": "lm_head.bias"},
-)
-
-
-def _t5_stack(stack: str, mlp: str) -> dict:
-  """Rows that both stacks of T5 have; `mlp` is the number of its feed-forward layer."""
-  block, ours = stack + ".block.{l}.layer.", f"{stack}/blocks/"
-  relative = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-  return {
-    relative: ("in", f"{stack}/relative_in"),
-    block + "0.layer_norm": ours + "attention_norm",
-    block + "0.SelfAttention.{q,k,v,o}": ours + "attention/{query,key,value,out}",
-    block + mlp + ".layer_norm": ours + "mlp_norm",
-    block + mlp + ".DenseReluDense.wi_{0,1}": ours + "mlp/{gate,up}",
-    block + mlp + ".DenseReluDense.wi": ours + "mlp/up",
-    block + mlp + ".DenseReluDense.wo": ours + "mlp/down",
-    stack + ".final_layer_norm": stack + "/norm",
-  }
-
-
-T5_ACTIVATIONS = {
-  "relu": "relu", "gated-gelu": "geglu_tanh", "gated-silu": "swiglu", "gated-relu": "reglu",
-  "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu",
-}
-D = "decoder.block.{l}.layer.1."
-T5 = Family(
-  "t5", "T5ForConditionalGeneration",
-  {
-    "vocab_size": Key("vocab_size", 32_128),
-    "d_model": Key("width", 512, other="hidden_size"),
-    "d_kv": Key("head_dim", 64, other="head_dim"),
-    "d_ff": Key("mlp_width", 2048),
-    "num_layers": Key("encoder_layers", 6, other="num_hidden_layers"),
-    "num_decoder_layers": Key("layers", lambda values: values["encoder_layers"]),
-    "num_heads": Key("heads", 8, other="num_attention_heads"),
-    "n_positions": Key("max_seq_len", 512),
-    "relative_attention_num_buckets": Key("position.buckets", 32),
-    "relative_attention_max_distance": Key("position.max_distance", 128),
-    "layer_norm_epsilon": Key("norm.eps", 1e-6),
-    "feed_forward_proj": Key("activation", "relu", T5_ACTIVATIONS),
-    "tie_word_embeddings": Key("tie_embeddings", True),
-    "scale_decoder_outputs": Key(
-      "embed.logit_scale", lambda values: values["tie_embeddings"],
-      (lambda yes, values: values["width"] ** -0.5 if yes else 1.0, lambda scale, _: scale != 1),
-    ),
-    "decoder_start_token_id": Key(
-      "embed.start_token", 0, (lambda number, _: number, lambda number, _: max(number, 0))
-    ),
-    "is_encoder_decoder": only(True),
-    "is_decoder": only(False),
-  },
-  {
-    "shared.weight": ("vd", "embed/token_vd"),
-    **_t5_stack("encoder", "1"),
-    **_t5_stack("decoder", "2"),
-    D + "layer_norm": "decoder/blocks/cross_norm",
-    D + "EncDecAttention.{q,k,v,o}": "decoder/blocks/cross_attention/{query,key,value,out}",
-    "lm_head.weight": ("vd", "embed/head_dv"),
-  },
-  # transformers derives these two keys from feed_forward_proj
-  (Part(("dense_act_fn", "is_gated_act"), write=lambda config: {"pad_token_id": 0}),),
-  {"kind": "encoder_decoder", "position.kind": "relative", "attention.scale": 1.0},
-  ignore=(r"EncDecAttention\.relative_attention_bias",),
-  twins={f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")},
-  head_optional=True,
 )

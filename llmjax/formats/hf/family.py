@@ -1,8 +1,5 @@
-"""What a family of published models is: a row of values and tables, read in both directions.
-
-Nothing here knows a particular family. `read_config` turns a `config.json` into a `ModelConfig`,
-`write_config` does the reverse, and a family can hold a config if writing and reading give it back.
-"""
+"""A family of published models: tables of its config keys and tensor names. A family holds a
+`ModelConfig` if writing it as `config.json` and reading that gives it back."""
 
 import dataclasses
 from collections.abc import Callable
@@ -43,20 +40,21 @@ KINDS = {key: type(value) for key, value in configs.flat(ModelConfig()).items()}
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-  """What one key of their `config.json` means.
+  """What one key of a `config.json` means.
 
   Attributes:
-    ours: our dotted key; empty for a key that is only checked.
-    default: their value where the key is absent, that of the family's config class in
-      transformers; or a function of our values so far.
-    values: their value → ours, the first of several being the one written; None: as it is. Or two
-      functions: of their value and our values so far, of our value and our config.
+    field: dotted key of `ModelConfig`; empty for a key that is only checked.
+    default: its value where it is absent, that of the family's config class in transformers; or a
+      function of the `ModelConfig` values read so far.
+    values: value in `config.json` → value of the field, the first of several being written; None:
+      the same. Or two functions: of the value and the fields read so far, of the field and the
+      `ModelConfig`.
+    null: what null means, and what is written as null; by default null is refused where the default
+      is a value.
     other: another name of the key, read where the first is absent.
-    null: what their null means, and what is written as null; by default null is refused where the
-      default is a value.
   """
 
-  ours: str
+  field: str
   default: object = REQUIRED
   values: dict | tuple | None = None
   null: object = REQUIRED
@@ -69,39 +67,39 @@ def only(*values) -> Key:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Codec:
   """What a table of keys cannot say.
 
   Attributes:
-    keys: their keys that `read` looks at.
-    read: (their config, our values so far) → more of our values.
-    write: our config → some of their keys; raises `UserError` where they have no word for it.
+    keys: keys of `config.json` that `read` looks at.
+    read: (`config.json`, fields read so far) → more fields by dotted key.
+    write: `ModelConfig` → keys of `config.json`; raises `UserError` where none express it.
   """
 
   keys: tuple
-  read: Callable[[dict, dict], dict] = lambda theirs, values: {}
+  read: Callable[[dict, dict], dict] = lambda raw, fields: {}
   write: Callable[[ModelConfig], dict] = lambda config: {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """A family: its words for our config, and its names for our weights.
+  """A family of models in transformers.
 
   Attributes:
-    name: their `model_type`.
+    name: `model_type`.
     architecture: the class that transformers builds.
-    keys: their key → `Key`.
-    tensors: their name → our module, or (letters, our path or paths); see `hf_layout`.
-    parts: what tables cannot say.
-    fixed: our dotted key → the value that the family implies.
+    keys: key of `config.json` → `Key`.
+    tensors: name of tensors → our module, or (letters, path or paths); see `hf.layout`.
+    codecs: what the table of keys cannot say.
+    fixed: dotted key of `ModelConfig` → the value that the family implies.
     offset: norm scales are stored less this number.
-    aliases: (pattern, replacement): other spellings of their names.
-    ignore: patterns of their names that hold nothing a model needs.
-    dropped: patterns of their names that llmjax has no place for; reading says so.
-    skip: (their name, config) → whether this config leaves the tensor out.
+    aliases: (pattern, replacement): other spellings of tensor names.
+    ignore: patterns of tensor names that hold nothing a model needs.
+    dropped: patterns of tensor names that llmjax has no use for; reading says so.
+    skip: (tensor name, config) → whether this config leaves the tensor out.
     twins: name of a copy → its original, beside the head that may be a copy of the embedding.
     optional: patterns of our paths that a folder may lack.
-    constants: name written beside ours → (value, name of the tensor whose shape it has).
+    constants: tensor written beside ours → (value, name of the tensor whose shape it has).
     head_optional: a folder without a head is one of tied embeddings, whatever its config says.
     written: whether models are exported as this family.
   """
@@ -110,7 +108,7 @@ class Family:
   architecture: str
   keys: dict
   tensors: dict
-  parts: tuple = ()
+  codecs: tuple = ()
   fixed: dict = dataclasses.field(default_factory=dict)
   offset: float = 0.0
   aliases: tuple = ()
@@ -124,7 +122,7 @@ class Family:
   written: bool = True
 
   def name_of(self, path: str) -> str | None:
-    """Their name of one of our weights."""
+    """The name of the tensor that holds one of our weights."""
     return next((name for name, row in self.tensors.items() if row[1:] == (path,)), None)
 
   @property
@@ -133,42 +131,41 @@ class Family:
     return self.twins | {self.name_of("embed/head_dv"): self.name_of("embed/token_vd")}
 
 
-def read_config(family: Family, theirs: dict, quiet: bool = False) -> ModelConfig:
+def read_config(family: Family, raw: dict, quiet: bool = False) -> ModelConfig:
   """Translates a `config.json`, with a note of unknown keys unless `quiet`; arithmetic is fp32.
 
   Raises:
     UserError: a key is missing, or has a value that llmjax cannot compute with.
   """
-  values = {"dtype": "float32", **read_values(family, theirs, quiet)}
-  return configs.freeze(unflatten_dict(values, sep="."), ModelConfig, "model.")
+  fields = {"dtype": "float32", **read_fields(family, raw, quiet)}
+  return configs.freeze(unflatten_dict(fields, sep="."), ModelConfig, "model.")
 
 
-def read_values(family: Family, theirs: dict, quiet: bool = False) -> dict:
-  """Translates a `config.json` (or a section of one) into our dotted keys; see `read_config`."""
-  values = dict(family.fixed)
+def read_fields(family: Family, raw: dict, quiet: bool = False) -> dict:
+  """Translates a `config.json` (or a section of one) into dotted keys; see `read_config`."""
+  fields = dict(family.fixed)
   for name, key in family.keys.items():
-    value = _value(family, name, key, theirs, values)
-    if key.ours:
-      values[key.ours] = configs.coerce(value, KINDS[key.ours], f"model.{key.ours}")
-  for part in family.parts:
+    value = _read_key(family, name, key, raw, fields)
+    if key.field:
+      fields[key.field] = configs.coerce(value, KINDS[key.field], f"model.{key.field}")
+  for codec in family.codecs:
     try:
-      values |= part.read(theirs, values)
+      fields |= codec.read(raw, fields)
     except (TypeError, AttributeError) as error:  # a list or a text where a number is meant
-      keys = ", ".join(filter(None, part.keys))
+      keys = ", ".join(filter(None, codec.keys))
       raise UserError(f"one of {keys} has a value of another kind: {error}") from error
-  for key in filter(theirs.get, REFUSED):
+  for key in filter(raw.get, REFUSED):
     raise UserError(f"this {family.name} folder {REFUSED[key]} ({key}); not supported")
-  known = HARMLESS.union(REFUSED, family.keys, *(part.keys for part in family.parts))
+  known = HARMLESS.union(REFUSED, family.keys, *(codec.keys for codec in family.codecs))
   known |= {key.other for key in family.keys.values()}
-  unknown = [name for name in theirs if name not in known]
+  unknown = [name for name in raw if name not in known]
   if unknown and not quiet:
     note(f"config.json has keys that llmjax does not know and leaves out: {', '.join(unknown)}")
-  return values
+  return fields
 
 
-def _value(family: Family, name: str, key: Key, theirs: dict, values: dict):
-  """Our value of one of their keys."""
-  value = theirs.get(name, theirs.get(key.other, key.default))
+def _read_key(family: Family, name: str, key: Key, raw: dict, fields: dict):
+  value = raw.get(name, raw.get(key.other, key.default))
   if value is None and key.null is not REQUIRED:
     value = key.null
   if value is None and callable(key.default):
@@ -176,14 +173,14 @@ def _value(family: Family, name: str, key: Key, theirs: dict, values: dict):
   if value is REQUIRED or (value is None and key.default is not None):
     raise UserError(f"config.json of this {family.name} model has no {name!r}")
   if callable(value):
-    value = value(values)
+    value = value(fields)
   if key.values is None:
     return value
   if isinstance(key.values, tuple) and not isinstance(value, str | dict):
-    return key.values[0](value, values)
+    return key.values[0](value, fields)
   if isinstance(value, list | dict) or value not in key.values:
-    words = key.values if isinstance(key.values, dict) else ("numbers",)
-    known = ", ".join(repr(each) for each in words)
+    known = key.values if isinstance(key.values, dict) else ("numbers",)
+    known = ", ".join(map(repr, known))
     raise UserError(f"{family.name} with {name}={value!r} is not supported; known: {known}")
   return key.values[value]
 
@@ -192,23 +189,23 @@ def write_config(family: Family, config: ModelConfig) -> dict:
   """Translates an architecture into a family's keys, `model_type` and `architectures` among them.
 
   Raises:
-    UserError: the family has no word for a value.
+    UserError: the family cannot express a value.
   """
   flat = configs.flat(config)
-  theirs = {"model_type": family.name, "architectures": [family.architecture]}
+  raw = {"model_type": family.name, "architectures": [family.architecture]}
   for name, key in family.keys.items():
-    value = flat[key.ours] if key.ours else None
+    value = flat[key.field] if key.field else None
     if isinstance(key.values, tuple):
       value = key.values[1](value, config)
     elif key.values is not None:
-      words = [word for word, ours in key.values.items() if ours == value]
-      if not words:
-        raise UserError(f"{family.name} has no {key.ours}={value!r}")
-      value = words[0]
-    theirs[name] = None if value == key.null and key.ours else value
-  for part in family.parts:
-    theirs |= part.write(config)
-  return theirs
+      spellings = [spelling for spelling, meaning in key.values.items() if meaning == value]
+      if not spellings:
+        raise UserError(f"{family.name} has no {key.field}={value!r}")
+      value = spellings[0]
+    raw[name] = None if value == key.null and key.field else value
+  for codec in family.codecs:
+    raw |= codec.write(config)
+  return raw
 
 
 def misfits(family: Family, config: ModelConfig) -> list[str]:

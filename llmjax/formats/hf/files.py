@@ -18,16 +18,13 @@ SHARD_BYTES = 5_000_000_000
 
 
 def open_tensors(path: Path, aliases: tuple = ()) -> Tensors:
-  """Opens the tensors of a folder.
+  """Opens a folder's tensors under their usual names, which `aliases` (pattern, replacement) make.
 
-  Args:
-    path: folder of `model.safetensors`, or of shards with an index.
-    aliases: (pattern, replacement) that turn other spellings of names into the usual one.
   Raises:
     UserError: a file is missing or damaged.
   """
   readers = {}
-  for file in tensor_files(path):
+  for file in _tensor_files(path):
     try:
       opened = safe_open(file, "np")
     except (SafetensorError, OSError) as error:
@@ -50,21 +47,16 @@ def _read_tensor(opened, name: str) -> np.ndarray:
   return array
 
 
-def tensor_files(path: Path) -> list[Path]:
-  """Lists a folder's safetensors files.
-
-  Raises:
-    UserError: there are none, or one of its index is missing.
-  """
+def _tensor_files(path: Path) -> list[Path]:
   if (path / "model.safetensors").is_file():
     return [path / "model.safetensors"]
   index = path / "model.safetensors.index.json"
   if index.is_file():
-    named = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    for file in named:
+    files = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    for file in files:
       if not file.is_file():
         raise UserError(f"{index} names {file.name}, which is not there")
-    return named
+    return files
   found = sorted(path.glob("*.safetensors"))
   if found:
     return found
@@ -88,8 +80,8 @@ def save_tensors(tensors: dict, path: Path):
     old.unlink()
   weight_map = {}
   for number, shard in enumerate(shards, 1):
-    part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-    name = f"model{part}.safetensors"
+    suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+    name = f"model{suffix}.safetensors"
     save_file(shard, path / name, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(shard, name)
   if len(shards) > 1:

@@ -1,8 +1,5 @@
-"""Hugging Face folders, read and written: `config.json`, safetensors, a tokenizer.
-
-The families are tables (`hf_decoders`, `hf_moe`, `hf_encoders`, `hf_marian`, `hf_vision`), which
-`hf_family` and `hf_layout` read in both directions.
-"""
+"""Hugging Face folders, read and written: `config.json`, safetensors, a tokenizer. Families are
+tables, which `hf.family` and `hf.layout` read in both directions."""
 
 import dataclasses
 import re
@@ -15,11 +12,11 @@ from llmjax.core.errors import UserError, nearest, note
 from llmjax.core.files import read_json, write_json
 from llmjax.formats.hf.canonical import canonical
 from llmjax.formats.hf.decoders import DECODERS
-from llmjax.formats.hf.encoders import BERT, ROBERTA, T5
+from llmjax.formats.hf.encdec import MARIAN, T5
+from llmjax.formats.hf.encoders import BERT, ROBERTA
 from llmjax.formats.hf.family import Family, misfits, read_config, write_config
 from llmjax.formats.hf.files import DTYPES, open_tensors, save_tensors
 from llmjax.formats.hf.layout import Tensors, from_tensors, matches, to_tensors
-from llmjax.formats.hf.marian import MARIAN
 from llmjax.formats.hf.moe import MOES
 from llmjax.formats.hf.vision import GEMMA3_SHELL, LLAVA, VIT
 from llmjax.models import pooling, processor
@@ -49,10 +46,10 @@ def load_folder(path) -> Model:
       missing, left over or of another shape.
   """
   path = Path(path)
-  theirs = read_json(path / "config.json")
-  family = family_of(theirs)
+  raw = read_json(path / "config.json")
+  family = family_of(raw)
   tensors = open_tensors(path, family.aliases)
-  config = _tied(family, read_config(family, theirs), tensors)
+  config = _tied(family, read_config(family, raw), tensors)
   parameters = read_tensors(family, config, tensors)
   images = processor.read(path, config.kind) if config.vision.image_size else None
   if config.vision.image_size and not images:
@@ -60,16 +57,16 @@ def load_folder(path) -> Model:
   return Model(config, parameters, _tokenizer(path, config.kind), pooling.read(path), images)
 
 
-def family_of(theirs: dict) -> Family:
+def family_of(raw: dict) -> Family:
   """Finds the family that a `config.json` names."""
-  name = theirs.get("model_type")
+  name = raw.get("model_type")
   if name not in FAMILIES:
     raise UserError(f"model_type {name!r} is not one of llmjax's; {nearest(str(name), FAMILIES)}")
   return FAMILIES[name]
 
 
 def read_tensors(family: Family, config: ModelConfig, tensors: Tensors):
-  """Builds a family's model from tensors under its names, copies and buffers left out."""
+  """Builds a family's model from tensors, copies and buffers left out."""
   dropped = [name for name in tensors if matches(name, family.dropped)]
   if dropped:
     note(f"{len(dropped)} tensors have no place in llmjax and are left out, such as {dropped[0]!r}")
@@ -100,7 +97,7 @@ def _tied(family: Family, config: ModelConfig, tensors: Tensors) -> ModelConfig:
 
 
 def _tokenizer(path: Path, kind: str):
-  """The tokenizer; one that is not known does not keep the weights from being used."""
+  """The tokenizer; an unknown one does not keep the weights from being used."""
   try:
     return load_tokenizer(path) if kind != "vision" or tokenizer_file(path) else None
   except UserError as error:
@@ -121,18 +118,18 @@ def save_folder(model: Model, path, dtype: str = "float32", family: str = ""):
   """
   if dtype not in DTYPES:
     raise UserError(f"dtype {dtype!r} is unknown; {nearest(dtype, DTYPES)}")
-  model = _begun(model)
+  model = _with_start_token(model)
   chosen = choose(model.config, family)
   config, leaves = half_layout(model)
   tensors = to_tensors(config, leaves, chosen.tensors, chosen.offset)
   for name, (value, like) in chosen.constants.items():
     tensors[name] = np.full_like(tensors[like], value)
-  ids = _token_ids(model)
-  theirs = ids | write_config(chosen, config) | {"torch_dtype": dtype}
+  ids, start = _token_ids(model), "decoder_start_token_id"
+  raw = ids | write_config(chosen, config) | {"torch_dtype": dtype}
   path = Path(path)
   path.mkdir(parents=True, exist_ok=True)
-  write_json(path / "config.json", theirs)
-  ids |= {key: theirs[key] for key in ("decoder_start_token_id",) if key in theirs}
+  write_json(path / "config.json", raw)
+  ids |= {start: raw[start]} if start in raw else {}
   ends = getattr(getattr(model.tokenizer, "settings", None), "ends", None)
   if ends:
     ids["eos_token_id"] = [i for i in (ids["eos_token_id"], *ends) if i is not None]
@@ -147,8 +144,8 @@ def save_folder(model: Model, path, dtype: str = "float32", family: str = ""):
   save_tensors(cast, path)
 
 
-def _begun(model: Model) -> Model:
-  """Writes down the id that an encoder_decoder begins with, where that is the tokenizer's BOS."""
+def _with_start_token(model: Model) -> Model:
+  """Sets an encoder_decoder's start token, where that is left to the tokenizer."""
   config, embed = model.config, model.config.embed
   if config.kind != "encoder_decoder" or embed.start_token >= 0 or model.tokenizer is None:
     return model
@@ -157,11 +154,8 @@ def _begun(model: Model) -> Model:
 
 
 def choose(config: ModelConfig, name: str = "") -> Family:
-  """Finds a family that holds an architecture: writing and reading its config gives it back.
+  """Finds a family that holds an architecture; with `name` it can only be that one.
 
-  Args:
-    config: the architecture.
-    name: take this family and no other.
   Raises:
     UserError: there is none; the message names what the nearest one lacks.
   """
@@ -178,10 +172,9 @@ def choose(config: ModelConfig, name: str = "") -> Family:
 
 
 def half_layout(model: Model) -> tuple[ModelConfig, dict]:
-  """Writes a model's rotary positions in half layout: the config, and the weights by path.
+  """Puts a model's rotary positions into half layout: the canonical config, and weights by path.
 
-  Channels 2i and 2i + 1 of queries and keys become i and i + r/2; products of the two stay as they
-  were.
+  Channels 2i and 2i + 1 of queries and keys become i and i + r/2, which leaves products unchanged.
   """
   leaves = tree.flatten(model.parameters)
   position, h = model.config.position, model.config.dims["h"]
@@ -189,8 +182,8 @@ def half_layout(model: Model) -> tuple[ModelConfig, dict]:
   if ordinary and position.kind == "rope" and position.layout == "interleaved":
     r = position.rotary_dim(h)
     order = np.concatenate([np.arange(0, r, 2), np.arange(1, r, 2), np.arange(r, h)])
-    turned = re.compile(r"/attention/(query|key)(_norm/scale)?_(bias_)?\w*h$")
-    for path in filter(turned.search, leaves):
+    permuted = re.compile(r"/attention/(query|key)(_norm/scale)?_(bias_)?\w*h$")
+    for path in filter(permuted.search, leaves):
       leaves[path] = np.asarray(leaves[path])[..., order]
   return canonical(model.config), leaves
 
@@ -198,11 +191,11 @@ def half_layout(model: Model) -> tuple[ModelConfig, dict]:
 def _token_ids(model: Model) -> dict:
   """The tokenizer's special ids. A decoder without one says null, where transformers would assume
   the ids of the published model, which a smaller vocabulary may not have."""
-  made = {}
+  ids = {}
   for name in ("bos", "eos", "pad"):
     number = getattr(model.tokenizer, f"{name}_id", None)
     if number is not None and 0 <= number < model.config.vocab_size:
-      made[f"{name}_token_id"] = number
+      ids[f"{name}_token_id"] = number
     elif model.config.kind == "decoder":
-      made[f"{name}_token_id"] = None
-  return made
+      ids[f"{name}_token_id"] = None
+  return ids

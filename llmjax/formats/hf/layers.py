@@ -1,30 +1,31 @@
-"""Kinds of layers in a `config.json`, full ones and windows, which no table of keys can say."""
+"""Kinds of layers in a `config.json`, full attention and sliding windows."""
 
 from collections.abc import Callable
 
 from llmjax.core.errors import UserError
 from llmjax.formats.hf.canonical import layer_kinds, shortest_pattern
-from llmjax.formats.hf.family import Part
+from llmjax.formats.hf.family import Codec
 from llmjax.models.config import ModelConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 KINDS = {FULL: "full", SLIDING: "window"}
 
 
-def _layers(keys: str, size: Callable, slides: Callable, write: Callable) -> Part:
-  """Kinds of layers by `layer_types`, or where it is silent by `slides`.
+def _layers(keys: tuple, size: Callable, slides: Callable, write: Callable) -> Codec:
+  """Kinds of layers by `layer_types`, or where that is absent by `slides`.
 
   Args:
-    keys: their further keys.
-    size: their config → the window, if there is one.
-    slides: (their config, that window, number of a layer) → whether the layer has it.
-    write: as in `Part`.
+    keys: further keys that the two functions read.
+    size: `config.json` → the window, if there is one.
+    slides: (`config.json`, the window, number of a layer) → whether the layer has it.
+    write: as in `Codec`.
   """
 
-  def read(theirs, values):
-    window = size(theirs)
-    slide = [slides(theirs, window, i) for i in range(values["layers"])]
-    kinds = theirs.get("layer_types") or [SLIDING if each else FULL for each in slide]
+  def read(raw, fields):
+    window = size(raw)
+    kinds = raw.get("layer_types") or [
+      SLIDING if slides(raw, window, i) else FULL for i in range(fields["layers"])
+    ]
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
       known = ", ".join(KINDS)
@@ -36,30 +37,26 @@ def _layers(keys: str, size: Callable, slides: Callable, write: Callable) -> Par
       raise UserError("layer_types has sliding_attention, but there is no sliding_window")
     return {"attention.pattern": pattern, "attention.window": window}
 
-  return Part(("sliding_window", "layer_types", *keys.split()), read, write)
+  return Codec(("sliding_window", "layer_types", *keys), read, write)
 
 
 def _kinds(config: ModelConfig) -> list:
-  words = {ours: word for word, ours in KINDS.items()}
-  return [words.get(kind, kind) for kind in layer_kinds(config)]
+  names = {kind: name for name, kind in KINDS.items()}
+  return [names.get(kind, kind) for kind in layer_kinds(config)]
 
 
-def window(default: int | None) -> Part:
+def window(default: int | None) -> Codec:
   """`sliding_window` in every layer, or none; `default` where the key is absent."""
 
-  def size(theirs):
-    found = theirs.get("sliding_window", default)
-    kinds, kind = theirs.get("layer_types") or (), SLIDING if found else FULL
+  def size(raw):
+    found = raw.get("sliding_window", default)
+    kinds, kind = raw.get("layer_types") or (), SLIDING if found else FULL
     if set(kinds) - {kind}:  # transformers reads no layer_types in these families
       raise UserError(f"layer_types={kinds!r} beside sliding_window={found!r} is not supported")
     return found
 
-  return _layers(
-    "",
-    size,
-    lambda theirs, size, i: size,
-    lambda config: {"sliding_window": config.attention.window or None},
-  )
+  write = lambda config: {"sliding_window": config.attention.window or None}  # noqa: E731
+  return _layers((), size, lambda raw, size, i: size, write)
 
 
 def _write_qwen(config):
@@ -73,23 +70,24 @@ def _write_qwen(config):
 
 
 QWEN_LAYERS = _layers(
-  "use_sliding_window max_window_layers",
-  lambda theirs: theirs.get("sliding_window", 4096) if theirs.get("use_sliding_window") else None,
-  lambda theirs, size, i: size and i >= theirs.get("max_window_layers", 28),
+  ("use_sliding_window", "max_window_layers"),
+  lambda raw: raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None,
+  lambda raw, size, i: size and i >= raw.get("max_window_layers", 28),
   _write_qwen,
 )
 
 
-def gemma_layers(period: int) -> Part:
+def gemma_layers(period: int) -> Codec:
   """Window layers, every `period`-th full, unless `layer_types` or a Gemma 3 says otherwise."""
-  key = "" if period == 2 else "sliding_window_pattern"
+  pattern = {} if period == 2 else {"sliding_window_pattern": period}
 
-  def slides(theirs, size, i):
-    return (i + 1) % theirs.get(key, period)
+  def slides(raw, size, i):
+    return (i + 1) % (raw.get("sliding_window_pattern", period) if pattern else period)
 
   def write(config):
-    made = {"sliding_window": config.attention.window or 4096, "layer_types": _kinds(config)}
-    return made | ({key: period} if key else {})
+    window = config.attention.window or 4096
+    return {"sliding_window": window, "layer_types": _kinds(config), **pattern}
 
-  keys = f"{key} _sliding_window_pattern"  # the latter is written by transformers, and never read
-  return _layers(keys, lambda theirs: theirs.get("sliding_window", 4096), slides, write)
+  # transformers writes the key with an underscore, and never reads it
+  keys = (*pattern, "_sliding_window_pattern")
+  return _layers(keys, lambda raw: raw.get("sliding_window", 4096), slides, write)

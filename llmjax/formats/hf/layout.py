@@ -1,16 +1,14 @@
-"""How another project lays a tensor out, as an expression of letters, and moving it both ways.
+"""Tensors of another project ↔ our weights, by one table for each family.
 
-A table has a row for each module, a norm or a projection whose first dimension is what it makes:
-their name → ours; the letters are those of our weights. `{q,k}_proj` → `{query,key}` is two rows in
-one, if ours has both; `qk_proj` → `{query,key}` one tensor that holds two of our weights. The first
-row that names a module has it. Any other tensor has a row of its own: its name → (letters of its
-layout, our path or paths).
+A row is a module, whose first dimension is its output: their name → ours. `{q,k}_proj` →
+`{query,key}` is two rows in one, if ours has both; `qk_proj` → `{query,key}` one tensor that holds
+two of our weights. The first row that names a module has it. Any other tensor has a row of its own:
+its name → (letters of its layout, our path or paths). `{l}` in a name counts the layers and `{e}`
+the experts, which are stacked here; rows name `blocks` and hold for the dense layers `first` too.
 
-- `d(nh)`: two dimensions, the second holding heads × head width in one; `{l}` in a name counts the
-  layers and `{e}` the experts, which stand in one array here. Rows name `blocks`; they hold for the
-  dense layers `first` as well.
-- `d(nh+kh+kh)`: several of our arrays one after another, and as many paths.
-- `(n*h)d`: what stands behind the star of one array after that of another, for each n.
+- `d(nh)`: two dimensions, the second being heads × head width.
+- `d(nh+kh+kh)`: several of our arrays concatenated, and as many paths.
+- `(n*h)d`: for each n what follows the star of every array.
 - a number is so many entries that are not kept (written as zeros): `(2+t)d`; a `1` by itself is an
   empty dimension: `11d`.
 - `I`: our i, kept as channels, rows and columns of a patch.
@@ -34,7 +32,7 @@ from llmjax.nn.param import roles
 
 
 class Tensors(UserDict):
-  """Tensors by name, made of functions: each reads its tensor when that is asked for."""
+  """Tensors by name, each read by a function when it is asked for."""
 
   def __getitem__(self, name: str) -> np.ndarray:
     return self.data[name]()
@@ -59,7 +57,7 @@ def from_tensors(
   """
   like = abstract(config)
   shapes = {path: leaf.shape for path, leaf in tree.flatten(like).items()}
-  made, left = {}, set(tensors)
+  weights, left = {}, set(tensors)
   for names, paths, layout in _rows(config, table, shapes):
     missing = [name for name in names if name not in left]
     if missing and all(matches(path, optional) for path in paths):
@@ -67,6 +65,8 @@ def from_tensors(
     if missing:
       raise UserError(f"tensor {missing[0]!r} (for {', '.join(paths)}) is missing")
     left -= names.keys()
+    for path in paths:
+      weights.setdefault(path, np.empty(shapes[path], np.float32))
     for name, index in names.items():
       array = tensors[name]
       if array.shape != layout.shape:
@@ -74,47 +74,44 @@ def from_tensors(
           f"tensor {name!r} has shape {array.shape}, which is not {layout.letters} = {layout.shape}"
         )
       for number, path in enumerate(paths):
-        if path not in made:
-          made[path] = np.empty(shapes[path], np.float32)
-        made[path][index] = layout.view(array, number)
+        weights[path][index] = layout.view(array, number)
   if left:
     shown = ", ".join(sorted(left)[:4])
     raise UserError(f"{len(left)} tensors have no place in the model: {shown}")
-  if offset:
-    made |= {path: made[path] + np.float32(offset) for path in made.keys() & scales(config)}
-  rest = {path: shape for path, shape in shapes.items() if path not in made}
-  made |= _blanks(rest, optional, scales(config))
-  return jax.tree.map(jnp.asarray, tree.unflatten(like, made))
+  ones = scales(config)
+  weights |= {path: weights[path] + np.float32(offset) for path in weights.keys() & ones}
+  absent = {path: shape for path, shape in shapes.items() if path not in weights}
+  weights |= _neutral(absent, optional, ones)
+  return jax.tree.map(jnp.asarray, tree.unflatten(like, weights))
 
 
-def _blanks(shapes: dict, optional: tuple, ones: set) -> dict[str, np.ndarray]:
-  """What stands in for the weights that no tensor holds, if they may be missing."""
-  made = {}
+def _neutral(shapes: dict, optional: tuple, ones: set) -> dict[str, np.ndarray]:
+  """Values that change nothing, for the weights that no tensor holds, if they may be missing."""
+  weights = {}
   for path, shape in shapes.items():
     if not matches(path, optional):
       raise UserError(f"no tensor of this layout holds the model's {path!r}")
     square = path.endswith("_id") and shape[0] == shape[1]
-    made[path] = np.eye(shape[0]) if square else np.full(shape, float(path in ones))
-  if made:
-    note(f"no tensors for {', '.join(made)}: identity matrices, scales of 1 and zeros stand in")
-  return {path: array.astype(np.float32) for path, array in made.items()}
+    array = np.eye(shape[0]) if square else np.full(shape, float(path in ones))
+    weights[path] = array.astype(np.float32)
+  if weights:
+    note(f"no tensors for {', '.join(weights)}: identity matrices, scales of 1 and zeros stand in")
+  return weights
 
 
 def to_tensors(
   config: ModelConfig, leaves: Mapping, table: dict, offset: float = 0.0
 ) -> dict[str, np.ndarray]:
-  """Lays weights by path out under another project's names: the inverse of `from_tensors`.
+  """Turns weights by path into fp32 tensors under another project's names, `from_tensors`' inverse.
 
-  Returns:
-    fp32 arrays by their name.
   Raises:
     UserError: a weight that no row of the table holds.
   """
-  tensors, left = {}, set(leaves)
+  tensors, left, ones = {}, set(leaves), scales(config)
   shapes = {path: leaf.shape for path, leaf in leaves.items()}
   for names, paths, layout in _rows(config, table, shapes):
     arrays = [np.asarray(leaves[path], np.float32) for path in paths]
-    if offset and paths[0] in scales(config):
+    if paths[0] in ones:
       arrays = [array - np.float32(offset) for array in arrays]
     left -= set(paths)
     for name, index in names.items():
@@ -127,60 +124,60 @@ def to_tensors(
 
 
 def _rows(config: ModelConfig, table: dict, shapes: dict):
-  """The rows that this architecture has: ({name of a tensor: its place in ours}, paths, layout)."""
+  """The rows that this architecture has: ({name of a tensor: its index in ours}, paths, layout)."""
   dense = {path.replace("/first/", "/blocks/"): path for path in shapes if "/first/" in path}
   before = next((shapes[path][0] for path in dense.values()), 0)
   rest = {path: path for path in shapes if "/first/" not in path}
   for first, known in ((0, dense), (before, rest)):
-    for name, letters, modules in _held_rows(table, known):
-      paths = [known[path] for path in modules]
-      counted = [letter for letter in "le" if f"{{{letter}}}" in name]
+    for name, letters, row_paths in _resolve(table, known):
+      paths = [known[path] for path in row_paths]
+      counters = [letter for letter in "le" if f"{{{letter}}}" in name]
       names = {}
-      for index in np.ndindex(shapes[paths[0]][: len(counted)]):
+      for index in np.ndindex(shapes[paths[0]][: len(counters)]):
         layer, expert = (*index, 0, 0)[:2]
         names[name.format(l=first + layer, e=expert)] = index
-      own = [shapes[path][len(counted) :] for path in paths]
-      yield names, paths, _Layout(letters, paths, own, config)
+      unstacked = [shapes[path][len(counters) :] for path in paths]
+      yield names, paths, _Layout(letters, paths, unstacked, config)
 
 
-def _held_rows(table: dict, paths):
+def _resolve(table: dict, paths):
   """The rows that hold some of these paths: (name, letters, paths)."""
-  held = {}  # (module, bias or weight) → (letters, path)
+  modules = {}  # (module, bias or weight) → (letters, path)
   for path in paths:
     module, bias, letters = re.fullmatch(r"(.+?)(?:/scale|[/_](bias))?_([a-z]+)", path).groups()
-    held[module, bias or "weight"] = letters, path
+    modules[module, bias or "weight"] = letters, path
   for name, row in table.items():
     if not isinstance(row, str):
-      letters, own = row
-      own = (own,) if isinstance(own, str) else own
-      if own[0] in paths:
-        yield name, letters, own
+      letters, held = row
+      held = (held,) if isinstance(held, str) else held
+      if held[0] in paths:
+        yield name, letters, held
       continue
-    theirs, ours = _listed(name), _listed(row)
-    if len(theirs) == 1:  # of a tensor that holds several modules
-      ours = [ours]
-    elif all((module, "weight") in held for module in ours):
-      ours = [[module] for module in ours]
+    names, held = _expand(name), _expand(row)
+    if len(names) == 1:  # a tensor that holds several modules
+      held = [held]
+    elif all((module, "weight") in modules for module in held):
+      held = [[module] for module in held]
     else:
       continue
-    for one, modules in zip(theirs, ours, strict=True):
+    for one, several in zip(names, held, strict=True):
       for kind in ("weight", "bias"):
-        found = [held.pop((module, kind)) for module in modules if (module, kind) in held]
+        found = [modules.pop((each, kind)) for each in several if (each, kind) in modules]
         if found:
-          letters, own = zip(*found, strict=True)
-          yield f"{one}.{kind}", _side_by_side(letters, "{e}" in one), own
+          letters, held_paths = zip(*found, strict=True)
+          yield f"{one}.{kind}", _concatenated(letters, "{e}" in one), held_paths
 
 
-def _listed(name: str) -> list[str]:
+def _expand(name: str) -> list[str]:
   """`{a,b}_c` → `a_c`, `b_c`; braces without a comma stay."""
   before, words, after = re.fullmatch(r"(.*?)(?:\{(\w+,[\w,]+)\}(.*))?", name).groups()
   return [before + word + after for word in words.split(",")] if words else [name]
 
 
-def _side_by_side(letters, counted: bool) -> str:
-  """The layout of modules' weights in one tensor, from ours: what is made stands first."""
-  own = [each.removeprefix("e") if counted else each for each in letters]
-  sides = [re.findall("[nk]h|.", each)[::-1] for each in own]  # a head's channels are together
+def _concatenated(letters, stacked: bool) -> str:
+  """The layout of modules' weights in one tensor, outputs first, from the letters of ours."""
+  letters = [each.removeprefix("e") if stacked else each for each in letters]
+  sides = [re.findall("[nk]h|.", each)[::-1] for each in letters]  # a head's channels are together
   dimensions = ["+".join(side[0] for side in sides), *sides[0][1:]]
   return "".join(each if len(each) == 1 else f"({each})" for each in dimensions)
 
@@ -196,28 +193,25 @@ def scales(config: ModelConfig) -> set[str]:
 
 
 class _Layout:
-  """An expression with its sizes: the shape of their tensor, and where in one our arrays are.
+  """A layout expression with its sizes: `shape` is the tensor's.
 
-  Attributes:
-    letters: the expression.
-    shape: their tensor's.
-    groups: the parts of each dimension as `view` cuts it, and their sizes.
-    ours: letters of each of our arrays; sizes: of every letter, likewise.
+  `arrays` are the letters of each of our arrays, `sizes` those letters' sizes; `groups` are, for
+  each dimension that `view` cuts, its summands and their sizes.
   """
 
   def __init__(self, letters: str, paths, shapes, config: ModelConfig):
     self.letters = letters
-    # Names have letters of dimensions that count tensors.
-    names = [path.rpartition("_")[2] for path in paths]
-    self.ours = [name[-len(shape) :] for name, shape in zip(names, shapes, strict=True)]
+    # A path ends in the letters of all dimensions, those of stacked ones first.
+    suffixes = [path.rpartition("_")[2] for path in paths]
+    self.arrays = [name[-len(shape) :] for name, shape in zip(suffixes, shapes, strict=True)]
     if "k" not in letters:  # a layout with as many keys as queries
-      self.ours = [ours.replace("k", "n") for ours in self.ours]
-    self.sizes = [dict(zip(*each, strict=True)) for each in zip(self.ours, shapes, strict=True)]
+      self.arrays = [array.replace("k", "n") for array in self.arrays]
+    self.sizes = [dict(zip(*each, strict=True)) for each in zip(self.arrays, shapes, strict=True)]
     self.groups, shape = [], []
     for several, one in re.findall(r"\(([^)]*)\)|(.)", letters.replace("I", "i")):
       before, star, after = (several or one).partition("*")
       groups = [[before], [after] * len(paths)] if star else [before.split("+")]
-      groups = [(parts, self._sizes(parts)) for parts in groups]
+      groups = [(summands, self._sizes(summands)) for summands in groups]
       self.groups += groups
       shape.append(math.prod(sum(sizes) for _, sizes in groups))
     if "I" in letters:
@@ -225,22 +219,21 @@ class _Layout:
       shape[at : at + 1] = vision.channels, vision.patch, vision.patch
     self.shape = tuple(shape)
 
-  def _sizes(self, parts: list) -> list[int]:
-    """Sizes of a dimension's parts: each of an array of its own, or one of all alike."""
+  def _sizes(self, summands: list) -> list[int]:
     sizes, arrays = [], iter(self.sizes)
-    for part in parts:
-      own = {} if part.isdigit() else next(arrays)
-      sizes.append(int(part) if part.isdigit() else math.prod(own[letter] for letter in part))
+    for each in summands:
+      fixed = each.isdigit()
+      sizes.append(int(each) if fixed else math.prod(map(next(arrays).get, each)))
     return sizes
 
   def view(self, array, number: int) -> np.ndarray:
-    """Our array of this number as a view of theirs, which is contiguous."""
+    """Our array of this number as a view of the tensor, which is contiguous."""
     cut, spelled = [], ""
-    for parts, sizes in self.groups:
-      kept = [i for i, part in enumerate(parts) if not part.isdigit()] or [0]
+    for summands, sizes in self.groups:
+      kept = [i for i, each in enumerate(summands) if not each.isdigit()] or [0]
       at = kept[number % len(kept)]
       cut.append(slice(sum(sizes[:at]), sum(sizes[: at + 1])))
-      spelled += parts[at].strip("1")
+      spelled += summands[at].strip("1")
     array = array.reshape([sum(sizes) for _, sizes in self.groups])[tuple(cut)]
     array = array.reshape([self.sizes[number][letter] for letter in spelled])
-    return array.transpose([spelled.index(letter) for letter in self.ours[number]])
+    return array.transpose([spelled.index(letter) for letter in self.arrays[number]])

@@ -1,7 +1,5 @@
-"""The tables of families with images: ViT, LLaVA (CLIP, a projector, Llama), and Gemma 3's shell.
-
-Sources: as in `hf_decoders`.
-"""
+"""The tables of families with images: ViT, LLaVA (CLIP, a projector, Llama), and the text model
+within a Gemma 3. Sources: as in `hf.decoders`."""
 
 import dataclasses
 import re
@@ -9,10 +7,13 @@ import re
 from llmjax.core.errors import UserError
 from llmjax.formats.hf.canonical import canonical
 from llmjax.formats.hf.decoders import GEMMA3, LEARNED, LLAMA, MISTRAL, PLAIN, sizes
-from llmjax.formats.hf.family import Family, Key, Part, misfits, only, read_values, write_config
+from llmjax.formats.hf.family import Codec, Family, Key, misfits, only, read_fields, write_config
 from llmjax.models.config import ModelConfig, VisionConfig
 
 B = "vision/encoder/blocks/"
+TOWER = sizes(768, 12, 12, 3072)
+
+
 def _image(patch: int) -> dict:
   return {
     "image_size": Key("vision.image_size", 224),
@@ -21,11 +22,8 @@ def _image(patch: int) -> dict:
   }
 
 
-TOWER = sizes(768, 12, 12, 3072)
-
-
-def _read_vit(theirs, values):
-  return {"vocab_size": theirs.get("num_labels") or len(theirs.get("id2label") or "ab")}
+def _read_vit(raw, fields):
+  return {"vocab_size": raw.get("num_labels") or len(raw.get("id2label") or "ab")}
 
 
 def _write_vit(config):
@@ -60,7 +58,7 @@ VIT = Family(
     "vit.layernorm": "vision/encoder/norm",
     "classifier": "head/head",
   },
-  (Part(("encoder_stride", "pooler_act", "pooler_output_size"), _read_vit, _write_vit),),
+  (Codec(("encoder_stride", "pooler_act", "pooler_output_size"), _read_vit, _write_vit),),
   LEARNED | {"kind": "vision", "vision.class_token": True, "vision.patch_bias": True},
   aliases=((r"^(embeddings|encoder|layernorm)\.", r"vit.\1."),),
   dropped=(r"^(vit\.)?pooler\.",),
@@ -69,13 +67,13 @@ VIT = Family(
 CLIP = Family(
   "clip_vision_model", "CLIPVisionModel",
   _image(32)
-  | {name: Key(f"vision.{key.ours}", key.default) for name, key in TOWER.items()}
+  | {name: Key(f"vision.{key.field}", key.default) for name, key in TOWER.items()}
   | {
     "hidden_act": Key("vision.activation", "quick_gelu", PLAIN),
     "layer_norm_eps": Key("vision.eps", 1e-5),
   },
   {},
-  (Part(("projection_dim", "vocab_size")),),
+  (Codec(("projection_dim", "vocab_size")),),
   {"vision.class_token": True, "vision.patch_bias": False, "vision.input_norm": True},
 )
 TEXTS = {"llama": LLAMA, "mistral": MISTRAL}
@@ -90,8 +88,8 @@ LLAVA_TOWER = {
 }
 
 
-def _read_llava(theirs, values):
-  text, tower = theirs.get("text_config") or {}, theirs.get("vision_config")
+def _read_llava(raw, fields):
+  text, tower = raw.get("text_config") or {}, raw.get("vision_config")
   tower = LLAVA_TOWER if tower is None else tower
   kind, tower_kind = text.get("model_type", "llama"), tower.get("model_type", "clip_vision_model")
   if kind not in TEXTS or tower_kind != CLIP.name:
@@ -99,22 +97,22 @@ def _read_llava(theirs, values):
       f"llava of {kind!r} and {tower_kind!r} is not supported; known: "
       f"{' or '.join(TEXTS)} with {CLIP.name}"
     )
-  made = read_values(TEXTS[kind], text) | read_values(CLIP, tower)
-  made["tie_embeddings"] |= theirs.get("tie_word_embeddings") is True
-  layer, layers = theirs.get("vision_feature_layer", -2), made["vision.layers"]
+  found = read_fields(TEXTS[kind], text) | read_fields(CLIP, tower)
+  found["tie_embeddings"] |= raw.get("tie_word_embeddings") is True
+  layer, layers = raw.get("vision_feature_layer", -2), found["vision.layers"]
   if not isinstance(layer, int) or not -layers <= layer <= layers or layer == 0:
     raise UserError(f"llava with vision_feature_layer={layer!r} is not supported; known: a layer")
-  made["vision.layers"] = layer if layer > 0 else layers + 1 + layer
-  return made
+  found["vision.layers"] = layer if layer > 0 else layers + 1 + layer
+  return found
 
 
 def _write_llava(config: ModelConfig):
-  alone = canonical(dataclasses.replace(config, vision=VisionConfig()))
-  fits = [family for family in TEXTS.values() if not misfits(family, alone)]
+  text = canonical(dataclasses.replace(config, vision=VisionConfig()))
+  fits = [family for family in TEXTS.values() if not misfits(family, text)]
   if not fits:
-    raise UserError(f"as the text model of llava, {misfits(LLAMA, alone)[0]}")
+    raise UserError(f"as the text model of llava, {misfits(LLAMA, text)[0]}")
   return {
-    "text_config": write_config(fits[0], alone),
+    "text_config": write_config(fits[0], text),
     "vision_config": write_config(CLIP, config),
     "image_seq_length": config.vision.patches,
     "vision_feature_layer": -1,
@@ -150,7 +148,7 @@ LLAVA = Family(
     "multi_modal_projector.linear_{1,2}": "projector/{up,down}",
     **{f"language_model.{name}": row for name, row in LLAMA.tensors.items()},
   },
-  (Part(SHELL_KEYS + LLAVA_KEYS, _read_llava, _write_llava),),
+  (Codec(SHELL_KEYS + LLAVA_KEYS, _read_llava, _write_llava),),
   aliases=(
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     (r"^vision_tower\.(?!vision_model\.)", T),
@@ -166,19 +164,15 @@ LLAVA = Family(
 )
 
 
-def _read_gemma3(theirs, values):
-  tied = theirs.get("tie_word_embeddings")
-  text = {**(theirs.get("text_config") or {}), "tie_word_embeddings": tied is not False}
-  return read_values(GEMMA3, text)
+def _read_gemma3(raw, fields):
+  tied = raw.get("tie_word_embeddings") is not False
+  return read_fields(GEMMA3, {**(raw.get("text_config") or {}), "tie_word_embeddings": tied})
 
 
 # The text model out of a Gemma 3 with images; it is written as gemma3_text.
 GEMMA3_SHELL = dataclasses.replace(
-  GEMMA3,
-  name="gemma3",
-  keys={},
-  fixed={},
-  parts=(Part((*SHELL_KEYS, *GEMMA3_KEYS, "mm_tokens_per_image"), _read_gemma3),),
+  GEMMA3, name="gemma3", keys={}, fixed={},
+  codecs=(Codec((*SHELL_KEYS, *GEMMA3_KEYS, "mm_tokens_per_image"), _read_gemma3),),
   aliases=(
     (r"^language_model\.", ""),
     (r"^model\.language_model\.", "model."),
