@@ -22,20 +22,20 @@ _SEARCHING = ("tokens", "budget", "max_days", "patch", "plot")
 
 # Beside --config: name, default, help and placeholder, as `llmjax/cli.py` says.
 FLAGS = (
-  ("--topology", None, "v5p:4x4x4, v5e:8x8, h100:64", "CHIPS"),
-  ("--slices", 1, "groups with a slow network between them"),
-  ("--price", float, "dollars an hour of a chip"),
-  ("--decode", False, "plan writing text instead of training"),
-  ("--keep-hlo", "", "write the optimized program", "FILE"),
-  ("--keep-executable", "", "keep the step for train.executable", "FILE"),
-  ("--search", False, "find mesh and knobs, and where: --topology=A,B,C"),
-  ("--tokens", "", "of the whole run, such as 20B"),
-  ("--budget", "", "dollars for them, such as '$500'"),
-  ("--max-days", float, "days for them", "D"),
-  ("--compile", 8, "how many are compiled", "N"),
-  ("--jobs", 0, "at once; as many as cores by default"),
-  ("--patch", "", "write the winner as a patch", "FILE"),
-  ("--plot", "", "draw step time against memory", "FILE"),
+  ("--topology", None, "chip and slice shape: v5p:4x4x4, v5e:8x8, h100:64", "CHIPS"),
+  ("--slices", 1, "number of slices, connected by the data-center network"),
+  ("--price", float, "dollars per chip-hour; default: the list price"),
+  ("--decode", False, "plan generation instead of training"),
+  ("--keep-hlo", "", "write the HLO of the compiled program", "FILE"),
+  ("--keep-executable", "", "write the compiled step, for train.executable", "FILE"),
+  ("--search", False, "search for the best mesh and settings, also over --topology=A,B,C"),
+  ("--tokens", "", "tokens of the whole run, such as 20B"),
+  ("--budget", "", "maximum cost of the run, such as '$500'"),
+  ("--max-days", float, "maximum duration of the run in days", "D"),
+  ("--compile", 8, "number of candidates to compile", "N"),
+  ("--jobs", 0, "parallel compilations; default: one per core"),
+  ("--patch", "", "write the best candidate as a patch of the config file", "FILE"),
+  ("--plot", "", "plot step time against memory", "FILE"),
 )
 
 
