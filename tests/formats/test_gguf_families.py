@@ -28,6 +28,8 @@ from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
 from tests.gguf_files import IDS, write
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 BASE = ModelConfig(
   layers=2, width=24, heads=4, kv_heads=2, head_dim=8, mlp_width=40, vocab_size=61, max_seq_len=32,
   norm=NormConfig(eps=1e-6), dtype="float32",

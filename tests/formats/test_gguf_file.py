@@ -17,6 +17,8 @@ from llmjax.serve.generate import generate_ids
 from llmjax.serve.sample import Sampling
 from tests.gguf_files import CONFIG, IDS, draw, llama_metadata, llama_tensors, write, write_folder
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # One layer of matrices whose rows are whole blocks of 256 numbers.
 WIDE = CONFIG | {"hidden_size": 256, "num_hidden_layers": 1, "intermediate_size": 256}
 WIDE |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}

@@ -28,6 +28,8 @@ from llmjax.training.checkpoint import save_model
 from llmjax.training.step import loss_and_grad
 from tests import golden
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def family_of(name) -> str:
   return json.loads((golden.FOLDER / name / "config.json").read_text())["model_type"]
@@ -360,4 +362,4 @@ def test_a_model_without_a_tokenizer_says_so(tmp_path, capsys):
   save_model(hf.load_folder(folder), tmp_path / "checkpoint")
   capsys.readouterr()
   llmjax.load(tmp_path / "checkpoint")
-  assert capsys.readouterr().err.count("note: the model has no tokenizer: ") == 1
+  assert capsys.readouterr().err.count("note: the checkpoint holds no tokenizer") == 1

@@ -1,8 +1,5 @@
-"""GGUF metadata → `ModelConfig`: what the tensors show is read off them, the rest off the keys.
-
-Which norms, biases and heads a model has is seen by which tensors there are; an architecture's name
-decides only what its files leave unsaid.
-"""
+"""GGUF metadata → `ModelConfig`: norms, biases and the head follow from which tensors there are,
+the rest from keys; an architecture's name decides what its files leave unsaid."""
 
 import dataclasses
 import math
@@ -22,9 +19,7 @@ from llmjax.models.config import ModelConfig
 # missing. The pattern and the base of rotary positions hold where there is a window; a base of None
 # is that of the other layers, unscaled.
 ARCHITECTURES = {
-  "bert": {
-    "kind": "encoder", "activation": "gelu", "embed.head_bias": True, "norm.kind": "layer",
-  },
+  "bert": {"kind": "encoder", "activation": "gelu", "embed.head_bias": True, "norm.kind": "layer"},
   "gemma": {"activation": "geglu_tanh"},
   "gemma2": {
     "activation": "geglu_tanh",
@@ -40,10 +35,7 @@ ARCHITECTURES = {
   },
   "gpt2": {"activation": "gelu_tanh", "norm.kind": "layer"},
   "llama": {"position.layout": "interleaved"},
-  "olmo2": {
-    "attention.pattern": ("window",) * 3 + ("full",),
-    "position.local_theta": None,
-  },
+  "olmo2": {"attention.pattern": ("window",) * 3 + ("full",), "position.local_theta": None},
   "phi3": {"attention.pattern": ("window",)},
   "qwen2": {},
   "qwen3": {},
@@ -79,13 +71,16 @@ def config_of(
   Source: `load_hparams` of llama.cpp's src/llama-model.cpp and src/models.
   """
   metadata = Metadata(values, ARCHITECTURES)
-  _refuse(metadata, shapes)
-  made = {"dtype": "float32"} | ARCHITECTURES[metadata.name]
-  made |= {ours: metadata.count(theirs) for ours, theirs in _COUNTS.items()}
-  width, heads = made["width"], made["heads"]
+  if metadata.get("expert_count", 0):
+    raise UserError(f"this GGUF file's {metadata.name} is a mixture of experts, which is not known")
+  if "token_embd.weight" not in shapes:
+    raise UserError("this GGUF file holds no tensor 'token_embd.weight': it is not a whole model")
+  fields = {"dtype": "float32"} | ARCHITECTURES[metadata.name]
+  fields |= {field: metadata.count(key) for field, key in _COUNTS.items()}
+  width, heads = fields["width"], fields["heads"]
   h = metadata.count("attention.key_length", 0) or width // max(heads, 1)
   _same_heads(metadata, h)
-  made |= {
+  fields |= {
     "kv_heads": metadata.count("attention.head_count_kv", heads),
     "head_dim": h,
     "mlp_bias": "blk.0.ffn_up.bias" in shapes,
@@ -94,31 +89,23 @@ def config_of(
     "embed.types": shapes.get("token_types.weight", (0,))[0],
     "embed.norm": "token_embd_norm.weight" in shapes,
   }
-  if _LARGE.get(metadata.name) == made["layers"]:
-    made["attention.scale"] = (width // heads) ** -0.5
-  made |= {ours: metadata.get(theirs, made.get(ours, 0)) for ours, theirs in _NUMBERS.items()}
+  if _LARGE.get(metadata.name) == fields["layers"]:
+    fields["attention.scale"] = (width // heads) ** -0.5
+  fields |= {field: metadata.get(key, fields.get(field, 0)) for field, key in _NUMBERS.items()}
   usual = math.sqrt(width) if metadata.name.startswith("gemma") else 1.0
-  made["embed.scale"] = metadata.get("embedding_scale", 0.0) or usual
-  causal = made.get("kind") != "encoder"
+  fields["embed.scale"] = metadata.get("embedding_scale", 0.0) or usual
+  causal = fields.get("kind") != "encoder"
   if bool(metadata.get("attention.causal", causal)) != causal:
-    made["attention.mask"] = "bidirectional" if causal else "causal"
-  made |= positions(metadata, shapes, factors, h)
-  made |= _seen(shapes, h) | _norm(metadata, shapes, made)
-  _window(metadata, made)
+    fields["attention.mask"] = "bidirectional" if causal else "causal"
+  fields |= positions(metadata, shapes, factors, h)
+  fields |= _attention(shapes, h) | _norm(metadata, shapes, fields)
+  _window(metadata, fields)
   metadata.check_rest()
-  config = configs.freeze(unflatten_dict(made, sep="."), ModelConfig, "model.")
+  config = configs.freeze(unflatten_dict(fields, sep="."), ModelConfig, "model.")
   if FREQUENCIES not in factors:
     return config
   position = with_divisors(config.position, h, factors[FREQUENCIES].astype(np.float64))
   return dataclasses.replace(config, position=position)
-
-
-def _refuse(metadata: Metadata, shapes):
-  """Refuses what a file says and this project would have to ignore."""
-  if metadata.get("expert_count", 0):
-    raise UserError(f"this GGUF file's {metadata.name} is a mixture of experts, which is not known")
-  if "token_embd.weight" not in shapes:
-    raise UserError("this GGUF file holds no tensor 'token_embd.weight': it is not a whole model")
 
 
 def _same_heads(metadata: Metadata, h: int):
@@ -137,8 +124,7 @@ def _same_heads(metadata: Metadata, h: int):
       )
 
 
-def _seen(shapes, head_dim: int) -> dict:
-  """What the tensors of the first layer's attention say."""
+def _attention(shapes, head_dim: int) -> dict:
   bias = "blk.0.attn_q.bias" in shapes or "blk.0.attn_qkv.bias" in shapes
   normed = shapes.get("blk.0.attn_q_norm.weight")
   return {
@@ -147,13 +133,13 @@ def _seen(shapes, head_dim: int) -> dict:
   }
 
 
-def _norm(metadata: Metadata, shapes, made: dict) -> dict:
+def _norm(metadata: Metadata, shapes, fields: dict) -> dict:
   before, after, post = (
     f"blk.0.{name}.weight" in shapes
     for name in ("attn_norm", "post_attention_norm", "attn_output_norm")
   )
   inside = "pre" if not after else "sandwich" if before else "output"
-  layer = made.get("norm.kind") == "layer"
+  layer = fields.get("norm.kind") == "layer"
   key = f"attention.layer_norm{'' if layer else '_rms'}_epsilon"
   eps = metadata.get(key, 0.0)
   if eps <= 0:
@@ -162,12 +148,12 @@ def _norm(metadata: Metadata, shapes, made: dict) -> dict:
   return {"norm.place": "post" if post else inside, "norm.eps": eps, "norm.bias": bias}
 
 
-def _window(metadata: Metadata, made: dict):
-  """Settles which layers have a window, and the base of their rotary positions."""
-  pattern = made.pop("attention.pattern", None)
-  local = made.pop("position.local_theta", 0.0)
-  given, layers = metadata.get("attention.sliding_window_pattern"), made["layers"]
-  if not made["attention.window"]:
+def _window(metadata: Metadata, fields: dict):
+  """Decides which layers have a window, and the base of their rotary positions."""
+  pattern = fields.pop("attention.pattern", None)
+  local = fields.pop("position.local_theta", 0.0)
+  given, layers = metadata.get("attention.sliding_window_pattern"), fields["layers"]
+  if not fields["attention.window"]:
     return
   if pattern is None:
     raise UserError(f"a sliding window in GGUF architecture {metadata.name} is not known")
@@ -179,10 +165,10 @@ def _window(metadata: Metadata, made: dict):
     period = metadata.count("attention.sliding_window_pattern")
     pattern = ("window",) * (period - 1) + ("full",) if period else ("window",)
   if "window" not in pattern:
-    made["attention.window"] = 0
+    fields["attention.window"] = 0
     return
-  made["attention.pattern"] = pattern
+  fields["attention.pattern"] = pattern
   base = metadata.get("rope.freq_base_swa")
-  if base and local == 0 and "position.scaling" in made:
+  if base and local == 0 and "position.scaling" in fields:
     raise UserError(f"{metadata.name} with scaled positions and 'rope.freq_base_swa' is not known")
-  made["position.local_theta"] = base or (made["position.theta"] if local is None else local)
+  fields["position.local_theta"] = base or (fields["position.theta"] if local is None else local)

@@ -1,7 +1,5 @@
-"""GGUF files, llama.cpp's: one file of metadata, tokenizer and (mostly quantized) tensors.
-
-Parsing and dequantizing are the `gguf` package's; here is which tensor becomes which weight.
-"""
+"""GGUF files, llama.cpp's format of metadata, tokenizer and (mostly quantized) tensors, which the
+`gguf` package parses and dequantizes; here is which tensor becomes which weight."""
 
 import functools
 import re
@@ -20,7 +18,7 @@ from llmjax.models.model import Model
 from llmjax.text.gguf import from_gguf
 from llmjax.text.tokenizer import Tokenizer
 
-# Their name → ours, as in `hf_layout`; `@` is the stack's name.
+# Tensor → module, as in `hf.layout`; `@` is the stack's name.
 _ROWS = {
   "token_embd.weight": ("vd", "embed/token_vd"),
   "token_embd_norm": "embed/norm",
@@ -34,7 +32,7 @@ _ROWS = {
   "blk.{l}.ffn_{gate,up}": "@/blocks/mlp/{gate,up}",
   "blk.{l}.ffn_down": "@/blocks/mlp/down",
 }
-# Where norms stand in a block → our norms by the names of theirs.
+# Where norms stand in a block → their tensors and our norms.
 _NORMS = {
   "pre": {"attn_norm": "attention_norm", "ffn_norm": "mlp_norm"},
   "post": {"attn_output_norm": "attention_norm", "layer_output_norm": "mlp_norm"},
@@ -48,7 +46,7 @@ _ABSENT = (r"^transform", r"^pooler", r"^embed/head_bias_v$")
 
 
 def is_file(path) -> bool:
-  """Tells a GGUF file by its first bytes, or by its name where it is damaged."""
+  """Tells a GGUF file by its first bytes, or a damaged one by its name."""
   path = Path(path)
   if not path.is_file():
     return False
@@ -76,25 +74,25 @@ def load_file(path) -> Model:
   config = config_of(values, shapes, factors)
   if config.layers > len(shapes):
     raise UserError(f"{str(path)!r} says {config.layers} layers, but holds {len(shapes)} tensors")
-  made = from_tensors(config, Tensors(readers), _table(config, shapes), optional=_ABSENT)
+  weights = from_tensors(config, Tensors(readers), _table(config, shapes), optional=_ABSENT)
   pooled = pooling.from_gguf(values.get(f"{values['general.architecture']}.pooling_type"))
-  return Model(config, made, _tokenizer(values, config.vocab_size), pooled)
+  return Model(config, weights, _tokenizer(values, config.vocab_size), pooled)
 
 
 def _tokenizer(values: dict, vocab_size: int) -> Tokenizer | None:
-  """The tokenizer; one that is not known does not keep the weights from being used."""
+  """The tokenizer; an unknown one does not keep the weights from being used."""
   try:
-    made = from_gguf(values)
-    if made.vocab_size > vocab_size:
-      raise UserError(f"it has {made.vocab_size:,} tokens, the embedding {vocab_size:,} rows")
-    return made
+    tokenizer = from_gguf(values)
+    if tokenizer.vocab_size > vocab_size:
+      raise UserError(f"it has {tokenizer.vocab_size:,} tokens, the embedding {vocab_size:,} rows")
+    return tokenizer
   except UserError as error:
     note(f"the model has no tokenizer: {error}")
     return None
 
 
 def _read(path) -> tuple[dict, dict]:
-  """Parses a file, and those that belong to it: (metadata, tensors as they are stored)."""
+  """Parses a file and its further shards: (metadata, tensors as they are stored)."""
   values, tensors = _parse(path)
   count, wanted = values.get("split.count", 1), values.get("split.tensors.count", len(tensors))
   if count <= 1:
@@ -116,7 +114,6 @@ def _read(path) -> tuple[dict, dict]:
 
 
 def _parse(path) -> tuple[dict, dict]:
-  """Parses one file."""
   try:
     reader = gguf.GGUFReader(path)
     values = {name: field.contents() for name, field in reader.fields.items()}
@@ -124,8 +121,7 @@ def _parse(path) -> tuple[dict, dict]:
   except OSError as error:
     raise UserError(f"GGUF file {str(path)!r}: {error.strerror or error}") from error
   except Exception as error:  # the reader takes bytes for what they may not be, and trips anywhere
-    reason = " ".join(str(error).split())[:100]
-    reason = f"{type(error).__name__}: {reason}"
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     raise UserError(
       f"{str(path)!r} is not a whole GGUF file, or of a later kind ({reason})"
     ) from error
@@ -144,9 +140,9 @@ def _dequantize(tensor) -> np.ndarray:
 
 
 def _table(config: ModelConfig, names) -> dict:
-  """The rows of this architecture and of how its file lays it out."""
+  """The rows that this architecture and its file's tensors need."""
   norms = _NORMS[config.norm.place]
-  rows = _ROWS | {f"blk.{{l}}.{theirs}": f"@/blocks/{ours}" for theirs, ours in norms.items()}
+  rows = _ROWS | {f"blk.{{l}}.{name}": f"@/blocks/{norm}" for name, norm in norms.items()}
   if "blk.0.attn_qkv.weight" in names:
     rows["blk.{l}.attn_qkv"] = rows.pop("blk.{l}.attn_{q,k,v}")
   if "blk.0.ffn_gate.weight" not in names:

@@ -1,7 +1,4 @@
-"""The keys of a GGUF file: read, known to change nothing, or refused because they would.
-
-`Metadata` remembers what was asked for, so that what a file says beyond that can be told.
-"""
+"""The keys of a GGUF file: read, known to change nothing, or refused because they would."""
 
 import math
 from collections.abc import Mapping
@@ -15,46 +12,34 @@ from llmjax.core.errors import UserError, note
 _HARMLESS = (
   "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "classifier.output_labels",
   "context_length", "interleave_moe_layer_step", "leading_dense_block_count", "moe_every_n_layers",
-  "pooling_type",
-  "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.finetuned",
-  "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "vocab_size",
+  "pooling_type", "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa",
+  "rope.scaling.finetuned", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+  "vocab_size",
 )
 # Keys that change the result and are not read: the values with which they would not.
-_NEUTRAL = {
-  "attention.clamp_kqv": (0,),
-  "attention.max_alibi_bias": (0,),
-  "attention.output_scale": (0, 1),
-  "attention.shared_kv_layers": (0,),
-  "attention.temperature_length": (0,),
-  "attention.temperature_scale": (0,),
-  "attention.value_scale": (0, 1),
-  "embedding_length_per_layer_input": (0,),
+_ZERO = (
+  "attention.clamp_kqv", "attention.max_alibi_bias", "attention.shared_kv_layers",
+  "attention.temperature_length", "attention.temperature_scale", "embedding_length_per_layer_input",
+  "n_deepstack_layers", "nextn_predict_layers", "rope.scaling.alpha",
+  "rope.scaling.yarn_log_multiplier", "swin_norm", "use_parallel_residual",
+)
+_FACTORS = ("attention.output_scale", "attention.value_scale", "logit_scale", "residual_scale")
+_NEUTRAL = dict.fromkeys(_ZERO, (0,)) | dict.fromkeys(_FACTORS, (0, 1)) | {
   "hidden_activation": (),
-  "logit_scale": (0, 1),
-  "n_deepstack_layers": (0,),
-  "nextn_predict_layers": (0,),
-  "residual_scale": (0, 1),
   "rope.dimension_sections": (),
-  "rope.scaling.alpha": (0,),
   "rope.scaling.yarn_attn_factor": (1,),
   "rope.scaling.yarn_ext_factor": (-1, 1),
-  "rope.scaling.yarn_log_multiplier": (0,),
-  "swin_norm": (False,),
   "tensor_data_layout": ("Meta AI original pth", "reference"),
-  "use_parallel_residual": (False,),
 }
-# Groups of keys that others read (the tokenizer, the reader of files) or that only describe.
+# Prefixes of keys that other code reads (the tokenizer, the reader of files) or that only describe.
 _ELSEWHERE = ("GGUF.", "general.", "quantize.", "split.", "tokenizer.")
 
 
 class Metadata:
-  """A file's keys; those of its architecture are asked for without their prefix.
+  """A file's keys and values, those of its architecture without prefix, and which were read.
 
-  Args:
-    values: the file's keys with their values.
-    known: architectures.
   Raises:
-    UserError: no model, or one of another architecture.
+    UserError: no model, or an architecture that is not in `known`.
   """
 
   def __init__(self, values: Mapping, known: Mapping):
@@ -93,11 +78,7 @@ class Metadata:
     return value
 
   def check_rest(self):
-    """Looks at the keys that nobody asked for, and names those that are not known in a note.
-
-    Raises:
-      UserError: one of them changes the result.
-    """
+    """Names unknown keys that were not read in a note; `UserError` if one changes the result."""
     unknown = []
     for name, value in self.values.items():
       key = name.removeprefix(f"{self.name}.")

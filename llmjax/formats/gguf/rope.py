@@ -17,14 +17,12 @@ FREQUENCIES, SHORT, LONG = TENSORS = (
 
 
 def positions(metadata: Metadata, shapes, factors: Mapping, head_dim: int) -> dict:
-  """Reads positions, and how many there are: those that a stretch adds are counted.
+  """Reads positions by dotted key, and `max_seq_len` with those that a stretch adds.
 
   Args:
     shapes: tensor name → shape.
     factors: those of `TENSORS` that the file has.
     head_dim: h.
-  Returns:
-    Our values by dotted key.
   Raises:
     UserError: a scaling that is not known here.
   """
@@ -34,7 +32,7 @@ def positions(metadata: Metadata, shapes, factors: Mapping, head_dim: int) -> di
   if table:
     return {"position.kind": "learned", "max_seq_len": table[0]}
   context = metadata.count("context_length")
-  made = {
+  fields = {
     "max_seq_len": context,
     "position.theta": metadata.get("rope.freq_base", 10_000.0),
     "position.fraction": metadata.count("rope.dimension_count", head_dim) / head_dim,
@@ -47,22 +45,22 @@ def positions(metadata: Metadata, shapes, factors: Mapping, head_dim: int) -> di
   share = metadata.get("rope.scaling.attn_factor", 1.0)
   original = metadata.count("rope.scaling.original_context_length", 0)
   if kind == "longrope" or factors.keys() & {SHORT, LONG}:
-    return made | _longrope(factors, factor, share, original or context)
+    return fields | _longrope(factors, factor, share, original or context)
   scaled = kind != "none" and factor != 1
   if share != 1 and not (scaled and kind == "yarn"):
     raise UserError(f"GGUF key 'rope.scaling.attn_factor' {share} is known with yarn alone")
   if not scaled:
-    return made
+    return fields
   if factor < 1:
     raise UserError(f"GGUF rope scaling factor {factor} is below 1")
-  made |= {"position.scaling": kind, "position.factor": factor}
+  fields |= {"position.scaling": kind, "position.factor": factor}
   # Gemma 3 gives the context after the stretch, and so does a model that was trained with it.
   stretched = metadata.get("rope.scaling.finetuned", False) or metadata.name == "gemma3"
   if original or not stretched:
-    made["max_seq_len"] = max(context, int((original or context) * factor))
+    fields["max_seq_len"] = max(context, int((original or context) * factor))
   if kind == "linear":
-    return made
-  return made | {
+    return fields
+  return fields | {
     "position.original_context": original or context,
     "position.beta_fast": metadata.get("rope.scaling.yarn_beta_fast", 32.0),
     "position.beta_slow": metadata.get("rope.scaling.yarn_beta_slow", 1.0),
@@ -71,7 +69,7 @@ def positions(metadata: Metadata, shapes, factors: Mapping, head_dim: int) -> di
 
 
 def _longrope(factors: Mapping, factor: float, share: float, original: int) -> dict:
-  """Two sets of divisors, one for short documents and one for long ones."""
+  """Two sets of divisors, for short documents and for long ones."""
   if factor != 1 or not {SHORT, LONG} <= factors.keys():
     raise UserError(f"GGUF longrope needs tensors {SHORT!r} and {LONG!r} and no factor")
   return {
@@ -85,15 +83,12 @@ def _longrope(factors: Mapping, factor: float, share: float, original: int) -> d
 def with_divisors(position: PositionConfig, head_dim: int, divisors: np.ndarray) -> PositionConfig:
   """Finds the llama3 scaling whose frequencies a file gives as divisors of the plain ones.
 
-  Between full stretch and none a share of turns - low over high - low is kept; low, high and the
-  original context are known up to a common factor, so low is taken to be 1.
+  Between full stretch and none the fraction (turns - low) / (high - low) of a frequency is kept;
+  low, high and the original context are known up to a common factor, so low is taken to be 1.
 
   Args:
     position: without scaling.
-    head_dim: h.
     divisors: of the plain frequencies, [r/2].
-  Returns:
-    The position with that scaling.
   Raises:
     UserError: no such scaling gives these divisors.
   """
@@ -106,13 +101,11 @@ def with_divisors(position: PositionConfig, head_dim: int, divisors: np.ndarray)
   if divisors.shape == plain.shape and ramp.sum() > 1:
     slope, start = np.polyfit(plain[ramp], kept[ramp], 1)
     high = 1 - 1 / start
-    made = dataclasses.replace(
-      position,
-      scaling="llama3",
-      factor=factor,
-      original_context=max(2, round(2 * math.pi * slope * (high - 1))),
+    original = max(2, round(2 * math.pi * slope * (high - 1)))
+    scaled = dataclasses.replace(
+      position, scaling="llama3", factor=factor, original_context=original,
       high_freq_factor=max(round(high, 3), 1.001),
     )
-    if np.allclose(rope_frequencies(made, head_dim) * divisors, plain, rtol=1e-4):
-      return made
+    if np.allclose(rope_frequencies(scaled, head_dim) * divisors, plain, rtol=1e-4):
+      return scaled
   raise UserError("this GGUF file's rope_freqs are no scaling that is known here (llama3)")
