@@ -34,6 +34,13 @@ RENAMED = {
 }
 
 
+class Options(dict):
+  """A dict that is never changed, so that a config that holds it can be hashed."""
+
+  def __hash__(self):
+    return hash(tuple(sorted(self.items(), key=lambda item: item[0])))
+
+
 def unknown_key(key: str, known) -> UserError:
   """Returns the error for an unknown key, with its new name or the nearest known one."""
   if key in RENAMED:

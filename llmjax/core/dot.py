@@ -6,57 +6,13 @@ the hand-written backward pass XLA's CPU backend converts bf16 operands to fp32 
 
 import functools
 import re
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from llmjax.core.weight import cast, decode, pull, scale_skips, summands
 
-class ShardedWeight(NamedTuple):
-  """A weight of which every device along a mesh axis holds a part, inside a `shard_map` over it.
-
-  A product gathers it in the compute dtype, in each direction anew, and scatters its gradient.
-
-  Attributes:
-    own: the device's part.
-    place: where it is cut.
-  """
-
-  own: jax.Array
-  place: "ShardSpec"
-
-
-class ShardSpec(NamedTuple):
-  """Where a weight is cut.
-
-  Attributes:
-    axis: name of the mesh axis.
-    dim: dimension.
-    sums: dtype in which its gradient is summed over that axis.
-  """
-
-  axis: str
-  dim: int
-  sums: str
-
-
-def own_and_place(w) -> tuple:
-  """Takes a weight or a `ShardedWeight` apart: (array, where it is cut or None)."""
-  return w if isinstance(w, ShardedWeight) else (w, None)
-
-
-def gather(own, place: ShardSpec | None):
-  """Makes a device's part whole; a weight that is cut nowhere is so already."""
-  return own if place is None else jax.lax.all_gather(own, place.axis, axis=place.dim, tiled=True)
-
-
-def scatter(grad, place: ShardSpec | None):
-  """Sums over devices, of which each keeps its part: what `gather` is back."""
-  if place is None:
-    return grad
-  low = grad.astype(place.sums)
-  own = jax.lax.psum_scatter(low, place.axis, scatter_dimension=place.dim, tiled=True)
-  return own.astype(grad.dtype)
+TENSOR_LETTERS = set("nkfv")  # which mesh axis `tensor` shards, as in parallel/rules.py
 
 
 def dot(eq: str, x, w, out_dtype=None):
@@ -65,8 +21,8 @@ def dot(eq: str, x, w, out_dtype=None):
   Args:
     eq: einsum equation of two operands; every letter stands in at least two of its three terms.
     x: activation, compute dtype.
-    w: weight leaf or its `ShardedWeight`, of any float dtype; it is cast to the dtype of `x` and
-      its gradient comes back in its own dtype, unrounded.
+    w: weight of any kind (`core/weight.py`); arrays are cast to the dtype of `x`, and their
+      gradients come back in their own dtype, unrounded.
     out_dtype: dtype of the result; that of `x` by default.
   Returns:
     The contraction, summed in fp32.
@@ -80,13 +36,32 @@ def contract(eq: str, a, b, out_dtype=None):
   Args:
     eq: einsum equation of two operands; every letter stands in at least two of its three terms.
     a: array in the compute dtype.
-    b: array or `ShardedWeight` of any float dtype, cast to that of `a`.
+    b: array of any float dtype, cast to that of `a`; or a weight of any kind.
     out_dtype: dtype of the result; that of `a` by default.
   Returns:
     The contraction, summed in fp32; gradients in the dtypes of `a` and of `b`.
   """
-  b, place = own_and_place(b)
-  return _contract(eq, jnp.dtype(out_dtype or a.dtype).name, place, a, b)
+  dtype, terms = jnp.dtype(out_dtype or a.dtype).name, []
+  for term in summands(b):
+    if not isinstance(term, tuple):
+      terms.append(_contract(eq, dtype, a, term))
+      continue
+    factor, leaves, letters = term
+    (first, left), (second, right) = _two_products(eq, leaves, letters)
+    terms.append(factor * _contract(second, dtype, _contract(first, a.dtype.name, a, left), right))
+  return functools.reduce(jnp.add, terms)
+
+
+def _two_products(eq: str, leaves: tuple, letters: tuple[str, str]) -> tuple:
+  """A product with a b as two: ((equation, leaf), (equation, leaf)), contracted letters first."""
+  x, w, out = re.split(",|->", eq)
+  contracted = set(w) - set(out)
+  first, second = (0, 1) if contracted <= set(letters[0]) else (1, 0)
+  between = "".join(letter for letter in x if letter not in contracted) + "a"
+  return (
+    (f"{x},{letters[first]}->{between}", leaves[first]),
+    (f"{between},{letters[second]}->{out}", leaves[second]),
+  )
 
 
 def _einsum(eq, a, b):
@@ -105,27 +80,47 @@ def _einsum(eq, a, b):
     x.reshape([sizes[letter] for letter in term]) for x, term in zip((a, b), terms, strict=False)
   )
   eq = f"{terms[0]},{terms[1]}->{terms[2]}"
-  return jnp.einsum(eq, a, b, preferred_element_type=jnp.float32).reshape(shape)
+  wide = jnp.int32 if jnp.issubdtype(a.dtype, jnp.integer) else jnp.float32
+  return jnp.einsum(eq, a, b, preferred_element_type=wide).reshape(shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _contract(eq, out_dtype, place, a, b):
-  return _contract_forward(eq, out_dtype, place, a, b)[0]
+def _multiply(eq, a, leaf):
+  """The product with what a leaf decodes to; with its codes themselves where the leaf says so."""
+  a_letters, b_letters, out = re.split(",|->", eq)
+  scales = "".join(letter for letter in b_letters if letter not in scale_skips(b_letters))
+  if getattr(leaf, "activations", "") != "int8" or not set(scales) <= set(out):
+    return _einsum(eq, a, decode(leaf, a.dtype))
+  summed = tuple(i for i, letter in enumerate(a_letters) if letter not in out)
+  high = jnp.max(jnp.abs(a), axis=summed, keepdims=True).astype(jnp.float32)
+  mesh = jax.sharding.get_abstract_mesh()
+  if "tensor" in mesh.manual_axes and {a_letters[i] for i in summed} & TENSOR_LETTERS:
+    high = jax.lax.pmax(high, "tensor")  # one scale for a row, however its channels are sharded
+  unit = jnp.maximum(high, 1e-30) / 127
+  codes = jnp.round(a.astype(jnp.float32) / unit).astype(jnp.int8)
+  y = _einsum(eq, codes, decode(leaf.codes)).astype(jnp.float32)
+  kept = "".join(letter for letter in a_letters if letter in out)
+  both = jnp.squeeze(unit, summed), decode(leaf.scale, jnp.float32)
+  return jnp.einsum(f"{out},{kept},{scales}->{out}", y, *both)
 
 
-def _contract_forward(eq, out_dtype, place, a, b):
-  low = b.astype(a.dtype)
-  made = _einsum(eq, a, gather(low, place)).astype(out_dtype)
-  return made, (a, low, jnp.zeros((), b.dtype))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _contract(eq, out_dtype, a, leaf):
+  return _contract_forward(eq, out_dtype, a, leaf)[0]
 
 
-def _contract_backward(eq, out_dtype, place, residuals, grad):
-  a, b, like_b = residuals
+def _contract_forward(eq, out_dtype, a, leaf):
+  low = cast(leaf, a.dtype)
+  y = _multiply(eq, a, low).astype(out_dtype)
+  return y, (a, low, jax.tree.map(lambda array: jnp.zeros((), array.dtype), leaf))
+
+
+def _contract_backward(eq, out_dtype, residuals, grad):
+  a, low, like = residuals
   a_letters, b_letters, out = re.split(",|->", eq)
   grad = grad.astype(a.dtype)
-  grad_a = _einsum(f"{out},{b_letters}->{a_letters}", grad, gather(b, place)).astype(a.dtype)
-  grad_b = _einsum(f"{out},{a_letters}->{b_letters}", grad, a).astype(like_b.dtype)
-  return grad_a, scatter(grad_b, place)
+  grad_a = _einsum(f"{out},{b_letters}->{a_letters}", grad, decode(low, a.dtype)).astype(a.dtype)
+  grad_b = _einsum(f"{out},{a_letters}->{b_letters}", grad, a)
+  return grad_a, pull(low, grad_b, like)
 
 
 _contract.defvjp(_contract_forward, _contract_backward)

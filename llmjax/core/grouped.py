@@ -10,8 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llmjax.core.dot import gather, own_and_place, scatter
 from llmjax.core.platform import platform
+from llmjax.core.weight import cast, decode, grad_dtype, pull, summands
 
 KERNELS = ("auto", "blocks", "ragged", "megablox")
 BLOCKS = (256, 64)  # rows of one product on a CPU; a run wastes half a small one on average
@@ -23,8 +23,7 @@ def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
 
   Args:
     x_td: rows, those of group 0 first.
-    w_edf: a weight for each group or its `ShardedWeight`, any float dtype; cast to the dtype of
-      `x_td`.
+    w_edf: a weight for each group, of any kind; cast to the dtype of `x_td`.
     sizes_e: int32 rows of each group; their sum may be less than t.
     kernel: blocks; ragged (`jax.lax.ragged_dot`); megablox (Pallas, TPU; interpreted elsewhere);
       auto is blocks on CPU, megablox on TPU, ragged on GPU.
@@ -34,29 +33,36 @@ def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
   """
   if kernel == "auto":
     kernel = {"cpu": "blocks", "tpu": "megablox"}.get(platform(), "ragged")
-  w_edf, place = own_and_place(w_edf)
-  return _grouped(kernel, place, x_td, w_edf, sizes_e)
+  total = None
+  for term in summands(w_edf):
+    if isinstance(term, tuple):
+      factor, (a_eda, b_eaf), _ = term
+      y_tf = factor * _grouped(kernel, _grouped(kernel, x_td, a_eda, sizes_e), b_eaf, sizes_e)
+    else:
+      y_tf = _grouped(kernel, x_td, term, sizes_e)
+    total = y_tf if total is None else total + y_tf
+  return total
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _grouped(kernel, place, x_td, w_edf, sizes_e):
-  return _forward(kernel, place, x_td, w_edf, sizes_e)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(kernel, x_td, w_edf, sizes_e):
+  return _forward(kernel, x_td, w_edf, sizes_e)[0]
 
 
-def _forward(kernel, place, x_td, w_edf, sizes_e):
-  low_edf = w_edf.astype(x_td.dtype)
-  residuals = (x_td, low_edf, sizes_e, jnp.zeros((), w_edf.dtype))
-  return _MULTIPLY[kernel](x_td, gather(low_edf, place), sizes_e), residuals
+def _forward(kernel, x_td, w_edf, sizes_e):
+  low_edf = cast(w_edf, x_td.dtype)
+  like = jax.tree.map(lambda array: jnp.zeros((), array.dtype), w_edf)
+  y_tf = _MULTIPLY[kernel](x_td, decode(low_edf, x_td.dtype), sizes_e)
+  return y_tf, (x_td, low_edf, sizes_e, like)
 
 
-def _backward(kernel, place, residuals, grad_tf):
+def _backward(kernel, residuals, grad_tf):
   """Written out because jax would round a weight's gradient to the dtype of its rows."""
   x_td, low_edf, sizes_e, like = residuals
   grad_tf = grad_tf.astype(x_td.dtype)
-  grad_x = _MULTIPLY[kernel](grad_tf, gather(low_edf, place), sizes_e, transposed=True)
-  sums = place.sums if place else like.dtype  # all devices' are then summed in it
-  grad_w = _OUTER[kernel](x_td, grad_tf, sizes_e, sums)
-  return grad_x, scatter(grad_w.astype(like.dtype), place), None
+  grad_x = _MULTIPLY[kernel](grad_tf, decode(low_edf, x_td.dtype), sizes_e, transposed=True)
+  grad_w = _OUTER[kernel](x_td, grad_tf, sizes_e, grad_dtype(low_edf, like))
+  return grad_x, pull(low_edf, grad_w, like), None
 
 
 _grouped.defvjp(_forward, _backward)

@@ -17,9 +17,10 @@ def path_of(keys) -> str:
   return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def flatten(tree) -> dict[str, jax.Array]:
+def flatten(tree, is_leaf: Callable | None = None) -> dict[str, jax.Array]:
   """Lists a tree's leaves by path, in tree order."""
-  return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+  leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+  return {path_of(keys): leaf for keys, leaf in leaves}
 
 
 def unflatten(like, leaves: dict[str, jax.Array]):
@@ -31,10 +32,10 @@ def unflatten(like, leaves: dict[str, jax.Array]):
   return map_with_path(lambda path, _: leaves[path], like)
 
 
-def map_with_path(function: Callable, tree, *rest):
+def map_with_path(function: Callable, tree, *rest, is_leaf: Callable | None = None):
   """Maps `function(path, leaf, *others)` over a tree."""
   return jax.tree_util.tree_map_with_path(
-    lambda keys, *leaves: function(path_of(keys), *leaves), tree, *rest
+    lambda keys, *leaves: function(path_of(keys), *leaves), tree, *rest, is_leaf=is_leaf
   )
 
 

@@ -9,6 +9,7 @@ from llmjax.models.config import ModelConfig
 from llmjax.models.decoder import Decoder
 from llmjax.models.encdec import EncoderDecoder
 from llmjax.models.encoder import Encoder
+from llmjax.models.kinds import apply_kinds
 from llmjax.models.vision import Vision
 
 KINDS = {
@@ -28,7 +29,8 @@ def build(key, config: ModelConfig) -> nnx.Module:
   Returns:
     A module with `hidden(batch, cache, key) -> (x_btd, cache, routing)` and `logits(x_btd)`.
   """
-  return KINDS[config.kind](key, config)
+  model = KINDS[config.kind](key, config)
+  return apply_kinds(model, config.weights, jax.random.fold_in(key, 1))
 
 
 @functools.lru_cache(maxsize=64)

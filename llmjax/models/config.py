@@ -4,6 +4,7 @@ import dataclasses
 
 from llmjax.core.choices import check_choice, check_finite, check_least
 from llmjax.core.errors import UserError
+from llmjax.models.kinds import checked_rows
 from llmjax.nn.attention.grouped_query import AttentionConfig
 from llmjax.nn.dropout import NAMES
 from llmjax.nn.embed import EmbedConfig
@@ -98,6 +99,9 @@ class ModelConfig:
     remat: what the backward pass recomputes: none; full; all but matrix products (dots); all but
       projections and attention's result (save_projections); as that, kept in host memory
       (offload); all but those of these that are named, such as query+key+value.
+    weights: rows (pattern, {"kind": …, option: value}): matrices that are not plain arrays, but
+      lora (rank, alpha, base), int8 (activations), int4 (block), nf4 (block) or masked (keep). The
+      first row that matches a path wins.
   """
 
   kind: str = "decoder"
@@ -119,6 +123,7 @@ class ModelConfig:
   dtype: str = "bfloat16"
   scan: bool = True
   remat: str = "none"
+  weights: tuple = ()
   attention: AttentionConfig = AttentionConfig()
   position: PositionConfig = PositionConfig()
   norm: NormConfig = NormConfig()
@@ -128,6 +133,7 @@ class ModelConfig:
 
   def __post_init__(self):
     check_finite("model", self)
+    object.__setattr__(self, "weights", checked_rows(self.weights))
     for key, known in (
       ("kind", KINDS), ("activation", ACTIVATIONS), ("block", BLOCKS), ("dtype", DTYPES),
     ):

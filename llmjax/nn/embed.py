@@ -11,22 +11,23 @@ from flax import nnx
 from llmjax.core.choices import check_least
 from llmjax.core.dot import dot
 from llmjax.core.errors import UserError
+from llmjax.core.take import take_rows
+from llmjax.core.weight import without_sharding
 from llmjax.nn.norm import Norm, NormConfig
 from llmjax.nn.param import constant, fan_in, normal, param
 from llmjax.nn.position import SINUSOIDS, PositionConfig, sinusoids
 from llmjax.parallel.rules import (
   ACTIVATIONS,
   WEIGHTS,
-  by_hand,
   check_divides,
+  has_sharded,
   inside,
   shard,
   shard_stream,
   spec,
   stream_spec,
+  weight_specs,
 )
-
-_PIECE = 8192  # rows whose gradients are added up at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,20 +144,20 @@ class Embed(nnx.Module):
 
 
 def embedding_lookup(table, ids_bt, letter: str, dtype):
-  """Takes rows of a table by number, each device those of its own part: x_btd.
+  """Takes rows of a table by number: x_btd.
 
-  On a mesh every device looks in the rows it holds and the results are added over `tensor`, so no
-  device ever has the whole vocabulary; and where channels are cut over `fsdp` it looks for the rows
-  of all of them and sends each its own, so that no table is gathered and no gradient summed.
+  The table's rows are sharded over `tensor`: each device looks up the ids that it holds, and the
+  results are summed (vocabulary-parallel embedding). Where d is sharded over `fsdp` too, ids are
+  gathered and activations exchanged by all-to-all, so no table is gathered and no gradient reduced.
 
   Args:
-    table: a weight [rows, d].
+    table: weight [rows, d] of any kind.
     ids_bt: int32 row numbers.
-    letter: what the rows are, as in the rules: `v`, `t`, `i`.
+    letter: of the rows: `v`, `t` or `i`.
     dtype: of the result.
   Raises:
     UserError: the mesh does not divide rows or positions.
-  Source: vocabulary parallel embedding, Shoeybi et al. 2019, arXiv:1909.08053, sec. 3.
+  Source: Shoeybi et al. 2019, arXiv:1909.08053, sec. 3.
   """
   mesh = jax.sharding.get_abstract_mesh()
   take = functools.partial(take_rows, jnp.dtype(dtype).name)
@@ -165,76 +166,35 @@ def embedding_lookup(table, ids_bt, letter: str, dtype):
   check_divides(mesh, "tokens of a micro-batch", "bt", ids_bt.shape, ACTIVATIONS)
   axes = WEIGHTS.get(letter)
   stream = stream_spec(ids_bt.shape[1])
-  name = f"table_{letter}d"
-  specs, places = by_hand({name: table})
+  weights = {f"table_{letter}d": table}
+  width_sharded = has_sharded(weights)
 
-  def local(rows, ids_bt):
-    x_btd = _own_rows(rows, ids_bt, axes, stream, take, all_ids=bool(places))
-    if places:  # each device looked up its channels of all rows; now all of its own rows
+  def local(weights, ids_bt):
+    (shard,) = without_sharding(weights).values()
+    x_btd = _own_rows(shard, ids_bt, axes, stream, take, all_ids=width_sharded)
+    if width_sharded:  # each device took its channels of all tokens; now all channels of its own
       x_btd = jax.lax.all_to_all(x_btd, "fsdp", 0, 2, tiled=True)
     return x_btd
 
   return jax.shard_map(
     local,
-    in_specs=(specs[name], spec("bt", ACTIVATIONS)),
+    in_specs=(weight_specs(weights), spec("bt", ACTIVATIONS)),
     out_specs=spec("btd", ACTIVATIONS) if axes is None else stream,
     axis_names={axis for axis in mesh.axis_names if not inside(axis)},
     check_vma=False,
-  )(table, ids_bt)
+  )(weights, ids_bt)
 
 
 def _own_rows(rows, ids_bt, axes, stream, take, all_ids: bool):
-  """Looks up on one device what its part of a table has."""
+  """Looks up the ids whose rows this device holds, and sums over the devices of `axes`."""
   if all_ids:
     ids_bt = jax.lax.all_gather(ids_bt, "fsdp", axis=0, tiled=True)
   if axes is None:
     return take(rows, ids_bt)
-  own_bt = ids_bt - jax.lax.axis_index(axes) * len(rows)
-  here_bt = (own_bt >= 0) & (own_bt < len(rows))
+  own_bt = ids_bt - jax.lax.axis_index(axes) * rows.shape[0]
+  here_bt = (own_bt >= 0) & (own_bt < rows.shape[0])
   x_btd = take(rows, jnp.where(here_bt, own_bt, 0))
   x_btd = jnp.where(here_bt[..., None], x_btd, 0)
   if axes in stream[1]:  # each device keeps its positions of the sum
     return jax.lax.psum_scatter(x_btd, axes, scatter_dimension=1, tiled=True)
   return jax.lax.psum(x_btd, axes)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def take_rows(dtype: str, table, ids):
-  """Takes rows by number and casts them; their gradients are added up in the table's dtype.
-
-  That goes 8,192 rows at a time: a TPU's compiler sorts them by number first, and a program that
-  sorts two million at once takes a tenth of a whole step's compilation.
-
-  Args:
-    dtype: of the result.
-    table: [rows, d], float.
-    ids: int32 of any shape, each a row's number.
-  Returns:
-    [*ids.shape, d].
-  """
-  return jnp.take(table, ids, axis=0).astype(dtype)
-
-
-def _take_forward(dtype, table, ids):
-  return take_rows(dtype, table, ids), (ids, jnp.zeros((len(table), 0), table.dtype))
-
-
-def _take_backward(dtype, residuals, grad):
-  ids, like = residuals
-  ids, grad = ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
-  whole = len(ids) // _PIECE
-
-  def add(total, piece):
-    numbers, rows = piece
-    return total.at[numbers].add(rows.astype(total.dtype)), None
-
-  total = jnp.zeros((len(like), grad.shape[-1]), like.dtype)
-  if whole:
-    cut = lambda a: a[: whole * _PIECE].reshape(whole, _PIECE, *a.shape[1:])  # noqa: E731
-    total, _ = jax.lax.scan(add, total, (cut(ids), cut(grad)))
-  if len(ids) % _PIECE:
-    total, _ = add(total, (ids[whole * _PIECE :], grad[whole * _PIECE :]))
-  return total, None
-
-
-take_rows.defvjp(_take_forward, _take_backward)

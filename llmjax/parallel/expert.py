@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.core.platform import platform
-from llmjax.parallel.rules import by_hand, inside, parts, stream_spec
+from llmjax.parallel.rules import inside, stream_spec, weight_specs
 
 
 def by_expert(run: Callable, x_btd, experts_btj, factors_btj, weights: dict, slots: int = 0):
@@ -42,18 +42,16 @@ def by_expert(run: Callable, x_btd, experts_btj, factors_btj, weights: dict, slo
       x, numbers, factors = (
         jax.lax.all_gather(a, "tensor", axis=1, tiled=True) for a in (x, numbers, factors)
       )
-    held = parts(weights, places)
-    y_btd = _on_device(run, x, numbers, factors, held, experts, ways["expert"], slots)
+    y_btd = _on_device(run, x, numbers, factors, weights, experts, ways["expert"], slots)
     if ways["tensor"] == 1:
       return y_btd
     if "tensor" in stream[1]:
       return jax.lax.psum_scatter(y_btd, "tensor", scatter_dimension=1, tiled=True)
     return jax.lax.psum(y_btd, "tensor")
 
-  specs, places = by_hand(weights)
   return jax.shard_map(
     local,
-    in_specs=(stream, stream, stream, specs),
+    in_specs=(stream, stream, stream, weight_specs(weights)),
     out_specs=stream,
     axis_names={name for name in mesh.axis_names if not inside(name)},
     check_vma=False,

@@ -4,8 +4,7 @@ Model code writes `shard(x_btd, "btd")` and names its weights `up_df`; which mes
 cut along is decided here alone.
 """
 
-import contextlib
-import contextvars
+import dataclasses
 import math
 
 import jax
@@ -13,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.core import tree
 from llmjax.core.dims import LETTERS, letters_of
-from llmjax.core.dot import ShardedWeight, ShardSpec
 from llmjax.core.errors import UserError
+from llmjax.core.weight import ShardedWeight, ShardSpec
 
 WEIGHTS = {
   "l": "stage",
@@ -39,8 +38,6 @@ REPLICATED = {letter: axis for letter, axis in WEIGHTS.items() if axis != "fsdp"
 WHOLE_BYTES = 64_000_000  # a weight larger than this must be cut where anything is
 ZERO = (1, 2, 3)  # what fsdp cuts: optimizer state; and gradients; and weights
 
-
-_laid = contextvars.ContextVar("laid", default=(REPLICATED, "float32"))
 
 
 class LayoutError(UserError):
@@ -150,43 +147,49 @@ def weight_shardings(mesh: Mesh, model, table: dict = WEIGHTS):
   return tree.map_with_path(sharding, model)
 
 
-@contextlib.contextmanager
-def weights_laid(table: dict, sums: str = "float32"):
-  """Says how the weights lie that are traced inside: `WEIGHTS`, or the default, `REPLICATED`.
+def shard_weights(weights, table: dict, reduce_dtype: str = "float32"):
+  """Makes a `ShardedWeight` of every matrix that `fsdp` cuts by a table, on the mesh in scope.
 
-  What multiplies by hand then gathers them itself, a layer at a time and in the compute dtype, and
-  sums their gradients over `fsdp` in the dtype `sums`.
-  """
-  token = _laid.set((table, sums))
-  try:
-    yield
-  finally:
-    _laid.reset(token)
-
-
-def by_hand(weights: dict) -> tuple[dict, dict]:
-  """Prepares weights for a `shard_map` over `fsdp`.
-
-  Args:
-    weights: by name; the name ends in the letters.
-  Returns:
-    (partition specs by name, by name the `Place` where `fsdp` cuts it, if it does).
+  Products that are written by hand then gather it a layer at a time, and reduce-scatter its
+  gradient in the dtype given. Everything else is left to the compiler.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  table, sums = _laid.get()
-  specs = {name: spec(letters_of(name, leaf.ndim), table) for name, leaf in weights.items()}
   if mesh.empty or mesh.shape["fsdp"] == 1:
-    return specs, {}
-  cut = {name: tuple(one).index("fsdp") for name, one in specs.items() if "fsdp" in one}
-  return specs, {name: ShardSpec("fsdp", dim, sums) for name, dim in cut.items()}
+    return weights
+
+  def one(path, leaf):
+    letters = letters_of(path, leaf.ndim)
+    axes = spec(letters, table)
+    if len(letters.removeprefix("l")) < 2 or "fsdp" not in axes:
+      return leaf
+    place = ShardSpec("fsdp", axes.index("fsdp") - len(letters), reduce_dtype)
+    return ShardedWeight(leaf, place, letters.removeprefix("l"))
+
+  return tree.map_with_path(one, weights)
 
 
-def parts(weights: dict, places: dict) -> dict:
-  """Inside that `shard_map`: those weights that are cut as a `ShardedWeight`."""
-  return {
-    name: ShardedWeight(leaf, places[name]) if name in places else leaf
-    for name, leaf in weights.items()
-  }
+def weight_specs(weights: dict) -> dict:
+  """Partition specs of weights that enter a `shard_map` over all axes.
+
+  Args:
+    weights: weights of any kind by name; the name ends in the letters.
+  Returns:
+    The tree with a `PartitionSpec` for every array; `fsdp` cuts those of a `ShardedWeight` alone.
+  """
+
+  def specs(path, leaf):
+    sharded = isinstance(leaf, ShardedWeight)
+    letters = leaf.letters if sharded else letters_of(path, leaf.ndim)
+    one = spec(letters, WEIGHTS if sharded else REPLICATED)
+    return dataclasses.replace(leaf, array=one) if sharded else one
+
+  return tree.map_with_path(specs, weights, is_leaf=lambda leaf: isinstance(leaf, ShardedWeight))
+
+
+def has_sharded(weights) -> bool:
+  """Whether any of the weights has to be gathered over `fsdp`."""
+  leaves = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, ShardedWeight))
+  return any(isinstance(leaf, ShardedWeight) for leaf in leaves)
 
 
 def constrain(weights, table: dict):

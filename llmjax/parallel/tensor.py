@@ -11,14 +11,14 @@ import jax
 
 from llmjax.parallel.rules import (
   ACTIVATIONS,
-  by_hand,
+  has_sharded,
   inside,
-  parts,
   shard,
   shard_stream,
   shards,
   spec,
   stream_spec,
+  weight_specs,
 )
 
 
@@ -35,18 +35,17 @@ def column_parallel(project: Callable, x_btd, weights: dict, letters: tuple[str,
   Source: Shoeybi et al. 2019, arXiv:1909.08053, sec. 3; with positions cut: Korthikanti et al.
     2022, arXiv:2205.05198, sec. 4.2.
   """
-  specs, places = by_hand(weights)
-  axes, cut = _ours(x_btd, places)
+  axes, cut = _manual_axes(x_btd, weights)
   if not axes:
     return project(shard(x_btd, "btd"), weights)
 
   def local(x_btd, weights):
     x_btd = jax.lax.all_gather(x_btd, "tensor", axis=1, tiled=True) if cut else x_btd
-    return project(x_btd, parts(weights, places))
+    return project(x_btd, weights)
 
   return jax.shard_map(
     local,
-    in_specs=(stream_spec(x_btd.shape[1]), specs),
+    in_specs=(stream_spec(x_btd.shape[1]), weight_specs(weights)),
     out_specs=tuple(spec(text, ACTIVATIONS) for text in letters),
     axis_names=axes,
     check_vma=False,
@@ -65,37 +64,36 @@ def row_parallel(project: Callable, x, weights: dict, letters: str):
     y_btd, as `shard_stream` lays it out.
   Source: as of `columns`.
   """
-  specs, places = by_hand(weights)
-  axes, cut = _ours(x, places)
+  axes, cut = _manual_axes(x, weights)
   if not axes:
     return shard_stream(project(x, weights))
 
   def local(x, weights):
-    y_btd = project(x, parts(weights, places))
+    y_btd = project(x, weights)
     if not cut:
       return y_btd
     return jax.lax.psum_scatter(y_btd, "tensor", scatter_dimension=1, tiled=True)
 
   return jax.shard_map(
     local,
-    in_specs=(spec(letters, ACTIVATIONS), specs),
+    in_specs=(spec(letters, ACTIVATIONS), weight_specs(weights)),
     out_specs=stream_spec(x.shape[1]),
     axis_names=axes,
     check_vma=False,
   )(x, weights)
 
 
-def _ours(x, places: dict) -> tuple[set[str], bool]:
-  """(the axes that are ours to handle, whether `tensor` cuts positions); none where nothing is cut.
+def _manual_axes(x, weights: dict) -> tuple[set[str], bool]:
+  """(axes that the `shard_map` takes, whether `tensor` shards positions); none: leave it to XLA.
 
-  They are all that are left: where some were the compiler's, it would gather what a reduce-scatter
-  takes over them. Where `tensor` does not divide the positions all is left to the compiler.
+  It takes all that are left: where some were the compiler's, it would gather what a reduce-scatter
+  takes over them. Where `tensor` does not divide the positions everything is left to the compiler.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or inside("tensor"):
     return set(), False
   cut = mesh.shape["tensor"] > 1
-  whole = x.shape[1] % (shards("t", ACTIVATIONS) * mesh.shape["tensor"])
-  if whole if cut else not places:
+  uneven = x.shape[1] % (shards("t", ACTIVATIONS) * mesh.shape["tensor"])
+  if uneven if cut else not has_sharded(weights):
     return set(), False
   return {axis for axis in mesh.axis_names if not inside(axis)}, cut

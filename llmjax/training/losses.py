@@ -9,14 +9,23 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from llmjax.core import tree
 from llmjax.core.choices import check_least
-from llmjax.core.dot import gather, scatter
 from llmjax.core.errors import UserError
+from llmjax.core.weight import ShardedWeight, zero_cotangent
 from llmjax.nn.router import RouterStats
-from llmjax.parallel.rules import ACTIVATIONS, by_hand, inside, shard, shards, spec
+from llmjax.parallel.rules import (
+  ACTIVATIONS,
+  has_sharded,
+  inside,
+  shard,
+  shards,
+  spec,
+  weight_specs,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,66 +158,91 @@ def head_loss(config: LossConfig, head, x_btd, targets_bt, weights_bt):
 
 
 def _head_loss_forward(config, head, x_btd, targets_bt, weights_bt):
-  specs, places = by_hand(tree.flatten(head))
+  """With `symbolic_zeros`, so that no gradient is summed of weights that are not trained."""
+  nodes = tree.flatten(head, is_leaf=_is_sharded)
+  trained = {
+    path for path, node in nodes.items() if any(leaf.perturbed for leaf in jax.tree.leaves(node))
+  }
+  values = lambda primals: jax.tree.map(lambda leaf: leaf.value, primals)  # noqa: E731
+  head, x_btd, targets_bt, weights_bt = map(values, (head, x_btd, targets_bt, weights_bt))
   x_btd = shard(x_btd, "btd")
-  if not places:
-    sums, grads = _with_gradients(config, head, x_btd, targets_bt, weights_bt)
-    return sums, (*grads, weights_bt)
-  mesh = jax.sharding.get_abstract_mesh()
-  head_specs = tree.unflatten(head, specs)
-  rows = (spec("btd", ACTIVATIONS), spec("bt", ACTIVATIONS), spec("bt", ACTIVATIONS))
-  sums, grads = jax.shard_map(
-    functools.partial(_on_device, config, places),
-    in_specs=(head_specs, *rows),
-    out_specs=((PartitionSpec(), PartitionSpec()), (head_specs, rows[0])),
-    axis_names={axis for axis in mesh.axis_names if not inside(axis)},
-    check_vma=False,
-  )(head, x_btd, targets_bt, weights_bt)
-  return sums, (*grads, weights_bt)
+  if has_sharded(head):
+    mesh = jax.sharding.get_abstract_mesh()
+    specs = weight_specs(head)
+    by_path = tree.flatten(specs, is_leaf=_is_sharded)
+    batch_specs = (spec("btd", ACTIVATIONS), spec("bt", ACTIVATIONS), spec("bt", ACTIVATIONS))
+    sums, (grads, grad_x) = jax.shard_map(
+      functools.partial(_on_device, config, trained),
+      in_specs=(specs, *batch_specs),
+      out_specs=(
+        (PartitionSpec(), PartitionSpec()), ({p: by_path[p] for p in trained}, batch_specs[0])
+      ),
+      axis_names={axis for axis in mesh.axis_names if not inside(axis)},
+      check_vma=False,
+    )(head, x_btd, targets_bt, weights_bt)
+  else:
+    sums, (grads, grad_x) = _with_gradients(config, trained, head, x_btd, targets_bt, weights_bt)
+  nodes = tree.flatten(head, is_leaf=_is_sharded)
+  return sums, (zero_cotangent(nodes) | grads, grad_x, zero_cotangent(targets_bt), weights_bt, head)
 
 
-def _on_device(config, places, head, x_btd, targets_bt, weights_bt):
+def _is_sharded(node) -> bool:
+  return isinstance(node, ShardedWeight)
+
+
+def _on_device(config, trained, head, x_btd, targets_bt, weights_bt):
   """A device's own rows: its head gathered once, whose gradient is summed over devices once."""
   rows = ("data", "expert", "context")
+  nodes = tree.flatten(head, is_leaf=_is_sharded)
 
-  def whole(path, leaf):
-    return gather(leaf.astype(x_btd.dtype), places[path]).astype(leaf.dtype)
+  def gathered(node):
+    return node.cast(x_btd.dtype).decode(node.dtype) if _is_sharded(node) else node
 
   def summed(path, grad):
-    if path not in places:
+    if not _is_sharded(nodes[path]):
       return jax.lax.psum(grad, ("fsdp", *rows))
-    return jax.lax.psum(scatter(grad, places[path]), rows)
+    return jax.lax.psum(nodes[path].pull(grad, nodes[path]), rows)
 
-  head = tree.map_with_path(lambda path, leaf: whole(path, leaf) if path in places else leaf, head)
-  sums, (grad_head, grad_x) = _with_gradients(config, head, x_btd, targets_bt, weights_bt)
+  head = jax.tree.map(gathered, head, is_leaf=_is_sharded)
+  sums, (grads, grad_x) = _with_gradients(config, trained, head, x_btd, targets_bt, weights_bt)
   sums = jax.lax.psum(sums, ("fsdp", *rows))
-  grads = tree.map_with_path(summed, grad_head), jax.lax.psum(grad_x, "tensor")
+  grads = {path: summed(path, grad) for path, grad in grads.items()}
   # Together, or the compiler would keep the whole gradient until the model's backward pass is done.
-  return sums, jax.lax.optimization_barrier(grads)
+  return sums, jax.lax.optimization_barrier((grads, jax.lax.psum(grad_x, "tensor")))
 
 
-def _with_gradients(config, head, x_btd, targets_bt, weights_bt):
+def _with_gradients(config, trained, head, x_btd, targets_bt, weights_bt):
   """Takes each chunk forward and at once backward, for an incoming gradient of one."""
+  nodes = tree.flatten(head)
 
   def add(carry, x, targets, weights):
-    loss = lambda head, x: objective(head.logits(x), targets, weights, config)  # noqa: E731
-    total, pull, nll = jax.vjp(loss, head, x, has_aux=True)
-    grad_head, grad_x = pull(jnp.float32(1))
-    return jax.tree.map(jnp.add, carry, (total, nll, grad_head)), grad_x
+    def loss(some, x):
+      logits_btv = tree.unflatten(head, nodes | some).logits(x)
+      return objective(logits_btv, targets, weights, config)
 
-  zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, head))
-  carry, grad_x = _fold(add, zero, config.chunk, x_btd, targets_bt, weights_bt)
-  total, nll, grad_head = carry
-  return (total, nll), (grad_head, grad_x)
+    total, pull, nll = jax.vjp(loss, {path: nodes[path] for path in trained}, x, has_aux=True)
+    grads, grad_x = pull(jnp.float32(1))
+    return jax.tree.map(jnp.add, carry, (total, nll, grads)), grad_x
+
+  zeros = {path: jnp.zeros_like(nodes[path]) for path in trained}
+  carry = (jnp.float32(0), jnp.float32(0), zeros)
+  carry, grad_x = _fold(add, carry, config.chunk, x_btd, targets_bt, weights_bt)
+  total, nll, grads = carry
+  return (total, nll), (grads, grad_x)
 
 
 def _head_loss_backward(config, residuals, grad):
-  grad_head, grad_x, weights_bt = residuals
-  scale = lambda leaf: (leaf * grad[0]).astype(leaf.dtype)  # noqa: E731
-  return *jax.tree.map(scale, (grad_head, grad_x)), None, jnp.zeros_like(weights_bt)
+  grads, grad_x, grad_targets, weights_bt, head = residuals
+  factor = 0.0 if isinstance(grad[0], SymbolicZero) else grad[0]
+
+  def scale(leaf):
+    return leaf if leaf.dtype == jax.dtypes.float0 else (leaf * factor).astype(leaf.dtype)
+
+  grads, grad_x = jax.tree.map(scale, (grads, grad_x))
+  return tree.unflatten(head, tree.flatten(grads)), grad_x, grad_targets, jnp.zeros_like(weights_bt)
 
 
-head_loss.defvjp(_head_loss_forward, _head_loss_backward)
+head_loss.defvjp(_head_loss_forward, _head_loss_backward, symbolic_zeros=True)
 
 
 def _fold(add, carry, chunk: int, *arrays):

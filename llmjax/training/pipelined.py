@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def check_stages(kind: str, stages: int, microbatches: int, config: PipelineConf
 
 def pipelined_grad(
   model, parts: Batch, loss: LossConfig, key=None, config: PipelineConfig | None = None, zero=3,
-  each=1.0,
+  each=1.0, layout: Callable = lambda weights: weights,
 ):
   """Computes the sum of the objective's gradient over microbatches, and the cross-entropy sum.
 
@@ -66,6 +67,7 @@ def pipelined_grad(
     config: schedule and chunks.
     zero: whether weights are cut along `fsdp` in the stages as well.
     each: factor on routers' terms.
+    layout: what marks the weights that `fsdp` cuts; see `shard_weights`.
   Returns:
     (gradient shaped as the model, cross-entropy sum, what routers did or None).
   Raises:
@@ -80,7 +82,8 @@ def pipelined_grad(
   layers, before = count(blocks), model.stack.dense
   deal = StageAssignment(layers, stages, config.chunks, WEIGHTS if zero == 3 else REPLICATED)
   lone = key is not None and microbatches == 1
-  chunk = _Chunk(model.config, loss, deal, before, lone, remat=config.schedule != "zb_h1")
+  remat = config.schedule != "zb_h1"
+  chunk = _Chunk(model.config, loss, deal, before, lone, remat, layout)
 
   def stage(weights, outer, given):
     parts, *_ = given
@@ -119,9 +122,11 @@ class _Chunk:
   before: int  # dense layers, which run with the embedding
   lone: bool  # one microbatch draws as a step without microbatches does
   remat: bool
+  layout: Callable
 
   def __call__(self, given, weights, outer, x_btd, virtual, microbatch):
     """Returns (x_btd, objective, (cross-entropy sum, what routers did))."""
+    weights, outer = self.layout(weights), self.layout(outer)
     part, drop = self._microbatch(given, microbatch)
     shared, deal, each = self.shared(given, outer, microbatch), self.deal, given[2]
 

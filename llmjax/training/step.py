@@ -5,6 +5,7 @@ steps, of the sum of gradients, of the optimizer's state.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ from llmjax.parallel.rules import (
   WEIGHTS,
   batch_sharding,
   constrain,
+  shard_weights,
   shards,
   weight_shardings,
-  weights_laid,
 )
 from llmjax.training.config import Config
 from llmjax.training.experts import move_biases, routing_metrics
@@ -62,21 +63,28 @@ def loss_and_grad(
   # Routers' terms are means over tokens, the loss is one over predictions.
   each = predictions / jnp.maximum(real_tokens(batch), 1)
   table = REPLICATED if zero == 1 else WEIGHTS
-  with weights_laid(WEIGHTS if zero == 3 else REPLICATED, sums):
-    if shards("l", WEIGHTS) > 1:
-      parts = micro_batches(batch, accumulation)
-      grads, nll, routing = pipelined_grad(model, parts, loss, key, pipeline, zero, each)
-      grads = constrain(grads, table)
-    else:
-      grads, (nll, routing) = _summed_grad(model, batch, accumulation, loss, key, table, each)
+  layout = functools.partial(
+    shard_weights, table=WEIGHTS if zero == 3 else REPLICATED, reduce_dtype=sums
+  )
+  if shards("l", WEIGHTS) > 1:
+    parts = micro_batches(batch, accumulation)
+    grads, nll, routing = pipelined_grad(model, parts, loss, key, pipeline, zero, each, layout)
+    grads = constrain(grads, table)
+  else:
+    grads, (nll, routing) = _summed_grad(
+      model, batch, accumulation, loss, key, table, each, layout
+    )
   scale = 1 / jnp.maximum(predictions, 1)
   return nll * scale, jax.tree.map(lambda grad: grad * scale, grads), predictions, routing
 
 
-def _summed_grad(model, batch: Batch, accumulation: int, loss: LossConfig, key, table, each):
+def _summed_grad(
+  model, batch: Batch, accumulation: int, loss: LossConfig, key, table, each, layout
+):
   """Adds up over micro-batches: (gradient, (cross-entropy, what routers did))."""
 
   def objective_sum(model, part: Batch, key):
+    model = layout(model)
     x_btd, _, routing = model.hidden(part, key=key)
     total, nll = head_loss(loss, model.head, x_btd, part.targets_bt, part.loss_mask_bt)
     if routing is not None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from llmjax.core import take
 from llmjax.core.errors import UserError
-from llmjax.nn import embed as embed_module
 from llmjax.nn.embed import Embed, EmbedConfig, take_rows
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
@@ -155,7 +155,7 @@ def test_the_compute_dtype_is_that_asked_for_and_logits_are_fp32():
 
 @pytest.mark.parametrize("piece", [3, 5, 10, 100])
 def test_gradients_of_rows_are_added_up_in_fp32_piece_by_piece(monkeypatch, piece):
-  monkeypatch.setattr(embed_module, "_PIECE", piece)
+  monkeypatch.setattr(take, "_CHUNK", piece)
   ids = np.array([[1, 0, 1, 1, 6], [6, 1, 1, 2, 1]])
   pull = random(*ids.shape, 4).astype(jnp.bfloat16)
   rows, back = jax.vjp(lambda table: take_rows("bfloat16", table, ids), random(7, 4, seed=1))
