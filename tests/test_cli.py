@@ -146,13 +146,6 @@ def test_bad_input_to_train_is_one_line_and_leaves_nothing(
   assert not (tmp_path / "new/result.json").exists()
 
 
-def test_a_failed_command_does_not_spoil_its_workdir(setup, tmp_path, capsys):
-  fails(capsys, *train(setup, tmp_path, "--config.data.sources=/nowhere"))
-  fails(capsys, *train(setup, tmp_path, "--config.tokenizer.vocab_size=50000"))
-  fails(capsys, *train(setup, tmp_path, "--config.optim.no_decay=('*/nothing',)"))
-  assert main(train(setup, tmp_path)) == 0
-
-
 def test_a_workdir_of_another_config_is_refused_and_kept(setup, capsys):
   config, workdir, _ = setup
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
@@ -163,12 +156,15 @@ def test_a_workdir_of_another_config_is_refused_and_kept(setup, capsys):
   assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
 
 
-def test_changed_text_under_a_run_is_refused(setup, tmp_path, capsys):
+def test_a_workdir_survives_failed_commands_and_refuses_changed_text(setup, tmp_path, capsys):
   assert setup
   sources = write_text(tmp_path / "text")
   config = tmp_path / "config.py"
   config.write_text(CONFIG.format(sources=str(sources)))
   argv = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+  fails(capsys, *argv, "--config.data.sources=/nowhere")
+  fails(capsys, *argv, "--config.tokenizer.vocab_size=50000")
+  fails(capsys, *argv, "--config.optim.no_decay=('*/nothing',)")
   assert main(argv) == 0
   (sources / "00.txt").write_text("something else entirely\n" * 50)
   assert "the training text or tokenizer changed since this run began" in fails(capsys, *argv)
