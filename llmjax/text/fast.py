@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.implementations import BertWordPieceTokenizer
 
 from llmjax.core.errors import UserError
 from llmjax.text.base import PLAIN, Settings, Tokenizer, too_large, too_small
@@ -104,6 +105,11 @@ class Fast(Tokenizer):
   def _decode(self, ids: list[int]) -> str:
     return self._plain.decode(ids)
 
+  def _check_size(self, vocab_size: int) -> "Fast":
+    if self.vocab_size < vocab_size:
+      raise too_large(vocab_size, self.vocab_size)
+    return self
+
   @classmethod
   def build(cls, tokenizer: tokenizers.Tokenizer, settings: Settings = PLAIN) -> "Fast":
     """Wraps a tokenizer made with the library."""
@@ -137,7 +143,7 @@ class ByteBPE(Fast):
     first = [(token, tokenizer.token_to_id(token)) for token in _SPECIAL[:1]]
     tokenizer.post_processor = processors.TemplateProcessing(f"{_SPECIAL[0]} $A", None, first)
     tokenizer.pre_tokenizer = GPT2_WORDS
-    return _full(cls.build(tokenizer), vocab_size)
+    return cls.build(tokenizer)._check_size(vocab_size)
 
 
 class WordPiece(Fast):
@@ -165,10 +171,10 @@ class WordPiece(Fast):
       limit_alphabet=0,
       show_progress=False,
     )
-    scratch = bert({}, lowercase=True)
+    scratch = bert(None, lowercase=True)
     scratch.pre_tokenizer = pre_tokenizers.Sequence([scratch.pre_tokenizer, _BERT_LONGEST])
     scratch.train_from_iterator(texts, trainer)
-    return _full(cls.build(bert(scratch.get_vocab(), lowercase=True)), vocab_size)
+    return cls.build(bert(scratch.get_vocab(), lowercase=True))._check_size(vocab_size)
 
 
 def byte_level(model: models.Model, cutting: pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:
@@ -185,17 +191,10 @@ def words(*patterns: str) -> pre_tokenizers.PreTokenizer:
   return pre_tokenizers.Sequence([*cuts, LETTERS])
 
 
-def bert(vocabulary: dict[str, int], lowercase: bool) -> tokenizers.Tokenizer:
+def bert(vocabulary: dict[str, int] | None, lowercase: bool) -> tokenizers.Tokenizer:
   """Makes BERT's tokenizer of pieces, inside a word with `##`; `lowercase` drops accents too."""
-  tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-  tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-  tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-  tokenizer.decoder = decoders.WordPiece(prefix="##")
-  tokenizer.add_special_tokens([name for name in _BERT_SPECIAL if name in vocabulary])
-  if {"[CLS]", "[SEP]"} <= vocabulary.keys():
-    pair = ((name, vocabulary[name]) for name in ("[SEP]", "[CLS]"))
-    tokenizer.post_processor = processors.BertProcessing(*pair)
-  return tokenizer
+  written = BertWordPieceTokenizer(vocabulary, lowercase=lowercase).to_str()
+  return tokenizers.Tokenizer.from_str(written)
 
 
 def kind_of(model: bytes) -> type[Fast]:
@@ -215,22 +214,14 @@ def tokenizer_of(model: bytes) -> tokenizers.Tokenizer:
   return tokenizer
 
 
-def _full(tokenizer: Fast, vocab_size: int) -> Fast:
-  if tokenizer.vocab_size < vocab_size:
-    raise too_large(vocab_size, tokenizer.vocab_size)
-  return tokenizer
-
-
 def _characters(texts: list[str]) -> list[str]:
   """The most frequent 1,000 characters, and as `##c` those of them that stand inside words."""
-  normalizer, cutter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-  words = Counter()
+  normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+  words, counts = Counter(), Counter()
   for text in texts:
-    words.update(word for word, _ in cutter.pre_tokenize_str(normalizer.normalize_str(text)))
-  counts = Counter()
+    words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
   for word, times in words.items():
-    for char in word:
-      counts[char] += times
+    counts.update({char: times * number for char, number in Counter(word).items()})
   kept = set(sorted(counts, key=lambda char: (-counts[char], char))[:_BERT_CHARS])
   inner = {char for word in words for char in word[1:]} & kept
   return [*sorted(kept), *(f"##{char}" for char in sorted(inner))]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmjax.core.errors import UserError
+from llmjax.core.files import read_json
 from llmjax.text import vocabulary
 from llmjax.text.added import add, listed
 from llmjax.text.base import NONE, Settings, Tokenizer, bos_eos
@@ -190,8 +191,9 @@ def _named(*files: dict) -> dict[str, str]:
 
 def _affixes(config: dict, tokenizer: Tokenizer, bos_id, eos_id, adds) -> list[list[int]]:
   """The affixes of a text: the tokenizer's own, else as its configuration or its kind has it."""
-  if "model_file" in config:  # a key of `save`, which called affixes "around" once
-    return config.get("affixes") or config["around"]
+  saved = config.get("affixes", config.get("around"))  # `save`'s key, and the one it had before
+  if "model_file" in config and saved is not None:
+    return saved
   if tokenizer.settings.affixes is not None:
     return tokenizer.settings.affixes
   bos_id = tokenizer.bos_id if bos_id is None else bos_id
@@ -215,12 +217,4 @@ def _ends(folder: Path) -> list[int]:
 
 def _json(file: Path) -> dict:
   """Reads a JSON object; a missing file is an empty one."""
-  try:
-    found = json.loads(file.read_text(encoding="utf-8"))
-  except OSError:
-    return {}
-  except ValueError as error:
-    raise UserError(f"{str(file)!r} is not JSON: {error}") from error
-  if not isinstance(found, dict):
-    raise UserError(f"{str(file)!r} holds a JSON {type(found).__name__}, not an object")
-  return found
+  return read_json(file) if file.is_file() else {}
