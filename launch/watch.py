@@ -14,7 +14,7 @@ import time
 from collections import deque
 
 from llmjax.core.errors import RunFailed, UserError
-from llmjax.parallel.join import HEARTBEAT_S, lost
+from llmjax.parallel.join import HEARTBEAT_S, silent_process
 
 STOP_S = 30  # within which all processes have ended after one died
 GRACE_S = 5  # after which processes that did not stop on SIGTERM are killed
@@ -117,7 +117,7 @@ class Watched:
       tail = self._tails[number]
       sys.stderr.writelines(line for line in tail if number or line.startswith(_HELD))
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
-    if silent := lost("".join(self._tails[number])):
+    if silent := silent_process("".join(self._tails[number])):
       number, how = int(silent), f"sent no heartbeat for {HEARTBEAT_S} s"
     raise RunFailed(
       f"process {number} of {len(self._processes)} (pid {self._processes[number].pid}) {how} and "

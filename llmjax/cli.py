@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
   spare_libtpu()
   try:
     args, overrides = _parse(argv)
-    with interrupt.prompt():
+    with interrupt.end_on_sigint():
       result = VERBS[args.verb].call(args, overrides)
   except UserError as error:
     print(f"llmjax: error: {' '.join(str(error).split())}", file=sys.stderr)

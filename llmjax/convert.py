@@ -8,7 +8,7 @@ import jax
 
 from llmjax.core.choices import check_choice
 from llmjax.core.errors import UserError
-from llmjax.core.files import check_place
+from llmjax.core.files import check_writable
 from llmjax.formats.hf import folder as hf
 from llmjax.models.model import Model
 from llmjax.run import load
@@ -46,7 +46,7 @@ def convert(
   if format == "checkpoint" and (dtype != "float32" or family):
     raise UserError("a checkpoint is float32 and has no family: leave out --dtype and --family")
   check_choice("dtype", dtype, hf.DTYPES)
-  check_place("target", target)
+  check_writable("target", target)
   target = Path(target).expanduser().absolute()
   if target.exists() and any(target.iterdir()):
     raise UserError(f"{str(target)!r} exists and is not empty; convert writes a new folder")

@@ -66,7 +66,7 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
   if isinstance(config, ConfigDict):
     config = configs.freeze(config.to_dict(), Config)
   _check_paths(config, workdir)
-  with files.told_if_full(), contextlib.ExitStack() as held:
+  with files.report_full_disk(), contextlib.ExitStack() as held:
     multihost.from_writer(lambda: held.enter_context(locked(workdir)))
     return _train(config, workdir)
 
@@ -141,9 +141,9 @@ def check_start(config: Config, workdir: str | Path, devices: int):
 
 
 def _check_paths(config: Config, workdir: str | Path):
-  files.check_place("workdir", workdir)
+  files.check_writable("workdir", workdir)
   if config.data.cache:
-    files.check_place("data.cache", config.data.cache)
+    files.check_writable("data.cache", config.data.cache)
   if config.init.checkpoint and not Path(config.init.checkpoint).expanduser().exists():
     raise UserError(f"init.checkpoint {config.init.checkpoint!r} does not exist")
   if config.train.executable:

@@ -12,7 +12,7 @@ from llmjax.core.errors import RunFailed, UserError
 _FULL = re.compile("No space left on device|Disk quota exceeded|File too large")
 
 
-def check_place(name: str, path: str | Path):
+def check_writable(name: str, path: str | Path):
   """Checks that a folder exists and is writable, or can be created.
 
   Args:
@@ -79,7 +79,7 @@ def replace(path: Path, text: str):
 
 
 @contextlib.contextmanager
-def told_if_full():
+def report_full_disk():
   """Turns any library's error about a full disk into one sentence.
 
   Raises:

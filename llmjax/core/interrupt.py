@@ -38,7 +38,7 @@ if Path(sys.argv[0]).name in ("-m", "llmjax"):
 
 
 @contextlib.contextmanager
-def prompt() -> Iterator[None]:
+def end_on_sigint() -> Iterator[None]:
   """Ends the process with status 1 if SIGINT is not handled within `GRACE_S`.
 
   The first SIGINT is left to another handler where one is installed, such as the training loop's.

@@ -73,8 +73,9 @@ def leave(status: int) -> int:
     return status
   with contextlib.suppress(OSError):  # the reader of our output may be gone
     text = " ".join(str(error).split())
-    if isinstance(error, Exception) and (lost(text) or _GONE.search(text)):
-      which = f"process {lost(text)}" if lost(text) else "another process"
+    silent = silent_process(text)
+    if isinstance(error, Exception) and (silent or _GONE.search(text)):
+      which = f"process {silent}" if silent else "another process"
       print(f"llmjax: process {jax.process_index()} lost {which}: {text[:200]}", file=sys.stderr)
     elif not isinstance(error, (UserError, RunFailed, KeyboardInterrupt)):
       traceback.print_exc()
@@ -87,7 +88,7 @@ _SILENT = re.compile(r"stopped sending heartbeats\):\s*(\d+)|Task (\d+) heartbea
 _GONE = re.compile(r"Gloo \w+ failed|Connection (closed|reset) by peer")
 
 
-def lost(text: str) -> str:
+def silent_process(text: str) -> str:
   """Finds which process an error of jax's runtime no longer hears from; empty if none."""
   if found := _SILENT.search(text):
     return found[1] or found[2]

@@ -42,13 +42,13 @@ def end(process) -> tuple[int, str]:
 
 
 def test_a_library_that_does_not_look_at_signals_is_ended():
-  assert end(start("with interrupt.prompt():\n  be_deaf()")) == (1, SAID)
+  assert end(start("with interrupt.end_on_sigint():\n  be_deaf()")) == (1, SAID)
 
 
 def test_the_first_signal_is_left_to_another_handler_and_the_second_ends():
   process = start("""
 signal.signal(signal.SIGINT, lambda *_: None)
-with interrupt.prompt():
+with interrupt.end_on_sigint():
   be_deaf()
 """)
   process.send_signal(signal.SIGINT)
@@ -61,7 +61,7 @@ def test_what_looks_at_signals_ends_by_itself_and_nothing_is_left_behind():
   process = start("""
 before = signal.set_wakeup_fd(-1)
 try:
-  with interrupt.prompt():
+  with interrupt.end_on_sigint():
     print("ready", flush=True)
     time.sleep(30)
 except KeyboardInterrupt:

@@ -8,7 +8,7 @@ import pytest
 
 from llmjax.core.errors import UserError
 from llmjax.parallel import multihost
-from llmjax.parallel.join import join, leave, lost
+from llmjax.parallel.join import join, leave, silent_process
 
 UNHEARD = (
   "absl::Status: UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1\n"
@@ -27,7 +27,7 @@ GLOO = "UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:32466: Connection
   ("text", "number"), [(UNHEARD, "1"), (BARRIER, "12"), (COORDINATOR, "0"), (GLOO, ""), ("", "")]
 )
 def test_which_process_was_lost_is_read_from_the_runtime(text, number):
-  assert lost(text) == number
+  assert silent_process(text) == number
 
 
 def test_one_process_alone_decides_at_once(monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llmjax.core.errors import RunFailed, UserError
-from llmjax.core.files import told_if_full
+from llmjax.core.files import report_full_disk
 from llmjax.data.prepare import prepare
 from llmjax.data.sources import Document
 from llmjax.text.raw import Bytes
@@ -150,12 +150,12 @@ def test_a_disk_that_fills_up_while_saving_is_one_line_and_the_one_before_stays(
 def test_a_disk_that_fills_up_elsewhere_is_told_as_well(tmp_path):
   documents = [Document("x", "a.txt", "ka lo mi " * 9000)]
   full = pytest.raises(RunFailed, match=r"could not be written: .*too large")
-  with small_files(5000), full, told_if_full():
+  with small_files(5000), full, report_full_disk():
     prepare(documents, Bytes(), tmp_path / "data")
   assert list((tmp_path / "data").iterdir()) == []
   writer = MetricsWriter(tmp_path, 0)
   writer.write(1, {"loss": 1.0})
-  with small_files(30), pytest.raises(RunFailed, match="File too large"), told_if_full():
+  with small_files(30), pytest.raises(RunFailed, match="File too large"), report_full_disk():
     writer.write(2, {"loss": 1.0, "words": "x" * 100})
-  with pytest.raises(UserError, match="as it is"), told_if_full():
+  with pytest.raises(UserError, match="as it is"), report_full_disk():
     raise UserError("as it is: No space left on device")
