@@ -27,16 +27,13 @@ class Decoder(TextModel):
       self.vision = Tower(keys[2], tower_config(config))
       self.projector = Projector(keys[3], config)
 
-  def empty_cache(self, batch: int, slots: int) -> Cache:
-    """Makes a cache of `slots` positions for `batch` rows, in the compute dtype."""
-    prefix_bs = None
-    if self.config.attention.mask == "prefix":
-      prefix_bs = jnp.zeros((batch, slots), bool)
-    return Cache(self.decoder.empty_cache(batch, slots), prefix_bs=prefix_bs)
+  def empty_cache(self, batch: int, slots: int, chunk: int | None = None) -> Cache:
+    """Makes a cache for `batch` rows; see `Stack.empty_cache`."""
+    return self.decoder.empty_cache(batch, slots, chunk)
 
-  def init_cache(self, batch: Batch, slots: int) -> Cache:
+  def init_cache(self, batch: Batch, slots: int, chunk: int | None = None) -> Cache:
     """Makes the empty cache of a batch; every kind that decodes has this function."""
-    return self.empty_cache(len(batch.tokens_bt), slots)
+    return self.empty_cache(len(batch.tokens_bt), slots, chunk)
 
   def _images(self, batch: Batch, key):
     """(where image tokens stand, their patches' vectors there), or None."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
-from llmjax.models.stack import Stack
+from llmjax.models.stack import Stack, kept_positions
 from llmjax.models.text import TextModel, split_or_none
 from llmjax.nn.cache.dense import Cache
 from llmjax.nn.embed import Embed
@@ -51,6 +51,7 @@ class EncoderDecoder(TextModel):
       source = self.decoder.project_memory(memory_bsd)
     else:
       source, segments_bs = cache.source, cache.source_segments_bs
+      cache = cache.reserve(kept_positions(batch))
     x_btd = self._embedded(batch, keys[1])
     return self.decoder(
       x_btd, self.decoder.shared(batch, keys[2], cache, segments_bs), cache, source
@@ -68,11 +69,12 @@ class EncoderDecoder(TextModel):
     x_bsd = self._embedded(source, keys[0], embed=getattr(self, "source_embed", self.embed))
     return self.encoder(x_bsd, self.encoder.shared(source, keys[1]))[0], segments_bs
 
-  def init_cache(self, batch: Batch, slots: int) -> Cache:
+  def init_cache(self, batch: Batch, slots: int, chunk: int | None = None) -> Cache:
     """Reads the source once, and makes room for `slots` positions of what is to be written.
 
     A row's source is one document (number 1, padding 0).
     """
     memory_bsd, segments_bs = self.encode(batch)
-    own = self.decoder.empty_cache(len(batch.source_bs), slots)
-    return Cache(own, self.decoder.project_memory(memory_bsd), segments_bs)
+    empty = self.decoder.empty_cache(len(batch.source_bs), slots, chunk)
+    source = self.decoder.project_memory(memory_bsd)
+    return dataclasses.replace(empty, source=source, source_segments_bs=segments_bs)

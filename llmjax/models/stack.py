@@ -1,6 +1,7 @@
 """A stack of layers: its weights, and what all of its layers see alike."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from llmjax.models.depth import count, run_layers
 from llmjax.nn.attention.grouped_query import AttentionInputs
 from llmjax.nn.attention.mask import Mask, cache_mask, cross_mask, self_mask
 from llmjax.nn.bias import Bias, alibi_slopes
-from llmjax.nn.cache.dense import Cache, KVCache
+from llmjax.nn.cache.dense import Cache, KVCache, shard_keys
 from llmjax.nn.norm import Norm
 from llmjax.nn.param import normal, param
 from llmjax.nn.position import rope_angles
@@ -62,14 +63,14 @@ class Stack(nnx.Module):
     Returns:
       (x_btd normed, the cache with these positions in it, what routers did or None).
     """
-    own, first = None if cache is None else cache.own, self.dense
+    own, first = None if cache is None else cache.layers, self.dense
     part = lambda a, b: jax.tree.map(lambda leaf: leaf[a:b], (own, source))  # noqa: E731
     x_btd, before = self.run_first(x_btd, shared, part(0, first) if first else (None, None))
     rest = part(first, None) if first else (own, source)
     x_btd, (kept, routing) = run_layers(self.blocks, x_btd, rest, shared, self.config, first)
     if first:
       kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), before, kept)
-    cache = None if cache is None else dataclasses.replace(cache, own=kept)
+    cache = None if cache is None else dataclasses.replace(cache, layers=kept)
     return self.final_norm(x_btd), cache, routing
 
   @property
@@ -93,10 +94,12 @@ class Stack(nnx.Module):
       batch: segments, positions (with a cache: its slots), prefix, and tokens for routers that
         read them. A cache holds one document a row: segments then say what is padding, no more.
       key: PRNG key of dropout.
-      cache: keys and values so far; its prefix counts, not the batch's.
+      cache: keys and values so far, with slots reserved for the batch's positions; its prefix
+        counts, not the batch's.
       source_segments_bs: int32 document numbers of what cross attention looks at.
     """
     positions_bt, segments_bt = positions_of(batch), batch.segments_bt
+    written_bt = positions_bt if cache is None else kept_positions(batch)
     source_view = None
     if self.cross:
       numbers_bt = jnp.ones_like(positions_bt) if segments_bt is None else segments_bt
@@ -111,7 +114,7 @@ class Stack(nnx.Module):
     }
     # Pinned, or the layout of experts' rows would spread to what attention sees.
     real_bt = None if segments_bt is None else shard(segments_bt > 0, "bt")
-    return LayerInputs(views, positions_bt, source_view, key, batch.tokens_bt, real_bt)
+    return LayerInputs(views, written_bt, source_view, key, batch.tokens_bt, real_bt)
 
   def final_norm(self, x_btd):
     """Norms what the last block returns, where the config has it so."""
@@ -124,24 +127,41 @@ class Stack(nnx.Module):
       return tuple(project(block) for block in self.blocks)
     return jax.lax.map(project, self.blocks)
 
-  def empty_cache(self, batch: int, slots: int) -> KVCache:
-    """Makes room for `slots` positions of `batch` rows, in the compute dtype."""
+  def empty_cache(self, batch: int, slots: int, chunk: int | None = None) -> Cache:
+    """Makes the cache of `slots` positions of `batch` rows, in the compute dtype.
+
+    Args:
+      chunk: most positions of a row that are read at a time; None: any number. Unstacked layers
+        with a window of w positions then keep the last w + chunk - 1 keys alone.
+    """
     dims, latent = self.config.dims, self.config.attention.latent
     k, h = (1, latent.kv_rank + latent.rope_dim) if latent.kv_rank else (dims["k"], dims["h"])
-    zeros = jnp.zeros((batch, k, slots, h), jnp.dtype(self.config.dtype))
-    one = KVCache(zeros, None if latent.kv_rank else zeros)
-    if isinstance(self.blocks, tuple):
-      return tuple(one for _ in self.blocks)
-    layers = count(self.blocks) + self.dense
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], layers, 0), one)
+    unstacked = isinstance(self.blocks, tuple)
+    layers = len(self.blocks) if unstacked else count(self.blocks) + self.dense
+    attention = self.config.attention
+    kinds = tuple(itertools.islice(itertools.cycle(attention.pattern), layers))
+    sizes = dict.fromkeys(kinds, slots)
+    if unstacked and chunk and "window" in sizes and attention.mask != "prefix":
+      sizes["window"] = min(slots, attention.window + chunk - 1)
+
+    def layer(slots: int) -> KVCache:
+      zeros = jnp.zeros((batch, k, slots, h), jnp.dtype(self.config.dtype))
+      return shard_keys(KVCache(zeros, None if latent.kv_rank else zeros))
+
+    if unstacked:
+      keys = tuple(layer(sizes[kind]) for kind in kinds)
+    else:
+      keys = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], layers, 0), layer(slots))
+    positions = {kind: jnp.full((batch, size), -1, jnp.int32) for kind, size in sizes.items()}
+    prefix_b = jnp.zeros(batch, jnp.int32) if attention.mask == "prefix" else None
+    return Cache(keys, positions, kinds, slots, prefix_b=prefix_b)
 
   def _mask(self, kind, positions_bt, batch: Batch, cache: Cache | None) -> Mask:
     attention = self.config.attention
     rule = attention.rule(kind, self.causal)
     if cache is not None:
       # The prefix is the cache's: later queries see it too, however far away.
-      mask = cache_mask(rule, positions_bt, cache.slots)
-      return dataclasses.replace(mask, prefix_bs=cache.prefix_bs)
+      return cache_mask(rule, positions_bt, *cache.seen_positions(kind))
     prefix_bt = batch.prefix_bt if attention.mask == "prefix" else None
     return self_mask(rule, batch.segments_bt, positions_bt, prefix_bt)
 
@@ -158,6 +178,12 @@ class Stack(nnx.Module):
     if position.kind == "relative":
       return Bias(None, self.relative_in, position.max_distance, both_ways=not self.causal)
     return None
+
+
+def kept_positions(batch: Batch):
+  """Positions of the keys that a cache keeps: -1 for padding."""
+  positions_bt, segments_bt = positions_of(batch), batch.segments_bt
+  return positions_bt if segments_bt is None else jnp.where(segments_bt > 0, positions_bt, -1)
 
 
 def positions_of(batch: Batch):

@@ -1,14 +1,12 @@
 """What models of text share: a token table that the head reads too, and a stack of blocks."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
-from llmjax.models.stack import Stack, positions_of
+from llmjax.models.stack import Stack, kept_positions, positions_of
 from llmjax.nn.cache.dense import Cache
 from llmjax.nn.dropout import dropout
 from llmjax.nn.embed import Embed
@@ -54,7 +52,7 @@ class TextModel(nnx.Module):
     Args:
       batch: tokens, and whatever else the config knows: segments, positions, types, prefix,
         patches.
-      cache: keys and values so far; new ones go to slot `positions_bt`.
+      cache: keys and values so far; new ones are kept with `positions_bt`.
       key: PRNG key of dropout; None drops nothing.
     Returns:
       (x_btd, the cache with these positions in it or None, what routers did or None).
@@ -69,10 +67,8 @@ class TextModel(nnx.Module):
   def _run(self, batch: Batch, cache: Cache | None, key):
     """Embedding and blocks: the same three as `hidden`."""
     x_btd = self.embed_tokens(batch, key)
-    if cache is not None and cache.prefix_bs is not None and batch.prefix_bt is not None:
-      rows = jnp.arange(len(x_btd))[:, None]
-      prefix_bs = cache.prefix_bs.at[rows, positions_of(batch)].set(batch.prefix_bt)
-      cache = dataclasses.replace(cache, prefix_bs=prefix_bs)
+    if cache is not None:
+      cache = cache.reserve(kept_positions(batch), batch.prefix_bt)
     return self.stack(x_btd, self.shared(batch, key, cache), cache)
 
   def embed_tokens(self, batch: Batch, key=None):

@@ -1,10 +1,11 @@
-"""From scores to a token: repetition penalty, temperature, top-k, nucleus, min-p."""
+"""From scores to a token: repetition penalty, temperature, top-k, nucleus, min-p, row by row."""
 
 import dataclasses
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmjax.core.choices import check_finite
 from llmjax.core.errors import UserError
@@ -19,8 +20,7 @@ class Sampling:
     top_k: keeps the k highest, with all that equal the last of them; 0 keeps all.
     top_p: keeps the fewest whose probabilities reach p, after top-k; 1 keeps all.
     max_tokens: most new tokens.
-    seed: of the draw; seed, model, prompt and its place in the batch decide the text, so equal
-      prompts in one batch differ.
+    seed: of the draws; see `generate` for what else they depend on.
     min_p: keeps tokens of at least so much of the likeliest one's probability; 0 keeps all.
     repetition_penalty: divides the positive scores of tokens that prompt and text hold already, and
       multiplies their negative ones; 1 leaves them.
@@ -53,56 +53,106 @@ class Sampling:
       raise UserError(f"stop {self.stop!r} is not a sequence of texts, none of them empty")
 
 
-def penalize(logits_bv, seen_bv, penalty):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowSampling:
+  """`Sampling` of every row of a batch, as arrays.
+
+  Attributes:
+    temperature_b: fp32; likewise `top_p_b`, `min_p_b` and `penalty_b`.
+    top_k_b: int32.
+    key_b: PRNG keys; the token at position p is drawn with `fold_in(key, p)`.
+    ends_bn: int32 ids that end a row; -1 fills up.
+  """
+
+  temperature_b: jax.Array
+  top_k_b: jax.Array
+  top_p_b: jax.Array
+  min_p_b: jax.Array
+  penalty_b: jax.Array
+  key_b: jax.Array
+  ends_bn: jax.Array
+
+  @classmethod
+  def of(
+    cls, samplings: Sequence[Sampling], ends: Sequence[Sequence[int]], salts=None
+  ) -> "RowSampling":
+    """Makes the arrays of rows.
+
+    Args:
+      samplings: of every row.
+      ends: of every row the ids that end it.
+      salts: of every row a sequence of numbers below 2³² that its key depends on besides its seed.
+    """
+    column = lambda name, dtype: np.array([getattr(s, name) for s in samplings], dtype)  # noqa: E731
+    floats = [column(name, np.float32) for name in ("top_p", "min_p", "repetition_penalty")]
+    ends_bn = np.full((len(ends), max(map(len, ends), default=0)), -1, np.int32)
+    for row, ids in zip(ends_bn, ends, strict=True):
+      row[: len(ids)] = ids
+    key_b = jax.vmap(jax.random.key)(column("seed", np.uint32))
+    for salt_b in np.array(salts or [()] * len(samplings), np.uint32).reshape(len(samplings), -1).T:
+      key_b = jax.vmap(jax.random.fold_in)(key_b, salt_b)
+    temperature_b, top_k_b = column("temperature", np.float32), column("top_k", np.int32)
+    return cls(temperature_b, top_k_b, *floats, key_b, ends_bn)
+
+
+def penalize(logits_bv, seen_bv, penalty_b):
   """Lowers the scores of tokens that were seen: divided where positive, multiplied where not.
 
   Source: Keskar et al. 2019, arXiv:1909.05858, sec. 4.1, as transformers applies it.
   """
-  lower_bv = jnp.where(logits_bv < 0, logits_bv * penalty, logits_bv / penalty)
+  penalty_b1 = penalty_b[:, None]
+  lower_bv = jnp.where(logits_bv < 0, logits_bv * penalty_b1, logits_bv / penalty_b1)
   return jnp.where(seen_bv, lower_bv, logits_bv)
 
 
-def filter_logits(logits_bv, temperature, top_k: int, top_p, min_p=0.0):
+def filter_logits(logits_bv, rows: RowSampling):
   """Scales scores by the temperature and puts those outside top-k, nucleus and min-p at -inf.
 
   Args:
     logits_bv: fp32 scores.
-    temperature: > 0.
-    top_k: 0 keeps all.
-    top_p: in (0, 1]; the highest score always stays.
-    min_p: in [0, 1], a share of the highest probability.
+    rows: of every row the temperature (0 counts as 1), top-k, top-p and min-p; the highest score
+      always stays.
   Returns:
     logits_bv, fp32; their softmax is the distribution that is drawn from.
   Source: nucleus: Holtzman et al. 2020, arXiv:1904.09751, sec. 3.1; min-p: Nguyen et al. 2024,
     arXiv:2407.01082, sec. 3.
   """
-  logits_bv = logits_bv / temperature
-  ordered_bv = jnp.sort(logits_bv, axis=-1, descending=True)
-  if top_k:
-    ordered_bv = jnp.where(jnp.arange(ordered_bv.shape[-1]) < top_k, ordered_bv, -jnp.inf)
-  probabilities = jax.nn.softmax(ordered_bv, axis=-1)
-  before = jnp.cumsum(probabilities, axis=-1) - probabilities
-  inside = (before < top_p) | (top_p >= 1)  # rounding can bring the sum to 1 before the last one
-  kept = jnp.where(inside & jnp.isfinite(ordered_bv), ordered_bv, jnp.inf)
-  least = jnp.maximum(kept.min(-1, keepdims=True), ordered_bv[..., :1] + jnp.log(min_p))
-  return jnp.where(logits_bv >= least, logits_bv, -jnp.inf)
+  logits_bv /= jnp.where(rows.temperature_b > 0, rows.temperature_b, 1)[:, None]
+
+  def kept_bv():
+    v = logits_bv.shape[-1]
+    ordered_bv = jnp.sort(logits_bv, axis=-1, descending=True)
+    top_k_b1 = jnp.where(rows.top_k_b > 0, rows.top_k_b, v)[:, None]
+    ordered_bv = jnp.where(jnp.arange(v) < top_k_b1, ordered_bv, -jnp.inf)
+    probabilities = jax.nn.softmax(ordered_bv, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    top_p_b1 = rows.top_p_b[:, None]
+    inside = (before < top_p_b1) | (top_p_b1 >= 1)  # the sum may round to 1 before the last one
+    kept = jnp.where(inside & jnp.isfinite(ordered_bv), ordered_bv, jnp.inf)
+    least_b1 = ordered_bv[:, :1] + jnp.log(rows.min_p_b)[:, None]
+    least_b1 = jnp.maximum(kept.min(-1, keepdims=True), least_b1)
+    return jnp.where(logits_bv >= least_b1, logits_bv, -jnp.inf)
+
+  filters = (rows.top_k_b > 0) | (rows.top_p_b < 1) | (rows.min_p_b > 0)
+  return jax.lax.cond(jnp.any(filters), kept_bv, lambda: logits_bv)
 
 
-def draw(key, logits_bv, temperature, top_k: int, top_p, min_p=0.0):
-  """Draws one token a row; at temperature 0 the highest score.
+def draw(logits_bv, rows: RowSampling, positions_b):
+  """Draws one token of every row; at temperature 0 the one of the highest score.
 
   Args:
     logits_bv: fp32 scores.
-    temperature: ≥ 0, may be traced.
-    top_k: static.
-    top_p: may be traced; likewise min_p.
+    rows: how.
+    positions_b: int32 position of the token in its row, which its random numbers depend on.
   Returns:
     int32 [b].
   """
-  greedy = lambda: jnp.argmax(logits_bv, axis=-1)  # noqa: E731
+  greedy_b = jnp.argmax(logits_bv, axis=-1)
 
-  def drawn():
-    kept_bv = filter_logits(logits_bv, temperature, top_k, top_p, min_p)
-    return jax.random.categorical(key, kept_bv, axis=-1)
+  def drawn_b():
+    key_b = jax.vmap(jax.random.fold_in)(rows.key_b, positions_b)
+    token_b = jax.vmap(jax.random.categorical)(key_b, filter_logits(logits_bv, rows))
+    return jnp.where(rows.temperature_b > 0, token_b, greedy_b)
 
-  return jax.lax.cond(temperature > 0, drawn, greedy).astype(jnp.int32)
+  return jax.lax.cond(jnp.any(rows.temperature_b > 0), drawn_b, lambda: greedy_b).astype(jnp.int32)

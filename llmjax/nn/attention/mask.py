@@ -129,22 +129,16 @@ def self_mask(rule: MaskSpec, segments_bt, positions_bt, prefix_bt=None) -> Mask
   )
 
 
-def cache_mask(rule: MaskSpec, positions_bt, slots: int, prefix_bt=None) -> Mask:
-  """Makes the mask of queries that look at cache slots; slot number is position.
+def cache_mask(rule: MaskSpec, positions_bt, k_positions_bs, prefix_bs=None) -> Mask:
+  """Makes the mask of queries that see the slots of a cache, wherever its keys lie.
 
   Args:
-    rule: who sees whom.
+    rule: what a query may see; causal, or empty slots would be seen.
     positions_bt: int32 position of each query.
-    slots: slots s in the cache.
-    prefix_bt: bool, queries that all others see; their slots are those of their positions.
+    k_positions_bs: int32 position of the key in each slot; later than every query for empty ones.
+    prefix_bs: bool, keys that every query sees.
   """
-  b = positions_bt.shape[0]
-  slots_bs = jnp.broadcast_to(jnp.arange(slots), (b, slots))
-  prefix_bs = None
-  if prefix_bt is not None:
-    rows = jnp.arange(b)[:, None]
-    prefix_bs = jnp.zeros((b, slots), bool).at[rows, positions_bt].set(prefix_bt)
-  return Mask(positions_bt, slots_bs, prefix_bs=prefix_bs, rule=rule)
+  return Mask(positions_bt, k_positions_bs, prefix_bs=prefix_bs, rule=rule)
 
 
 def cross_mask(segments_bt, positions_bt, source_segments_bs) -> Mask:

@@ -66,7 +66,7 @@ def test_auto_gives_cudnn_no_mask_of_all_pairs_of_a_long_row():
   assert choose("auto", "gpu", long, long, mask, slopes) == "blockwise"
 
 
-CACHE = cache_mask(MaskSpec(), jnp.zeros((1, 256), jnp.int32), 256)
+CACHE = cache_mask(MaskSpec(), jnp.zeros((1, 256), jnp.int32), jnp.arange(256)[None])
 PREFIXED = dataclasses.replace(MASK, prefix_bs=jnp.ones((1, 256), bool))
 BLOCKS = dataclasses.replace(MASK, rule=MaskSpec(sparse_block=64))
 BIASED = Scores(1.0, bias=Bias(jnp.ones(2)))

@@ -230,7 +230,7 @@ def test_queries_and_keys_may_differ_in_number(kind, block, one_group):
   q_positions = np.array([[2, 3, 4, 5, 6], [0, 1, 2, 3, 4]])
   k_positions = np.tile(np.arange(s), (2, 1))
   if kind == "cache":
-    mask = cache_mask(case.rule, jnp.asarray(q_positions), s)
+    mask = cache_mask(case.rule, jnp.asarray(q_positions), jnp.asarray(k_positions))
     keys = keys_of(q_positions, k_positions, dataclasses.asdict(case.rule))
   else:
     numbers = np.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 1]])

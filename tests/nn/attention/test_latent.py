@@ -84,7 +84,7 @@ def test_generation_continues_as_whole_rows_would():
 
 
 def test_the_cache_holds_one_latent_and_one_rotary_key_a_position():
-  cache = jax.eval_shape(lambda: weights_of(CONFIG).empty_cache(2, 16))
+  cache = jax.eval_shape(lambda: weights_of(CONFIG).empty_cache(2, 16).layers)
   [kept] = jax.tree.leaves(cache)
   assert kept.shape == (CONFIG.layers, 2, 1, 16, LATENT.kv_rank + LATENT.rope_dim)
   assert kept.size * 4 == 2 * 16 * cache_bytes_per_token(CONFIG, 4)

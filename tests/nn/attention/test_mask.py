@@ -98,20 +98,21 @@ def test_the_range_of_keys_is_no_wider_than_it_must_be(rule):
 
 def test_where_places_are_not_positions_every_key_is_in_range():
   positions = jnp.array([[5, 6]])
-  assert cache_mask(MaskSpec(window=2), positions, 9).key_range(0, 1, 9) == (0, 9)
+  assert cache_mask(MaskSpec(window=2), positions, jnp.arange(9)[None]).key_range(0, 1, 9) == (0, 9)
   assert masks_of(RULES["window"])[0].tile(slice(0, 4), slice(0, 14)).key_range(0, 2, 14) == (0, 14)
 
 
 @pytest.mark.parametrize("rule", ["causal", "window", "sparse global"])
 def test_a_cache_is_seen_by_the_rule_up_to_the_querys_own_slot(rule):
   positions = np.array([[0, 1], [3, 4], [7, 8]])
-  mask = cache_mask(MaskSpec(**RULES[rule]), jnp.asarray(positions), 10)
+  slots = jnp.tile(jnp.arange(10), (3, 1))
+  mask = cache_mask(MaskSpec(**RULES[rule]), jnp.asarray(positions), slots)
   keys = keys_of(positions, np.tile(np.arange(10), (3, 1)), RULES[rule])
   assert_array_equal(mask.allowed(), table_of(keys, 10))
 
 
 def test_a_cache_in_numbers():
-  mask = cache_mask(MaskSpec(), jnp.array([[0, 1], [3, 4]]), 5)
+  mask = cache_mask(MaskSpec(), jnp.array([[0, 1], [3, 4]]), jnp.tile(jnp.arange(5), (2, 1)))
   expected = [
     [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]],
     [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]],
@@ -119,14 +120,14 @@ def test_a_cache_in_numbers():
   assert_array_equal(mask.allowed(), np.array(expected, bool))
 
 
-def test_a_prefix_is_seen_in_the_slots_of_its_own_positions():
+def test_a_prefix_is_seen_by_earlier_queries_too():
   positions = jnp.array([[0, 1, 2, 3], [2, 3, 4, 5]])
-  prefix = jnp.array([[True, True, False, False], [False, True, True, False]])
+  prefix = jnp.array([[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0]], bool)
   expected = [
     [[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]],
     [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]],
   ]
-  mask = cache_mask(MaskSpec(), positions, 6, prefix)
+  mask = cache_mask(MaskSpec(), positions, jnp.tile(jnp.arange(6), (2, 1)), prefix)
   assert_array_equal(mask.allowed(), np.array(expected, bool))
 
 
