@@ -6,13 +6,17 @@ import functools
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
+from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
 from llmjax.models.depth import unstack_layers, views
 from llmjax.models.pooling import Pooling
 from llmjax.models.processor import Processor
+from llmjax.nn.param import roles
+from llmjax.parallel.rules import weight_shardings
 from llmjax.text.tokenizer import Tokenizer
 
 
@@ -35,15 +39,38 @@ class Model:
   processor: Processor | None = None
 
   @functools.cached_property
-  def decoding(self) -> nnx.Module:
-    """The parameters with every layer by itself, made at the first use: what decoding reads.
+  def mesh(self) -> Mesh | None:
+    """The mesh that decoding runs on, that of the parameters with two of its axes merged away.
 
-    On a CPU its weights are the same memory as those of `parameters`.
+    Rows of one token have no positions to share out, so `context` counts as `data`; and all layers
+    run on all devices, so `stage` counts as `fsdp`. None: the parameters lie on no mesh.
     """
-    places = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.parameters)))
-    if places == {jax.devices()[0]} and jax.default_backend() == "cpu":
-      return unstack_layers(self.parameters, views)
-    return jax.jit(unstack_layers)(self.parameters)
+    shardings = (leaf.sharding for leaf in jax.tree.leaves(self.parameters))
+    mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
+    if mesh is None or mesh.size == 1:
+      return None
+    order = ("data", "context", "fsdp", "stage", "expert", "tensor")
+    devices = mesh.devices.transpose([mesh.axis_names.index(axis) for axis in order])
+    data, context, fsdp, stage, expert, tensor = devices.shape
+    sizes = {"data": data * context, "fsdp": fsdp * stage, "expert": expert, "tensor": tensor}
+    shape = [sizes.get(axis, 1) for axis in mesh.axis_names]
+    return Mesh(devices.reshape(shape), mesh.axis_names, axis_types=mesh.axis_types)
+
+  @functools.cached_property
+  def decoding(self) -> nnx.Module:
+    """The parameters as decoding reads them: layers unstacked, matrices in the compute dtype.
+
+    Made at the first use. On a single CPU device, weights that are not cast are the same memory as
+    those of `parameters`.
+    """
+    leaves = jax.tree.leaves(self.parameters)
+    if {d for leaf in leaves for d in leaf.devices()} == {jax.devices("cpu")[0]}:
+      return cast_weights(unstack_layers(self.parameters, views), self.config.dtype)
+    prepare = lambda model: cast_weights(unstack_layers(model), self.config.dtype)  # noqa: E731
+    weights = jax.jit(prepare)(self.parameters)
+    return weights if self.mesh is None else jax.device_put(
+      weights, weight_shardings(self.mesh, weights)
+    )
 
   def logits(self, tokens_bt):
     """Scores the next token at every position.
@@ -71,6 +98,22 @@ class Model:
         f"the vocabulary from 0 to {self.config.vocab_size - 1}"
       )
     return _logits(self.parameters, Batch(tokens_bt))
+
+
+def cast_weights(model: nnx.Module, dtype) -> nnx.Module:
+  """Casts the weights that every product casts anyway, which changes no result.
+
+  Routers and tables of relative positions are read in fp32, as are scales and biases.
+  """
+  role_of = roles(model)
+
+  def cast(path, leaf):
+    read_in_fp32 = path.rsplit("_", 1)[-1] in ("de", "in")
+    if read_in_fp32 or role_of.get(path) not in ("matrix", "table") or leaf.dtype == dtype:
+      return leaf
+    return leaf.astype(dtype)
+
+  return tree.map_with_path(cast, model)
 
 
 @jax.jit

@@ -1,5 +1,7 @@
 """Serving for a mesh that is not there: prefill and one decoding step, with no weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
@@ -16,7 +18,7 @@ from llmjax.parallel.rules import (
   spec,
   weight_shardings,
 )
-from llmjax.serve.decoding import decode, prefill
+from llmjax.serve.state import empty_state, prefill, step
 from llmjax.training.config import Config
 
 
@@ -37,7 +39,7 @@ def serving_program(program: str, config: Config, mesh: Mesh):
     config: the experiment, `model.vocab_size` filled in.
     mesh: of the devices to compile for.
   Returns:
-    (jitted function, its abstract arguments), to be lowered on the mesh; decode's cache is donated.
+    (jitted function, its abstract arguments), to be lowered on the mesh; decode's state is donated.
   Raises:
     UserError: the model writes no text, or the mesh does not divide rows or weights.
   """
@@ -46,18 +48,14 @@ def serving_program(program: str, config: Config, mesh: Mesh):
   place = batch_sharding(mesh)
   ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)  # noqa: E731
   prompts = Batch(ids(rows, model.max_seq_len), segments_bt=ids(rows, model.max_seq_len))
-  start = _weights(model, mesh), prompts, ids(rows)
-
-  def read(weights, batch, lengths):
-    return prefill(weights, batch, lengths, model.max_seq_len)
-
+  weights, slots = _weights(model, mesh), model.max_seq_len
   with jax.set_mesh(mesh):
-    cache = jax.tree.map(lambda leaf: _placed(leaf, mesh), jax.eval_shape(read, *start)[1])
+    state = jax.eval_shape(lambda weights: empty_state(weights, rows, slots), weights)
+  state = jax.tree.map(lambda leaf: _placed(leaf, mesh), state)
   if program == "prefill":
-    places = place, jax.tree.map(lambda leaf: leaf.sharding, cache)
-    return jax.jit(read, out_shardings=places), start
-  one = Batch(ids(rows, 1), positions_bt=ids(rows, 1))
-  return jax.jit(decode, donate_argnums=2), (start[0], one, cache)
+    read = functools.partial(prefill, slots=slots)
+    return jax.jit(read), (weights, prompts, state.sampling, ids(rows))
+  return jax.jit(step, donate_argnums=1), (weights, state)
 
 
 def _weights(model: ModelConfig, mesh: Mesh):
@@ -70,7 +68,7 @@ def _weights(model: ModelConfig, mesh: Mesh):
 
 
 def _placed(leaf, mesh: Mesh):
-  """A layer's keys or values [b, k, s, h]: rows are cut, and heads if there are enough of them."""
+  """An array of the state: its rows are sharded, and the heads of keys where there are enough."""
   whole = leaf.ndim < 4 or leaf.shape[1] % mesh.shape["tensor"]
   letters = "b" if whole else "bk"
   place = NamedSharding(mesh, spec(letters, ACTIVATIONS))

@@ -1,28 +1,25 @@
-"""Generation: prompts of any lengths in one batch, a key/value cache, one compiled loop.
+"""Generation from texts or ids: prompts of any lengths in one batch, a loop over decoding steps."""
 
-Prompts stand left-aligned; slot number is position. What padding writes beyond a prompt's end is
-overwritten before any query may look at it, so a row's text does not depend on its neighbours.
-"""
-
+import collections
+import contextlib
 import dataclasses
 import functools
-import sys
+import zlib
 from collections.abc import Generator, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from llmjax.core.errors import UserError
+from llmjax.core.errors import UserError, note
 from llmjax.data.batch import Batch
 from llmjax.models.model import Model
 from llmjax.nn.position import PositionConfig
-from llmjax.serve.decoding import begin, go_on
 from llmjax.serve.detokenize import Detokenizer
 from llmjax.serve.prompt import Prompts, bucket, check_room, encode_prompts, end_ids, pad_rows
-from llmjax.serve.sample import Sampling
+from llmjax.serve.sample import RowSampling, Sampling
+from llmjax.serve.state import check_chunks, prefill, run_steps
 
-_STRIDE = 16  # tokens between two looks for a stop text
+_STRIDE = 16  # tokens between two searches for a stop text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +29,14 @@ class Completion:
   Attributes:
     text: the new text alone: what prompt and new tokens read together, without the prompt's.
     ids: its tokens, without what ended it.
+    logprobs: log-probability of each under the model, before temperature, penalty and filters.
     finish: `stop` at an end token or a stop text, `length` at `max_tokens` or the end of the
       context.
   """
 
   text: str
   ids: list[int]
+  logprobs: list[float]
   finish: str
 
 
@@ -48,11 +47,19 @@ def generate(
   images=None,
   chat: bool = False,
   special: bool = False,
+  prefill_chunk: int | None = None,
 ) -> list[Completion]:
   """Continues prompts.
 
+  What a prompt is continued with depends on the model, the prompt, the sampling with its seed, and
+  how many equal prompts stand before it in `prompts`: not on other prompts, their number, or the
+  mesh (up to rounding). Equal prompts in one call are thus samples of one distribution, and the
+  first of them is continued as it would be alone. The random numbers of the token at position p are
+  those of the key fold_in(fold_in(fold_in(key(seed), crc32(prompt)), equal prompts before), p).
+
   Args:
-    model: as `llmjax.load` returns it, with a tokenizer.
+    model: as `llmjax.load` returns it, with a tokenizer. Decoding runs on the mesh that its
+      parameters lie on (`Model.mesh`), which need not divide the number of prompts.
     prompts: texts; BOS is put before each, if the tokenizer is so made. An encoder_decoder reads
       them and begins anew.
     images: for each prompt a sequence of image files or open images; None: no images. They stand
@@ -60,19 +67,20 @@ def generate(
     chat: each prompt is a user's message, put into the tokenizer's chat template; the assistant's
       answer comes back.
     special: special tokens that a prompt spells out are those tokens, not text.
+    prefill_chunk: prompt tokens that are read at a time, at least 2 (bounds memory); None: all.
+      An encoder reads its source at once all the same.
   Returns:
     One completion a prompt, in order.
   Raises:
     UserError: a prompt leaves no room in the context, or the model does not take it: no tokenizer,
-      no chat template, no images.
+      no chat template, no images, or a model that must read a prompt at once.
   """
   sampling = sampling or Sampling()
-  rows, steps = _write(
-    model, prompts, sampling, images, chat, special, _STRIDE if sampling.stop else 0
-  )
+  stride = _STRIDE if sampling.stop else 0
+  texts, steps = _write(model, prompts, sampling, images, chat, special, stride, prefill_chunk)
   for _ in steps:
     pass
-  return [row.completion() for row in rows]
+  return [text.completion() for text in texts]
 
 
 def stream(
@@ -83,6 +91,7 @@ def stream(
   chat: bool = False,
   special: bool = False,
   stride: int = 1,
+  prefill_chunk: int | None = None,
 ) -> Generator[str, None, Completion]:
   """Continues one prompt and hands the text out while it is written.
 
@@ -94,58 +103,64 @@ def stream(
   Raises:
     UserError: as `generate`, before the first piece is asked for.
   """
-  rows, steps = _write(model, [prompt], sampling or Sampling(), [images], chat, special, stride)
+  sampling = sampling or Sampling()
+  [text], steps = _write(
+    model, [prompt], sampling, [images], chat, special, stride, prefill_chunk
+  )
 
   def pieces():
     for _ in steps:
-      if piece := rows[0].text.piece():
+      if piece := text.detokenizer.piece():
         yield piece
-    completion = rows[0].completion()
-    if piece := rows[0].text.piece():
+    completion = text.completion()
+    if piece := text.detokenizer.piece():
       yield piece
     return completion
 
   return pieces()
 
 
-class _Row:
-  """One prompt's text while it is written."""
+class _Text:
+  """The text after one prompt, while it is written."""
 
   def __init__(self, tokenizer, prompt, sampling: Sampling, ends):
-    self.text, self._ends, self._ended = Detokenizer(tokenizer, prompt, sampling.stop), ends, False
+    self.detokenizer = Detokenizer(tokenizer, prompt, sampling.stop)
+    self._ends, self._ended, self._logprobs = ends, False, []
 
-  def add(self, ids: list[int]):
-    """Takes new ids, the last of which may end the row."""
+  def add(self, ids: list[int], logprobs: list[float]):
+    """Takes new ids, the last of which may end the text."""
     self._ended |= bool(ids) and ids[-1] in self._ends
-    self.text.add(ids[:-1] if ids and self._ended else ids)
+    self._logprobs += logprobs
+    self.detokenizer.add(ids[:-1] if ids and self._ended else ids)
 
   def completion(self) -> Completion:
-    self.text.finish()
-    finish = "stop" if self._ended or self.text.stopped else "length"
-    return Completion(self.text.text, self.text.ids, finish)
+    self.detokenizer.finish()
+    text, ids, stopped = self.detokenizer.text, self.detokenizer.ids, self.detokenizer.stopped
+    finish = "stop" if self._ended or stopped else "length"
+    return Completion(text, ids, self._logprobs[: len(ids)], finish)
 
 
 def _write(
-  model: Model, prompts, sampling: Sampling, images, chat: bool, special: bool, stride: int
-) -> tuple[list[_Row], Iterator[None]]:
-  """Prepares prompts: their rows, and what writes on into them at every step."""
+  model: Model, prompts, sampling: Sampling, images, chat, special, stride: int, chunk
+) -> tuple[list[_Text], Iterator[None]]:
+  """Prepares prompts: their texts, and an iterator whose every step writes on into them."""
   if model.tokenizer is None:
     raise UserError("this model has no tokenizer; generate from ids with generate_ids")
   encoded = encode_prompts(
     model.config, model.tokenizer, prompts, images, chat, special, model.processor
   )
   ends = end_ids(model.tokenizer, chat)
-  rows = [_Row(model.tokenizer, ids, sampling, ends) for ids in encoded.rows]
-  stopped_b = np.zeros(len(rows), bool)
+  texts = [_Text(model.tokenizer, ids, sampling, ends) for ids in encoded.rows]
+  going_b = np.ones(len(texts), bool)
 
   def steps():
-    for new in _steps(model, encoded, sampling, ends, stride, stopped_b):
-      for row, ids in zip(rows, new, strict=True):
-        row.add(ids)
-      stopped_b[:] = [row.text.stopped for row in rows]
+    for new in _steps(model, encoded, sampling, ends, chunk, stride, going_b):
+      for text, (ids, logprobs) in zip(texts, new, strict=True):
+        text.add(ids, logprobs)
+      going_b[:] = [not text.detokenizer.stopped for text in texts]
       yield
 
-  return rows, steps()
+  return texts, steps()
 
 
 def generate_ids(
@@ -153,6 +168,7 @@ def generate_ids(
   prompts: Prompts | Sequence[Sequence[int]],
   sampling: Sampling,
   ends: Sequence[int] = (),
+  prefill_chunk: int | None = None,
 ) -> list[list[int]]:
   """Continues rows of token ids; `generate` without a tokenizer.
 
@@ -160,6 +176,7 @@ def generate_ids(
     model: a decoder or an encoder_decoder.
     prompts: rows, each with at least one id; as `Prompts` where there are sources or images.
     ends: each ends a row, and is kept as its last id.
+    prefill_chunk: as of `generate`.
   Returns:
     The new ids of each row.
   Raises:
@@ -169,68 +186,104 @@ def generate_ids(
     raise UserError("stop texts are found in text: generate_ids takes ends")
   if not isinstance(prompts, Prompts):
     prompts = Prompts(prompts)
-  made = [[] for _ in prompts.rows]
-  for new in _steps(model, prompts, sampling, ends):
-    for row, ids in zip(made, new, strict=True):
+  written = [[] for _ in prompts.rows]
+  for new in _steps(model, prompts, sampling, ends, prefill_chunk):
+    for row, (ids, _) in zip(written, new, strict=True):
       row += ids
-  return made
+  return written
 
 
 def _steps(
-  model: Model, prompts: Prompts, sampling: Sampling, ends, stride: int = 0, stopped_b=None
-) -> Iterator[list[list[int]]]:
-  """Writes on, `stride` tokens at a time (0: all at once): each row's new ids.
+  model: Model, prompts: Prompts, sampling: Sampling, ends, chunk, stride: int = 0, going_b=None
+) -> Iterator[list[tuple[list[int], list[float]]]]:
+  """Writes on, `stride` tokens at a time (0: all at once): each row's new ids and logprobs.
 
-  `stopped_b` may be set between two steps: those rows write no more.
+  `going_b` may be changed between two steps: rows where it is false write no more.
   """
   if not prompts.rows:
     return
-  if not model.config.causal:
-    raise UserError("this model's attention is bidirectional, so it writes no text")
-  context = model.config.max_seq_len
-  check_room(prompts, context)
-  if model.config.moe.router == "expert_choice":
-    _say_how_it_decodes(model.config.moe.experts)
+  _check(model, prompts, chunk)
+  context, rows = model.config.max_seq_len, len(prompts.rows)
   lengths = np.array([len(row) for row in prompts.rows], np.int32)
-  room_b = np.minimum(sampling.max_tokens, context - lengths)
-  _check_switch(model.config.position, lengths, room_b)
-  most = int(room_b.max())
-  batch = _batch(prompts, context)
-  slots = min(bucket(batch.tokens_bt.shape[1] + most), context)
-  knobs = {
-    "temperature": jnp.float32(sampling.temperature),
-    "top_p": jnp.float32(sampling.top_p),
-    "min_p": jnp.float32(sampling.min_p),
-    "ends": jnp.array(ends, jnp.int32),
-    "key": jax.random.key(sampling.seed),
-  }
-  if sampling.repetition_penalty != 1:
-    knobs["penalty"] = jnp.float32(sampling.repetition_penalty)
-  state = begin(model.decoding, batch, lengths, knobs, top_k=sampling.top_k, slots=slots)
-  stopped_b = np.zeros(len(lengths), bool) if stopped_b is None else stopped_b
-  read_b, done = np.zeros(len(lengths), int), min(stride, 1)
+  left_b = np.minimum(sampling.max_tokens, context - lengths).astype(np.int32)
+  _check_switch(model.config.position, lengths, left_b)
+  batch, left = _batch(prompts, context), int(left_b.max())
+  slots = min(bucket(batch.tokens_bt.shape[1] + left), context)
+  samplings = RowSampling.of([sampling] * rows, [ends] * rows, _salts(model, prompts))
+  with _on(model.mesh):
+    state = prefill(model.decoding, batch, samplings, left_b, slots=slots, chunk=chunk)
+  tokens_bt, logprobs_bt = state.token_b[:, None], state.logprob_b[:, None]
+  padded_b = np.zeros(len(state.token_b), bool)
+  padded_b[:rows] = True
+  left -= 1
+  width = bucket(stride or left, 1)
   while True:
-    done = min(done + stride, most) if stride and done else most
-    state = go_on(
-      model.decoding, state, lengths, knobs, jnp.int32(done), stopped_b, top_k=sampling.top_k
-    )
-    counts_b = np.minimum(np.asarray(state["counts"]), room_b)
-    both = zip(np.asarray(state["out"]), read_b, counts_b, strict=True)
-    yield [[int(i) for i in row[read:count]] for row, read, count in both]
-    read_b = counts_b
-    if done == most or np.all(np.asarray(state["ended"]) | stopped_b):
+    written = zip(np.asarray(tokens_bt)[:rows], np.asarray(logprobs_bt)[:rows], strict=True)
+    yield [(ids[ids >= 0].tolist(), logs[ids >= 0].tolist()) for ids, logs in written]
+    if going_b is not None:
+      padded_b[:rows] = going_b
+    if not left or not np.any(np.asarray(state.left_b)[padded_b] > 0):
       return
+    count = min(stride or left, left)
+    with _on(model.mesh):
+      state, tokens_bt, logprobs_bt = run_steps(
+        model.decoding, state, np.int32(count), padded_b, most=width
+      )
+    left -= count
 
 
-def _check_switch(position: PositionConfig, lengths, room_b):
+def _on(mesh):
+  """Puts a mesh in scope; None leaves the scope as it is."""
+  return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def _check(model: Model, prompts: Prompts, chunk: int | None):
+  """Refuses what a model cannot continue, and says how a router that looks ahead decodes."""
+  config = model.config
+  if not config.causal:
+    raise UserError("this model's attention is bidirectional, so it writes no text")
+  check_room(prompts, config.max_seq_len)
+  if chunk is not None:
+    if chunk < 2:
+      raise UserError(f"prefill_chunk {chunk} is less than 2")
+    check_chunks(config, prompts.patches_bsi is not None)
+  if config.moe.router == "expert_choice":
+    _say_how_it_decodes(config.moe.experts)
+
+
+@functools.cache
+def _say_how_it_decodes(experts: int):
+  """Says once that new tokens are routed in another way than those of training."""
+  note(
+    "with model.moe.router=expert_choice experts choose among the tokens of a prompt, but a token "
+    f"that is being written stands alone and goes to all {experts} of them"
+  )
+
+
+def _salts(model: Model, prompts: Prompts) -> list[tuple[int, int]]:
+  """What each row's key depends on besides its seed: (hash of the prompt, equal ones before it)."""
+  seen, salts = collections.Counter(), []
+  for number, row in enumerate(prompts.rows):
+    hashed = zlib.crc32(np.array(row, np.int32).tobytes())
+    if prompts.sources is not None:
+      hashed = zlib.crc32(np.array(prompts.sources[number], np.int32).tobytes(), hashed)
+    if prompts.patches_bsi is not None:
+      patches = list(row).count(model.config.vision.image_token)
+      hashed = zlib.crc32(prompts.patches_bsi[number, :patches].tobytes(), hashed)
+    salts.append((hashed, seen[hashed]))
+    seen[hashed] += 1
+  return salts
+
+
+def _check_switch(position: PositionConfig, lengths, left_b):
   """Refuses what would turn a longrope's short document into a long one while it is written.
 
-  All its angles change there, so that what the cache holds would have to be made anew.
+  All angles change there, so that all keys in the cache would have to be computed anew.
   """
   if position.kind != "rope" or position.scaling != "longrope":
     return
   last = position.original_context
-  for length, new_tokens in zip(lengths, room_b, strict=True):
+  for length, new_tokens in zip(lengths, left_b, strict=True):
     if length <= last < length + new_tokens:
       raise UserError(
         f"a prompt of {length} tokens and {new_tokens} new ones pass position {last}, where "
@@ -239,10 +292,7 @@ def _check_switch(position: PositionConfig, lengths, room_b):
 
 
 def _batch(prompts: Prompts, context: int) -> Batch:
-  """Lays prompts out as a batch; a prefix model sees the whole of each at once.
-
-  Segments tell routers of experts what is padding.
-  """
+  """The prompts as a batch, all of them prefix; segments say what is padding."""
   tokens_bt, inside_bt = pad_rows(prompts.rows, context)
   batch = Batch(
     tokens_bt, segments_bt=inside_bt.astype(np.int32), prefix_bt=inside_bt,
@@ -253,13 +303,3 @@ def _batch(prompts: Prompts, context: int) -> Batch:
   source_bs, inside_bs = pad_rows(prompts.sources, context)
   segments_bs = inside_bs.astype(np.int32)
   return dataclasses.replace(batch, source_bs=source_bs, source_segments_bs=segments_bs)
-
-
-@functools.cache
-def _say_how_it_decodes(experts: int):
-  """Says once that what is written is routed in another way than what was trained on."""
-  print(
-    "llmjax: warning: with model.moe.router=expert_choice experts choose among the tokens of a "
-    f"prompt, but a token that is being written stands alone and goes to all {experts} of them",
-    file=sys.stderr,
-  )

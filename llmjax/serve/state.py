@@ -25,7 +25,7 @@ class DecodeState:
 
   Attributes:
     cache: keys and values of the first `length_b` tokens of every row.
-    token_b: int32, the newest token of every row, at position `length_b`; the model has not read it.
+    token_b: int32, the newest token of every row, at position `length_b`, not read yet.
     logprob_b: fp32, log-probability of `token_b` under the model: before penalty and temperature.
     length_b: int32.
     left_b: int32, tokens that may still be written; 0: the row has ended, or is free.
@@ -63,6 +63,7 @@ def check_chunks(config: ModelConfig, has_images: bool = False):
     raise UserError(f"this prompt cannot be read in chunks: {reason}; leave prefill_chunk out")
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def empty_state(
   model, rows: int, slots: int, ends: int = 8, source_tokens: int = 0, chunk: int = 1
 ) -> DecodeState:
@@ -132,7 +133,7 @@ def prefill(
 
 
 def _read_chunks(model, batch: Batch, cache: Cache, length_b, chunk: int):
-  """Reads prompts `chunk` tokens at a time: (last_bd, the stream after each prompt's end; cache)."""
+  """Reads prompts `chunk` tokens at a time: (the stream at each prompt's last token, cache)."""
   rows, t = batch.tokens_bt.shape
   padding = ((0, 0), (0, -t % chunk))
   split = lambda a: jnp.pad(a, padding).reshape(rows, -1, chunk).swapaxes(0, 1)  # noqa: E731
@@ -281,7 +282,7 @@ def _padded(rows: int) -> int:
 
 
 def _constrain(state: DecodeState) -> DecodeState:
-  """Constrains a state to the mesh in scope: rows as a batch's, heads of the cache over `tensor`."""
+  """Constrains a state to the mesh in scope: its rows as a batch's, its heads over `tensor`."""
   if jax.sharding.get_abstract_mesh().empty:
     return state
   by_rows = lambda leaf: jax.lax.with_sharding_constraint(leaf, spec("b", ACTIVATIONS))  # noqa: E731

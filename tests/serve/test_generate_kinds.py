@@ -20,10 +20,10 @@ from llmjax.nn.embed import EmbedConfig
 from llmjax.nn.position import PositionConfig
 from llmjax.nn.router import MoeConfig
 from llmjax.serve import generate as serving
-from llmjax.serve.decoding import prefill
 from llmjax.serve.generate import generate, generate_ids
 from llmjax.serve.prompt import Prompts, encode_prompts
-from llmjax.serve.sample import Sampling
+from llmjax.serve.sample import RowSampling, Sampling
+from llmjax.serve.state import prefill
 from llmjax.text.base import Settings
 from llmjax.training.config import Config
 from tests import golden
@@ -208,18 +208,23 @@ def test_experts_choose_of_a_prompt_beside_a_longer_one_what_they_choose_of_it_a
 
   def after_the_first(rows):
     batch = serving._batch(Prompts(rows), CONTEXT)
-    read = jax.jit(prefill, static_argnums=3)
-    return read(model.decoding, batch, np.array([len(row) for row in rows]), CONTEXT)[0][0]
+    sampling = RowSampling.of([GREEDY] * len(rows), [()] * len(rows))
+    left_b = np.ones(len(rows), np.int32)
+    state = prefill(model.decoding, batch, sampling, left_b, slots=CONTEXT)
+    return state.token_b[0], state.logprob_b[0]
 
+  (token, logprob), (alone, logprob_alone) = after_the_first(rows), after_the_first(rows[:1])
+  assert token == alone
   # fp32 sums in another order; the scores are of order 1 to 10.
-  np.testing.assert_allclose(after_the_first(rows), after_the_first(rows[:1]), atol=2e-5)
+  np.testing.assert_allclose(logprob, logprob_alone, atol=2e-5)
 
 
 def test_how_a_router_that_looks_ahead_decodes_is_said_once(monkeypatch, capsys):
   serving._say_how_it_decodes.cache_clear()
-  written = {"out": np.zeros((1, 6)), "counts": [6], "ended": [True]}
-  monkeypatch.setattr(serving, "begin", lambda *_, **__: None)
-  monkeypatch.setattr(serving, "go_on", lambda *_, **__: written)
+  zero_b = np.zeros(1, np.int32)
+  ended = types.SimpleNamespace(token_b=zero_b, logprob_b=zero_b, left_b=zero_b)
+  monkeypatch.setattr(serving, "prefill", lambda *_, **__: ended)
+  monkeypatch.setattr(Model, "mesh", None)
   for router in ("softmax", "expert_choice", "expert_choice"):
     model = Model(dataclasses.replace(BASE, moe=MoeConfig(experts=4, router=router)), None)
     monkeypatch.setattr(Model, "decoding", None)

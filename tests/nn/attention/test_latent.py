@@ -1,7 +1,6 @@
 """Proves that latent attention says the same from its cache, absorbed or expanded, as of a row."""
 
 import dataclasses
-import functools
 import itertools
 import re
 
@@ -18,9 +17,9 @@ from llmjax.models.model import Model
 from llmjax.nn.attention.grouped_query import AttentionConfig, LatentConfig
 from llmjax.nn.attention.latent import LatentAttention
 from llmjax.nn.attention.mask import MaskSpec, self_mask
-from llmjax.serve.decoding import begin, go_on
 from llmjax.serve.generate import generate_ids
 from llmjax.serve.sample import Sampling
+from llmjax.serve.state import empty_state, run_steps
 from tests.models.variants import VARIANTS, make_config, weights_of
 
 pytestmark = pytest.mark.usefixtures("quick_module")
@@ -151,15 +150,8 @@ def test_values_narrower_than_keys_are_padded_for_a_platforms_kernel(monkeypatch
 def test_decoding_writes_the_cache_in_place(rows):
   """A copy of it at every token is what a loop pays where it carries another form than it reads."""
   model = Model(CONFIG, weights_of(CONFIG)).decoding
-  zero, one, no_ends = jnp.float32(0), jnp.float32(1), jnp.array([], jnp.int32)
-  knobs = {"temperature": zero, "top_p": one, "min_p": zero, "ends": no_ends}
-  knobs["key"] = jax.random.key(0)
-  lengths = np.full(rows, 4, np.int32)
-  batch = Batch(np.zeros((rows, 4), np.int32))
-  state = jax.eval_shape(
-    functools.partial(begin, top_k=0, slots=352), model, batch, lengths, knobs
-  )
-  lowered = go_on.lower(model, state, lengths, knobs, jnp.int32(9), False, top_k=0)
+  state = jax.eval_shape(lambda model: empty_state(model, rows, 352), model)
+  lowered = run_steps.lower(model, state, jnp.int32(9), np.ones(rows, bool), most=16)
   text = lowered.compile().as_text()
   bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
   parts = re.split(r"\n(?=%|ENTRY)", text)
