@@ -210,8 +210,9 @@ def _steps(
   batch, left = _batch(prompts, context), int(left_b.max())
   slots = min(bucket(batch.tokens_bt.shape[1] + left), context)
   samplings = RowSampling.of([sampling] * rows, [ends] * rows, _salts(model, prompts))
+  weights = model.decoding
   with _on(model.mesh):
-    state = prefill(model.decoding, batch, samplings, left_b, slots=slots, chunk=chunk)
+    state = prefill(weights, batch, samplings, left_b, slots=slots, chunk=chunk)
   tokens_bt, logprobs_bt = state.token_b[:, None], state.logprob_b[:, None]
   padded_b = np.zeros(len(state.token_b), bool)
   padded_b[:rows] = True
@@ -227,7 +228,7 @@ def _steps(
     count = min(stride or left, left)
     with _on(model.mesh):
       state, tokens_bt, logprobs_bt = run_steps(
-        model.decoding, state, np.int32(count), padded_b, most=width
+        weights, state, np.int32(count), padded_b, most=width
       )
     left -= count
 
