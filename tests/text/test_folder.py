@@ -1,5 +1,6 @@
 """Files of the field are told by their content and give published ids; what is saved comes back."""
 
+import base64
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from llmjax.core.errors import UserError
 from llmjax.text.base import NONE, Settings
 from llmjax.text.fast import Fast
 from llmjax.text.folder import load_tokenizer, save
+from llmjax.text.ranks import GPT2_PATTERN, Tiktoken
 from llmjax.text.tokenizer import fingerprint, to_state
 from tests.text.test_kinds import EVERY, RANKS, TEXTS, TRAINED
 
@@ -106,6 +108,16 @@ def test_the_tokenizer_json_that_is_saved_gives_the_same_ids(kind, tmp_path):
     assert library.encode(text) == ids
     assert library.decode(ids) == EVERY[kind].decode(ids)
   assert library.special_tokens == EVERY[kind].special_tokens
+
+
+def test_a_word_that_is_a_token_needs_no_merges_that_lead_to_it(tmp_path):
+  tokens = [*(bytes([byte]) for byte in range(256)), b"abc"]
+  lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)]
+  ranks = Tiktoken(b"".join(lines), Settings(pattern=GPT2_PATTERN, eos_id=0))
+  save(ranks, tmp_path)
+  library = Fast((tmp_path / "tokenizer.json").read_bytes())
+  for text, ids in (("abc", [256]), ("abcd", [97, 98, 99, 100])):
+    assert ranks.encode(text) == library.encode(text) == ids
 
 
 def test_a_file_may_have_any_name(tmp_path):
