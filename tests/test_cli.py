@@ -91,7 +91,8 @@ def test_eval_prints_its_scores(setup, capsys):
     ("--config.train.steps=0", "train.steps 0 is less than 1"),
     ("--config.model.dtype=float8", "model.dtype 'float8' is unknown; did you mean 'float32'"),
     ("--config.model.heads=5", "model.heads 5 is not a multiple of model.kv_heads 2"),
-    ("--config.optim.no_decay=('*/bias_d',)", r"pattern '\*/bias_d' matches no parameter"),
+    ("--config.optim.groups=(('*/bias_d',None),)", r"pattern '\*/bias_d' matches no parameter"),
+    ("--config.optim.no_decay=('*',)", r"'optim.no_decay' is now called 'optim.groups'"),
     ("--config.mesh.tensor=3", "mesh data -1 × tensor 3 does not divide the 1 devices"),
     ("--config.mesh.data=2", "does not divide the 1 devices"),
     ("--config.data.batch_size=7 --config.train.grad_accum_steps=2", "7 is not a multiple of"),
@@ -164,7 +165,7 @@ def test_a_workdir_survives_failed_commands_and_refuses_changed_text(setup, tmp_
   argv = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
   fails(capsys, *argv, "--config.data.sources=/nowhere")
   fails(capsys, *argv, "--config.tokenizer.vocab_size=50000")
-  fails(capsys, *argv, "--config.optim.no_decay=('*/nothing',)")
+  fails(capsys, *argv, "--config.optim.groups=(('*/nothing',None),)")
   assert main(argv) == 0
   (sources / "00.txt").write_text("something else entirely\n" * 50)
   assert "the training text or tokenizer changed since this run began" in fails(capsys, *argv)

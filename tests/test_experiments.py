@@ -23,8 +23,8 @@ from llmjax.models.build import count_parameters
 from llmjax.parallel.mesh import AXES, axis_sizes
 from llmjax.planning.formulas import roofline
 from llmjax.training.config import Config
+from llmjax.training.parameters import abstract_state
 from llmjax.training.shrink import made_up_batch
-from llmjax.training.state import abstract_state
 from llmjax.training.step import compile_step
 
 FILES = sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))

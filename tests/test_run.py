@@ -16,7 +16,7 @@ from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.training.checkpoint import Checkpoints, load_model, read_meta
 from llmjax.training.loop import Interrupted
 from llmjax.training.metrics import read_metrics
-from llmjax.training.state import abstract_state
+from llmjax.training.parameters import abstract_state
 from tests.runs import tiny, write_text
 
 pytestmark = pytest.mark.usefixtures("quick_module")

@@ -32,7 +32,7 @@ from llmjax.serve.sample import Sampling
 from llmjax.training.config import Config
 from llmjax.training.losses import LossConfig
 from llmjax.training.optim import OptimConfig
-from llmjax.training.state import init_sharded
+from llmjax.training.parameters import init_sharded, split
 from llmjax.training.step import compile_step
 
 tune_allocator()  # as `import llmjax` does: a worker's own `llmjax` is the bare folder
@@ -72,9 +72,9 @@ def train(spec: Spec):
   config = make_config(spec.size, spec.dtype, spec.overrides)
   mesh = make_mesh(config.mesh)
   state = init_sharded(config, mesh)
-  weights = _loaded(spec, config.model).parameters
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, state.model)
-  state = dataclasses.replace(state, model=jax.device_put(weights, shardings))
+  trainable, _ = split(_loaded(spec, config.model).parameters, config.optim.groups)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state.trainable)
+  state = dataclasses.replace(state, trainable=jax.device_put(trainable, shardings))
   step = compile_step(config, mesh)
   feed = itertools.cycle(
     loader.place(language_model(rows, np.ones_like(rows)), batch_sharding(mesh))

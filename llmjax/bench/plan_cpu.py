@@ -15,8 +15,8 @@ from llmjax.parallel.rules import batch_sharding
 from llmjax.planning.formulas import step_flops
 from llmjax.planning.memory import memory
 from llmjax.training.config import Config
+from llmjax.training.parameters import abstract_state, init_sharded
 from llmjax.training.shrink import made_up_batch
-from llmjax.training.state import abstract_state, init_sharded
 from llmjax.training.step import compile_step
 
 CASES = (

@@ -29,6 +29,7 @@ RENAMED = {
   "train.accumulation": "train.grad_accum_steps",
   "train.sum_dtype": "train.grad_reduce_dtype",
   "optim.final": "optim.min_lr_ratio",
+  "optim.no_decay": "optim.groups",
   "loss.balance": "loss.moe_aux",
   "task.hidden": "task.mask_prob",
 }

@@ -21,7 +21,8 @@ from llmjax.data.prepare import TokenStore
 from llmjax.data.sources import Document
 from llmjax.data.tasks import Task, score_only
 from llmjax.parallel.rules import ACTIVATIONS, axes_of, batch_sharding
-from llmjax.training.losses import LossConfig, head_loss
+from llmjax.training.losses import LossConfig
+from llmjax.training.objective import make_objective
 from llmjax.training.step import compiler_options
 
 
@@ -59,7 +60,7 @@ def evaluate_loss(
   ways = math.prod(mesh.shape[axis] for axis in axes_of("b", ACTIVATIONS))
   batch_size = math.ceil(batch_size / ways) * ways
   sharding = batch_sharding(mesh)
-  sums, loss_sum = [], _compiled_loss_sum(mesh)
+  sums, loss_sum = [], _compiled_loss_sum(mesh, task.config.name)
   with jax.set_mesh(mesh):
     for batch in _batches(store, None if whole else task, context, stride, batch_size):
       sums.append(loss_sum(model, place(batch, sharding)))
@@ -80,15 +81,14 @@ def evaluate_loss(
 
 
 @functools.cache
-def _compiled_loss_sum(mesh: Mesh):
-  """`_loss_sum`, compiled with the options that training has on this mesh."""
-  return jax.jit(_loss_sum, compiler_options=compiler_options(mesh))
+def _compiled_loss_sum(mesh: Mesh, task: str):
+  """(model, batch) → [sum of the loss, predictions], compiled with training's options."""
 
+  def loss_sum(model: nnx.Module, batch: Batch):
+    _, count, metrics = make_objective(task, LossConfig(), batch)(model, batch)
+    return jnp.stack((metrics["loss"], count))
 
-def _loss_sum(model: nnx.Module, batch: Batch):
-  x_btd = model.hidden(batch)[0]
-  _, nll = head_loss(LossConfig(), model.head, x_btd, batch.targets_bt, batch.loss_mask_bt)
-  return jnp.stack((nll, jnp.sum(batch.loss_mask_bt)))
+  return jax.jit(loss_sum, compiler_options=compiler_options(mesh))
 
 
 def _batches(store, task: Task | None, context, stride, batch_size):

@@ -5,6 +5,7 @@ cut along is decided here alone.
 """
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -137,14 +138,16 @@ def weight_shardings(mesh: Mesh, model, table: dict = WEIGHTS):
   """
 
   def sharding(path, leaf):
-    letters = letters_of(path, len(leaf.shape))
-    rules = table
-    if letters[:1] == "l" and leaf.shape[0] % mesh.shape["stage"]:
-      rules = table | {"l": None, "d": (*axes_of("d", table), "stage")}
-    check_divides(mesh, path, letters, leaf.shape, rules)
-    return NamedSharding(mesh, spec(letters, rules))
+    return _sharding(mesh, path, letters_of(path, len(leaf.shape)), leaf.shape, table)
 
   return tree.map_with_path(sharding, model)
+
+
+def _sharding(mesh: Mesh, path: str, letters: str, shape, table: dict) -> NamedSharding:
+  if letters[:1] == "l" and shape[0] % mesh.shape["stage"]:
+    table = table | {"l": None, "d": (*axes_of("d", table), "stage")}
+  check_divides(mesh, path, letters, shape, table)
+  return NamedSharding(mesh, spec(letters, table))
 
 
 def shard_weights(weights, table: dict, reduce_dtype: str = "float32"):
@@ -201,7 +204,9 @@ def constrain(weights, table: dict):
 
 
 def optimizer_shardings(mesh: Mesh, optimizer, model):
-  """Lays optimizer state out like the weights it belongs to; small counters live everywhere.
+  """Shards optimizer state as the weights it belongs to; small counters are replicated.
+
+  A factored moment has fewer dimensions than its weight and gets the letters of those it has.
 
   Args:
     optimizer: tree of optax state; a moment's path ends in its weight's path.
@@ -211,17 +216,32 @@ def optimizer_shardings(mesh: Mesh, optimizer, model):
   Raises:
     UserError: an array of more than 1,024 numbers that belongs to no weight.
   """
-  weights = tree.flatten(weight_shardings(mesh, model))
+  weights = tree.flatten(model)
 
   def sharding(path, leaf):
     parts = path.split("/")
     tails = ("/".join(parts[start:]) for start in range(len(parts)))
     owner = next((tail for tail in tails if tail in weights), None)
-    if owner is None and math.prod(leaf.shape) > 1024:
+    letters = None if owner is None else _letters_kept(owner, weights[owner].shape, leaf.shape)
+    if letters is not None:
+      return _sharding(mesh, owner, letters, leaf.shape, WEIGHTS)
+    if math.prod(leaf.shape) > 1024:
       raise UserError(f"optimizer state {path!r} of shape {leaf.shape} belongs to no weight")
-    return weights[owner] if owner else NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec())
 
   return tree.map_with_path(sharding, optimizer)
+
+
+def _letters_kept(path: str, shape, moment_shape) -> str | None:
+  """Letters of a moment that has some dimensions of its weight, in order; None if it has not.
+
+  Of dimensions of one size either may be meant: both shardings are right.
+  """
+  letters = letters_of(path, len(shape))
+  for dims in itertools.combinations(range(len(shape)), len(moment_shape)):
+    if tuple(shape[dim] for dim in dims) == tuple(moment_shape):
+      return "".join(letters[dim] for dim in dims)
+  return None
 
 
 def check_layout(mesh: Mesh, model, table: dict):

@@ -21,8 +21,8 @@ from llmjax.planning.buffers import MOST, Buffer, largest_buffers
 from llmjax.planning.decode import serving_program
 from llmjax.training import executable
 from llmjax.training.config import Config
+from llmjax.training.parameters import abstract_state
 from llmjax.training.shrink import made_up_batch
-from llmjax.training.state import abstract_state
 from llmjax.training.step import compile_step
 
 _SIZE = r"([\d.]+)([KMGT]?)"

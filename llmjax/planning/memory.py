@@ -24,6 +24,7 @@ from llmjax.planning.arrays import Arrays
 from llmjax.planning.traffic import DTYPE_BYTES
 from llmjax.training.config import Config
 from llmjax.training.optim import OptimConfig, make_optimizer
+from llmjax.training.parameters import split
 
 _shapes = functools.cache(abstract)
 
@@ -152,7 +153,8 @@ def state_bytes(model: ModelConfig, optim: OptimConfig, mesh: AbstractMesh) -> i
 @functools.cache
 def _moments(model: ModelConfig, optim: OptimConfig):
   shapes = _shapes(model)
-  return jax.eval_shape(make_optimizer(optim, 1, shapes).init, shapes)
+  trainable, _ = split(shapes, optim.groups)
+  return jax.eval_shape(make_optimizer(optim, 1, shapes).init, trainable)
 
 
 def _bytes(shapes, shardings) -> int:

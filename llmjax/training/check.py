@@ -23,9 +23,9 @@ from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from llmjax.parallel.rules import ACTIVATIONS, LayoutError, axes_of, batch_sharding
 from llmjax.parallel.whole import compile_and_watch
 from llmjax.training.config import Config
+from llmjax.training.parameters import TrainState, abstract_state, init_state
 from llmjax.training.runnable import check_config, check_mesh
 from llmjax.training.shrink import made_up_batch, shrink
-from llmjax.training.state import TrainState, abstract_state, init_state
 from llmjax.training.step import advance, compile_step
 
 STEPS = 3
@@ -175,7 +175,7 @@ def _watched(lowered, config: Config, state: TrainState, mesh: Mesh):
   """Compiles a step, and refuses one that holds a residual stream, or more, whole everywhere."""
   part = config.data.batch_size // config.train.grad_accum_steps
   stream_bytes = 4 * part * config.model.max_seq_len * config.model.width
-  weight_bytes = max(4 * leaf.size for leaf in jax.tree.leaves(state.model))
+  weight_bytes = max(4 * leaf.size for leaf in jax.tree.leaves((state.trainable, state.frozen)))
   compiled, whole = compile_and_watch(lowered, max(stream_bytes, weight_bytes + 1), _quick())
   cut = [axis for letter in "bt" for axis in axes_of(letter, ACTIVATIONS) if mesh.shape[axis] > 1]
   if whole and cut:
@@ -195,7 +195,7 @@ def _steps(compiled, state: TrainState, batch: Batch) -> Observed:
     state, metrics, grads = compiled(state, batch)
     losses.append(float(metrics["loss"]))
     first = first or _host(grads)
-  return Observed(losses, first, _host(state.model))
+  return Observed(losses, first, _host(state.trainable))
 
 
 def _host(weights) -> dict[str, np.ndarray]:

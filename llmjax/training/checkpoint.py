@@ -34,7 +34,7 @@ from llmjax.parallel import multihost
 from llmjax.text.tokenizer import Tokenizer, from_state, to_state
 from llmjax.training.checksum import checksums
 from llmjax.training.config import Config
-from llmjax.training.state import TrainState
+from llmjax.training.parameters import TrainState
 
 # Orbax narrates every save at WARNING, and what fails at ERROR with every traceback; it raises too.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -85,7 +85,9 @@ class Checkpoints:
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    items = _items(meta | {"step": step}, model=state.model, optimizer=state.optimizer)
+    items = _items(
+      meta | {"step": step}, model=state.trainable | state.frozen, optimizer=state.optimizer
+    )
     with _written():
       self._manager.save(step, args=items)
       if wait:
@@ -105,11 +107,14 @@ class Checkpoints:
     if not folders:
       return None
 
-    parts = {"model": like.model, "optimizer": like.optimizer}
+    parts = {"model": like.trainable | like.frozen, "optimizer": like.optimizer}
     number, meta, trees = _newest_whole(folders, self._root, lambda meta: parts, multihost.agree)
     self._move_aside(folders[:number])
     step = jax.device_put(jax.numpy.int32(int(folders[number].name)), like.step.sharding)
-    return TrainState(step, **trees), meta
+    trainable, frozen = (
+      {path: trees["model"][path] for path in some} for some in (like.trainable, like.frozen)
+    )
+    return TrainState(step, trainable, frozen, trees["optimizer"]), meta
 
   def _move_aside(self, folders: list[Path]):
     """Moves unreadable checkpoints to `damaged/`, so that their steps can be saved again."""

@@ -1,7 +1,7 @@
-"""A run stops where its numbers are not finite: which step, on which part of the text.
+"""Stops a run whose loss or gradient is not finite, naming the step and its documents.
 
-The step itself leaves the state as it was (`advance`). What it says arrives two steps late, so the
-state that those lead to is dropped; before a checkpoint everything is waited for.
+The step leaves the state as it was (`advance`). Its metrics arrive two steps late, so the states of
+those steps are dropped; before a checkpoint all metrics are waited for.
 """
 
 import math
@@ -16,11 +16,7 @@ _SHOWN = 8  # documents named
 
 
 class NotFinite(RunFailed):
-  """A step's loss or gradient is not finite.
-
-  Attributes:
-    step: its number.
-  """
+  """The loss or gradient of step number `step` is not finite."""
 
   def __init__(self, step: int, text: str):
     super().__init__(f"step {step}: {text}")
@@ -28,12 +24,12 @@ class NotFinite(RunFailed):
 
 
 class Watch:
-  """Looks at every step's loss and gradient norm, in all processes alike.
+  """Checks every step's loss and gradient norm, in all processes alike.
 
   Args:
-    rows: of the training text.
+    rows: packed rows of the training text.
     batch_size: rows a step.
-    name: what to call document number i.
+    name: gives the name of document number i.
   """
 
   def __init__(self, rows: PackedRows, batch_size: int, name: Callable[[int], str]):
@@ -41,22 +37,22 @@ class Watch:
     self._pending = Pending()
 
   def add(self, step: int, metrics: dict):
-    """Takes a step's device values, and looks at those that are due.
+    """Queues a step's device values and checks those that are due.
 
     Raises:
       NotFinite: one of them is not finite.
     """
-    self._look(self._pending.add(step, {key: metrics[key] for key in _NAMES}))
+    self._check(self._pending.add(step, {key: metrics[key] for key in _NAMES}))
 
   def flush(self):
-    """Looks at all that is pending; raises what `add` does."""
-    self._look(self._pending.flush())
+    """Checks all that is pending; raises what `add` does."""
+    self._check(self._pending.flush())
 
-  def _look(self, due):
+  def _check(self, due):
     for step, values, *_ in due:
-      wrong = [key for key in _NAMES if not math.isfinite(values[key])]
-      if wrong:
-        what = " and ".join(f"the {_NAMES[key]} is {values[key]}" for key in wrong)
+      bad = [key for key in _NAMES if not math.isfinite(values[key])]
+      if bad:
+        what = " and ".join(f"the {_NAMES[key]} is {values[key]}" for key in bad)
         raise NotFinite(step, f"{what} on {self._batch(step)}; the update was not applied")
 
   def _batch(self, step: int) -> str:

@@ -27,8 +27,8 @@ from llmjax.training.config import Config
 from llmjax.training.executable import make_step
 from llmjax.training.finite import NotFinite, Watch
 from llmjax.training.metrics import NoReport, Reporter
+from llmjax.training.parameters import abstract_state, init_sharded, model_of, split
 from llmjax.training.rates import peak_of
-from llmjax.training.state import abstract_state, init_sharded
 
 
 class Interrupted(KeyboardInterrupt):
@@ -96,7 +96,8 @@ def fit(
       watch.add(step, metrics)
       report.add(step, metrics)
       if config.eval.every and step % config.eval.every == 0 and step < steps:
-        report.record(step, "evaluation", functools.partial(evaluate, state.model))
+        model = model_of(state, config)
+        report.record(step, "evaluation", functools.partial(evaluate, model))
         give_back()
       # Asked once a step: a signal must not come between saving and leaving.
       stopping = votes.add(stop.asked)
@@ -114,7 +115,7 @@ def fit(
     checkpoints.close()
   if multihost.agree(stop.asked):
     raise Interrupted(f"stopped after step {int(state.step)} of {steps}")
-  return Fitted(state.model, train_s)
+  return Fitted(model_of(state, config), train_s)
 
 
 @contextlib.contextmanager
@@ -147,7 +148,8 @@ def _start(checkpoints, config, mesh, meta, begin):
   restored = checkpoints.restore(abstract_state(config, mesh))
   if restored is None:
     state = init_sharded(config, mesh)
-    return dataclasses.replace(state, model=begin(state.model)), 0, 0.0
+    trainable, frozen = split(begin(model_of(state, config)), config.optim.groups)
+    return dataclasses.replace(state, trainable=trainable, frozen=frozen), 0, 0.0
   state, found = restored
   if found["data_key"] != meta["data_key"]:
     raise UserError(

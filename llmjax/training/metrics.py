@@ -1,4 +1,4 @@
-"""Metrics: metrics.jsonl, TensorBoard and the progress line, fed one step late so nothing waits."""
+"""Metrics: metrics.jsonl, TensorBoard and the progress line, fed some steps late: no step waits."""
 
 import json
 import sys
@@ -16,8 +16,8 @@ from llmjax.training.experts import Starving
 from llmjax.training.rates import Peak, StepClock
 
 _EVERY_S = 10.0  # between plain lines of progress
-# What a run's seconds go on, by name: in the loop's lines with `_s` behind it, and what is said.
-_OTHER = {
+# What a run spends time on beside its steps: name in `metrics.jsonl`, without `_s` → in words.
+_BESIDE = {
   "startup": "start-up", "data_wait": "data", "evaluation": "evaluation",
   "checkpoint": "checkpoints",
 }
@@ -28,7 +28,7 @@ class MetricsWriter:
 
   Args:
     workdir: folder of the run.
-    step: steps already done; lines of later steps, left by a run that was cut off, are dropped.
+    step: steps already done; lines of later steps, which a resumed run repeats, are dropped.
   """
 
   def __init__(self, workdir: Path, step: int):
@@ -41,20 +41,18 @@ class MetricsWriter:
     self._board = SummaryWriter(str(Path(workdir, "tensorboard")), purge_step=step + 1)
 
   def write(self, step: int, values: dict):
-    """Writes one step's values; `step` comes first in the line."""
     self._file.write(to_json({"step": step, **values}) + "\n")
     for name, value in values.items():
-      if not isinstance(value, list):  # a figure of each layer or expert is for metrics.jsonl
+      if not isinstance(value, list):  # one of each layer or expert is for metrics.jsonl alone
         self._board.add_scalar(name, value, step)
 
   def close(self):
-    """Flushes and closes both files."""
     self._file.close()
     self._board.close()
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-  """Reads the whole lines of a run's `metrics.jsonl`; a last line cut short is left out."""
+  """Reads a run's `metrics.jsonl`, without a last line that was cut short."""
   path = Path(workdir, "metrics.jsonl")
   out = []
   for line in path.read_text().splitlines() if path.exists() else ():
@@ -66,14 +64,14 @@ def read_metrics(workdir: Path) -> list[dict]:
 
 
 def rates(workdir: Path) -> dict:
-  """Adds up what the lines of `metrics.jsonl` say of time, over all sessions of a run.
+  """Sums the times in `metrics.jsonl` over all sessions of a run.
 
   Returns:
-    `steps_s` and the seconds beside them by name; of the seconds of steps: `tokens_per_s`, None if
-    no session got beyond its first step, and `mfu` or `matmul_share`.
+    `steps_s`, `startup_s`, `data_wait_s`, `evaluation_s`, `checkpoint_s`; averages over `steps_s`:
+    `tokens_per_s`, None if no session got beyond its first step, and `mfu` or `matmul_share`.
   """
   lines = read_metrics(workdir)
-  total = {f"{name}_s": sum(line.get(f"{name}_s", 0.0) for line in lines) for name in _OTHER}
+  total = {f"{name}_s": sum(line.get(f"{name}_s", 0.0) for line in lines) for name in _BESIDE}
   timed = [line for line in lines if "steps_s" in line]
   steps_s = sum(line["steps_s"] for line in timed)
   out = {"tokens_per_s": None, "steps_s": steps_s, **total}
@@ -84,19 +82,18 @@ def rates(workdir: Path) -> dict:
 
 
 class Pending:
-  """Metrics still on the device, taken off only when `depth` later steps are under way."""
+  """Metrics still on the device, fetched only when two later steps are under way."""
 
-  def __init__(self, depth: int = 2):
-    self._depth = depth
+  def __init__(self):
     self._queue = deque()
 
   def add(self, step: int, values, mark=None):
     """Queues a step's device values; returns the (step, host values, mark) that are due."""
     self._queue.append((step, values, mark))
-    return self._take(len(self._queue) - self._depth)
+    return self._take(len(self._queue) - 2)
 
   def flush(self):
-    """Returns everything queued, waiting for it."""
+    """Waits for all that is queued and returns it."""
     return self._take(len(self._queue))
 
   def _take(self, count):
@@ -106,12 +103,7 @@ class Pending:
 
 
 class ProgressLine:
-  """A bar on a terminal, a plain line every few seconds elsewhere; always on standard error.
-
-  Args:
-    total: steps of the whole run.
-    done: steps already done.
-  """
+  """A bar on a terminal, a plain line every few seconds elsewhere; always on standard error."""
 
   def __init__(self, total: int, done: int):
     console = Console(stderr=True)
@@ -130,7 +122,6 @@ class ProgressLine:
       self._bar.start()
 
   def update(self, step: int, text: str):
-    """Shows that `step` steps are done, with a line of metrics."""
     if self._bar:
       self._bar.update(self._task, completed=step, description=text)
       return
@@ -141,40 +132,32 @@ class ProgressLine:
       print(f"step {step}/{self._total}  {text}  {left_s:.0f} s left", file=sys.stderr, flush=True)
 
   def close(self):
-    """Leaves the last state on the screen."""
     if self._bar:
       self._bar.stop()
 
 
 class NoReport:
-  """A `Reporter` that says nothing: that of every process but the writer."""
+  """A `Reporter` that reports nothing: that of every process but the writer."""
 
   def feed(self, batches):
-    """Passes batches on."""
     return batches
 
-  def add(self, step: int, values: dict):
-    """Drops the values."""
-
   def record(self, step: int, name: str, call: Callable):
-    """Calls what is to be recorded."""
     call()
 
-  def flush(self):
-    """Does nothing."""
+  def add(self, *_):
+    pass
 
-  close = flush
-
-  def stop(self, step: int):
-    """Does nothing."""
+  close = stop = add
 
 
 class Reporter:
   """Takes each step's device metrics and, a little later, writes and shows them.
 
-  A line of a step has `steps_s`, the seconds of all steps since the line before, and of these
+  A line has `steps_s`, the seconds of all steps since the line before, and averages over these:
   `tokens_per_s` and the share of the peak. The first step of a session, which is mostly
-  compilation, is its `startup_s`; `data_wait_s`, `evaluation_s` and `checkpoint_s` are in none.
+  compilation, is its `startup_s`. `data_wait_s`, `evaluation_s` and `checkpoint_s` are not part of
+  `steps_s`.
 
   Args:
     workdir: folder of the run.
@@ -182,8 +165,8 @@ class Reporter:
     done: steps already done.
     every: steps between lines of metrics.
     flops_per_step: model FLOPs of one step, forward and backward.
-    peak: what the rate is a share of.
-    clock: tells what time went on.
+    peak: the rate that the run's is a share of.
+    clock: measures each step.
   """
 
   def __init__(
@@ -196,17 +179,17 @@ class Reporter:
     self._every, self._steps, self._first = every, steps, done + 1
     self._flops_per_step, self._peak = flops_per_step, peak
     self._clock = clock or StepClock()
-    self._since = np.zeros(3)  # (seconds, tokens, steps) since the last line
-    self._whole = np.zeros(3)  # of all lines
-    self._other = dict.fromkeys(_OTHER, 0.0)  # seconds beside
+    self._since_line = np.zeros(3)  # seconds, tokens, steps
+    self._session = np.zeros(3)
+    self._beside = dict.fromkeys(_BESIDE, 0.0)  # seconds of the session
     self._wait_s = 0.0  # for batches, since the last line
 
   def feed(self, batches):
-    """Passes batches on, and notes how long each was waited for."""
+    """Passes batches on and measures how long each was waited for."""
     return self._clock.feed(batches)
 
   def add(self, step: int, values: dict):
-    """Queues one step's metrics and deals with those that are due."""
+    """Queues one step's metrics and reports those that are due."""
     self._show(self._pending.add(step, values, self._clock.mark(values)))
 
   def _show(self, due):
@@ -215,18 +198,17 @@ class Reporter:
       self._wait_s += wait_s
       tokens = values.pop("tokens")
       if step == self._first:
-        values["startup_s"] = self._other["startup"] = took_s
+        values["startup_s"] = self._beside["startup"] = took_s
       else:
-        self._since += took_s, tokens, 1
+        self._since_line += took_s, tokens, 1
       if step % self._every == 0 or step in (self._first, self._steps):
         self._report(step, values)
 
   def _report(self, step: int, values: dict):
-    """Writes and shows one line, of this step's values and the rate since the last line."""
-    self._other["data_wait"] += self._wait_s
-    self._whole += self._since
-    values |= {"data_wait_s": self._wait_s, **self._rates(*self._since)}
-    self._since, self._wait_s = np.zeros(3), 0.0
+    self._beside["data_wait"] += self._wait_s
+    self._session += self._since_line
+    values |= {"data_wait_s": self._wait_s, **self._rates(*self._since_line)}
+    self._since_line, self._wait_s = np.zeros(3), 0.0
     self._writer.write(step, values)
     for line in self._starving.add(values["moe_load"]) if "moe_load" in values else ():
       print(f"llmjax: warning: step {step}: {line}", file=sys.stderr, flush=True)
@@ -239,34 +221,31 @@ class Reporter:
     return {"steps_s": seconds, "tokens_per_s": tokens / seconds, self._peak.key: share}
 
   def _words(self) -> str:
-    """The rate of this session, and what time went on beside its steps."""
-    said = []
-    if rates := self._rates(*self._whole):
+    """The rate of this session, and the time spent beside its steps."""
+    words = []
+    if rates := self._rates(*self._session):
       share = f"{rates[self._peak.key]:.0%} {self._peak.words}"
-      said.append(f"{rates['tokens_per_s']:,.0f} tokens/s  {share}")
-    beside = [f"{_OTHER[name]} {s:.1f} s" for name, s in self._other.items() if s >= 0.05]
-    return "  ".join([*said, *([f"({', '.join(beside)})"] if beside else [])])
+      words.append(f"{rates['tokens_per_s']:,.0f} tokens/s  {share}")
+    if beside := [f"{_BESIDE[name]} {s:.1f} s" for name, s in self._beside.items() if s >= 0.05]:
+      words.append(f"({', '.join(beside)})")
+    return "  ".join(words)
 
   def record(self, step: int, name: str, call: Callable):
-    """Calls what is no step, such as an evaluation, after all that is pending, and times it.
+    """Reports all that is pending, then calls and times what is no step, such as an evaluation.
 
-    What it returns, if anything, is written with its seconds, as a line of its own.
+    The values it returns, if any, and its seconds are a line of their own.
     """
-    self.flush()
-    made, took_s = self._clock.spend(call)
-    self._other[name] += took_s
-    self._writer.write(step, {**(made or {}), f"{name}_s": took_s})
-
-  def flush(self):
-    """Deals with all that is pending."""
     self._show(self._pending.flush())
+    values, took_s = self._clock.spend(call)
+    self._beside[name] += took_s
+    self._writer.write(step, {**(values or {}), f"{name}_s": took_s})
 
   def close(self):
-    """Deals with all that is pending and closes the files."""
+    """Reports all that is pending and closes the files."""
     self.stop(self._steps + 1)
 
   def stop(self, step: int):
-    """Deals with what is pending of the steps before `step`, and closes the files."""
+    """Reports what is pending of the steps before `step`, and closes the files."""
     self._show([due for due in self._pending.flush() if due[0] < step])
     self._line.close()
     self._writer.close()

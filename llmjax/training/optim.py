@@ -1,36 +1,49 @@
-"""Optimizers and schedules: optax, put together from a config."""
+"""Optimizers and schedules: optax, put together from a config whose groups cover all parameters."""
 
 import dataclasses
-import re
+import fnmatch
+import math
 
+import jax.numpy as jnp
 import optax
 
 from llmjax.core import tree
-from llmjax.core.choices import check_choice, check_texts
+from llmjax.core.choices import check_choice, check_finite
 from llmjax.core.dims import letters_of
-from llmjax.core.errors import UserError
+from llmjax.core.errors import UserError, nearest
+from llmjax.nn.param import roles
 
-KINDS = ("adamw", "muon")
-_VECTORS = re.compile(r"(^|[/_])(scale|bias|sinks)_\w+$")  # added or multiplied, channel by channel
+KINDS = ("adamw", "muon", "adafactor")
+_OPTIONS = ("rate", "decay", "kind")
+_NOT_DECAYED = ("scale", "bias", "router_bias")
+
+
+class Options(dict):
+  """How the parameters of a group are trained: a dict that a frozen config may hold."""
+
+  def __hash__(self):
+    return hash(tuple(sorted(self.items())))
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW or Muon under a linear warm-up and a cosine decay.
+  """The optimizer of every parameter, under a linear warm-up and a cosine decay.
 
   Attributes:
-    kind: adamw, or muon: the blocks' matrices by Muon, embeddings, head and scales by AdamW.
-    learning_rate: AdamW's peak, at the end of the warm-up.
-    matrix_learning_rate: Muon's peak; unused by adamw.
+    kind: adamw; muon, which updates matrices by Muon and all other parameters by AdamW; adafactor.
+    learning_rate: peak at the end of the warm-up; of Adafactor relative to a parameter's size.
+    matrix_learning_rate: Muon's peak; unused by other kinds.
     warmup: steps of linear growth from zero.
     min_lr_ratio: share of the peak that the cosine ends on, at the last step.
-    beta1: decay of the first moment.
-    beta2: decay of the second moment.
-    eps: added to the root of the second moment.
-    weight_decay: decoupled, times the learning rate.
-    no_decay: path patterns of weights that are not decayed, beside scales, biases and sinks, which
-      never are; a pattern that matches nothing is an error.
-    clip_norm: largest global gradient norm; 0 clips nothing.
+    beta1: decay of AdamW's first moment.
+    beta2: decay of AdamW's second moment.
+    eps: added to the root of AdamW's second moment.
+    weight_decay: decoupled, times the learning rate; scales and biases are not decayed.
+    groups: rows (pattern, {"rate": …, "decay": …, "kind": …}) or (pattern, None). The first row
+      whose pattern matches a parameter's path decides: rate is a factor on the learning rate (1),
+      decay replaces `weight_decay`, for scales and biases too, kind replaces `kind`; None freezes.
+      A pattern that matches nothing and a parameter that no row matches are errors.
+    clip_norm: largest global norm of the gradient; 0 clips nothing.
     bias_rate: what a router's bias moves by at every step, where it has one (`model.moe.bias`).
   """
 
@@ -43,13 +56,13 @@ class OptimConfig:
   beta2: float = 0.95
   eps: float = 1e-8
   weight_decay: float = 0.1
-  no_decay: tuple = ()
+  groups: tuple = (("*", {}),)
   clip_norm: float = 1.0
   bias_rate: float = 0.001
 
   def __post_init__(self):
     check_choice("optim.kind", self.kind, KINDS)
-    check_texts("optim.no_decay", self.no_decay)
+    object.__setattr__(self, "groups", tuple(map(_checked_row, self.groups)))
     for key in ("learning_rate", "matrix_learning_rate", "eps"):
       if getattr(self, key) <= 0:
         raise UserError(f"optim.{key} {getattr(self, key)} is not positive")
@@ -59,6 +72,69 @@ class OptimConfig:
     for key in ("beta1", "beta2"):
       if not 0 <= getattr(self, key) < 1:
         raise UserError(f"optim.{key} {getattr(self, key)} is not in [0, 1)")
+
+
+def _checked_row(row) -> tuple:
+  """A row of `optim.groups`, hashable, and the same whether from Python or from a file."""
+  if not (isinstance(row, (tuple, list)) and len(row) == 2 and isinstance(row[0], str)
+          and isinstance(row[1], (dict, type(None)))):
+    raise UserError(f"optim.groups holds {row!r}, not (pattern, {{option: value}} or None)")
+  pattern, options = row
+  if options is None:
+    return pattern, None
+  options, where = Options(options), f"optim.groups, pattern {pattern!r}:"
+  for key, value in options.items():
+    check_choice(f"{where} option", key, _OPTIONS)
+    if key == "kind":
+      check_choice(f"{where} kind", value, KINDS)
+    elif (key, value) != ("decay", None):
+      check_finite(f"{where} {key}", value)
+      is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+      if not is_number or value < 0 or (key == "rate" and not value):
+        bound = "positive" if key == "rate" else "at least 0"
+        raise UserError(f"{where} {key} {value!r} is not {bound}")
+      options[key] = float(value)
+  return pattern, options
+
+
+def assign(groups, model) -> dict[str, Options | None]:
+  """Finds the row of `optim.groups` that each parameter is trained by; None where it is frozen.
+
+  Args:
+    groups: rows of an `OptimConfig`.
+    model: the model or its abstract tree.
+  Returns:
+    Options by path, for every parameter.
+  Raises:
+    UserError: a pattern without a parameter, a parameter without a row, integers that would be
+      trained, or no parameter that is.
+  """
+  leaves, found = tree.flatten(model), {}
+  for pattern, options in groups:
+    matching = fnmatch.filter(leaves, pattern)
+    if not matching:
+      raise UserError(
+        f"optim.groups: pattern {pattern!r} matches no parameter; {nearest(pattern, leaves)}"
+      )
+    taken = dict.fromkeys((path for path in matching if path not in found), options)
+    if not taken:
+      raise UserError(
+        f"optim.groups: pattern {pattern!r} matches only parameters that earlier rows match, "
+        f"such as {matching[0]!r}"
+      )
+    found |= taken
+  for path, leaf in leaves.items():
+    if path not in found:
+      near = nearest(path, [pattern for pattern, _ in groups])
+      raise UserError(f"no row of optim.groups matches parameter {path!r}; {near}")
+    if found[path] is not None and not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise UserError(
+        f"optim.groups: {path!r} is of {leaf.dtype}, which has no gradient; freeze it by a row "
+        f"before: ({path!r}, None)"
+      )
+  if not any(options is not None for options in found.values()):
+    raise UserError("optim.groups freezes all parameters, so there is nothing to train")
+  return {path: found[path] for path in leaves}
 
 
 def make_schedule(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
@@ -77,66 +153,101 @@ def make_schedule(config: OptimConfig, steps: int, peak: float) -> optax.Schedul
   return lambda done: rate(done + 1)
 
 
-def make_optimizer(config: OptimConfig, steps: int, model) -> optax.GradientTransformation:
-  """Builds clipping and the optimizer for a model's tree.
+def make_optimizer(
+  config: OptimConfig, steps: int, model, role: dict[str, str] | None = None
+) -> optax.GradientTransformation:
+  """Builds clipping and the optimizer of a model's trainable parameters, a dict by path.
 
   Args:
     config: see `OptimConfig`.
     steps: length of the run, which the schedule ends on.
-    model: the model or its abstract tree; patterns are matched against its paths.
+    model: the model or its abstract tree, whose every parameter a group covers.
+    role: of each weight, as `nn.param.roles` tells it of a module.
   Returns:
     The optax transformation.
   Raises:
-    UserError: a pattern of `no_decay` matches no parameter.
+    UserError: groups do not fit the model; see `assign`.
   Source: AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101; Muon: Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon.
+    kellerjordan.github.io/posts/muon; Adafactor: Shazeer & Stern 2018, arXiv:1804.04235, alg. 5.
   """
-  spared = tree.flatten(tree.select(model, config.no_decay))
+  role = roles(model) if role is None else role
+  kinds, rates, decays = {}, {}, {}
+  for path, options in assign(config.groups, model).items():
+    if options is not None:
+      own = _role_of(path, role)
+      kind = options.get("kind", config.kind)
+      kinds[path] = "adamw" if kind == "muon" and own != "matrix" else kind
+      rates[path] = options.get("rate", 1.0)
+      decays[path] = options.get("decay")
+      if decays[path] is None:
+        decays[path] = 0.0 if own in _NOT_DECAYED else config.weight_decay
+  for pattern, options in config.groups:
+    if options and options.get("kind") == "muon" and not any(
+      kinds.get(path) == "muon" for path in fnmatch.filter(kinds, pattern)
+    ):
+      raise UserError(f"optim.groups: pattern {pattern!r} matches no matrix for kind 'muon'")
 
-  # Masks and labels go in as functions of the parameters: a module is itself callable, and optax
-  # would take a module-shaped mask for a function.
-  def decayed(params):
-    return tree.map_with_path(lambda path, _: not (spared[path] or _VECTORS.search(path)), params)
+  def decay(updates, params):
+    one = lambda path, u, w: rates[path] * (u + decays[path] * w)  # noqa: E731
+    return tree.map_with_path(one, updates, params)
 
-  adamw = optax.adamw(
-    make_schedule(config, steps, config.learning_rate),
-    b1=config.beta1,
-    b2=config.beta2,
-    eps=config.eps,
-    weight_decay=config.weight_decay,
-    mask=decayed,
-  )
-  rule = adamw
-  if config.kind == "muon":
-    muon = optax.contrib.muon(
-      make_schedule(config, steps, config.matrix_learning_rate),
-      weight_decay=config.weight_decay,
-      weight_decay_mask=decayed,
-      muon_weight_dimension_numbers=lambda params: tree.map_with_path(_sides, params),
+  def rule(kind):
+    peak = config.matrix_learning_rate if kind == "muon" else config.learning_rate
+    schedule = make_schedule(config, steps, peak)
+    return optax.chain(
+      _DIRECTIONS[kind](config), optax.stateless(decay), optax.scale_by_learning_rate(schedule)
     )
-    rule = optax.partition({"adamw": adamw, "muon": muon}, _labels)
+
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-  return optax.chain(clip, rule)
+  used = sorted(set(kinds.values()))
+  return optax.chain(clip, optax.partition({kind: rule(kind) for kind in used}, kinds))
 
 
-def _labels(params):
-  return tree.map_with_path(lambda path, leaf: "muon" if _sides(path, leaf) else "adamw", params)
+def _role_of(path: str, role: dict[str, str]) -> str:
+  """The role of the weight that a leaf belongs to: its own path, or the beginning of it."""
+  while path and path not in role:
+    path = path.rpartition("/")[0]
+  return role[path]
 
 
-def _sides(path: str, leaf) -> optax.contrib.MuonDimensionNumbers | None:
-  """Says which axes of a weight are a matrix's input and output; None where it is no matrix.
+def _adamw(config: OptimConfig) -> optax.GradientTransformation:
+  return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
 
-  The residual width `d` (or else a low rank `r`) is one side, all but layers `l` and experts `e`
-  the other. Vocabulary tables are rows of vectors, not maps between spaces, and keep AdamW; so do
-  tables of positions and types, and what reads pixels.
+
+def _muon(config: OptimConfig) -> optax.GradientTransformation:
+  def scale(path, update):
+    """√max(1, outputs / inputs): of two matrices that make one vector alike, the same change."""
+    reduced, made = (
+      math.prod(update.shape[axis] for axis in axes) for axes in _sides(path, update)
+    )
+    return update * math.sqrt(max(1.0, made / reduced))
+
+  return optax.chain(
+    optax.contrib.scale_by_muon(
+      weight_dimension_numbers=lambda params: tree.map_with_path(_sides, params)
+    ),
+    optax.stateless(lambda updates, _: tree.map_with_path(scale, updates)),
+  )
+
+
+def _adafactor(config: OptimConfig) -> optax.GradientTransformation:
+  return optax.chain(
+    optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+  )
+
+
+_DIRECTIONS = {"adamw": _adamw, "muon": _muon, "adafactor": _adafactor}
+
+
+def _sides(path: str, leaf) -> optax.contrib.MuonDimensionNumbers:
+  """Says which axes of a matrix are its input and its output.
+
+  The residual width `d` (or else a low rank) is one side, all but layers `l` and experts `e` the
+  other.
   """
   letters = letters_of(path, leaf.ndim)
   stacked = "le" if "f" in letters else "l"  # an expert's matrix is one of many
-  places = {letter: place for place, letter in enumerate(letters) if letter not in stacked}
-  side = "d" if "d" in places else "r"
-  if len(places) < 2 or places.keys() & set("vti") or side not in places or _VECTORS.search(path):
-    return None
-  residual = (places.pop(side),)
-  other = tuple(places.values())
-  sides = (residual, other) if residual < other else (other, residual)
-  return optax.contrib.MuonDimensionNumbers(*sides)
+  axes = {letter: axis for axis, letter in enumerate(letters) if letter not in stacked}
+  side = (axes.pop(next(letter for letter in "dra" if letter in axes)),)
+  other = tuple(axes.values())
+  return optax.contrib.MuonDimensionNumbers(*((side, other) if side < other else (other, side)))

@@ -1,8 +1,7 @@
-"""Loss and gradient where layers are cut over `stage`: the model as chunks of a pipeline.
+"""The gradient on a mesh with `stage`: the model as the chunks of a pipeline.
 
-Embedding and head belong to the first and last virtual stage; what layers are given alike (masks,
-the table of relative positions) is made on every one. Every stage holds all weights outside the
-layers, and their gradients are added over stages, so that tied ones get both.
+The first virtual stage embeds, the last has the head. Every stage holds the parameters outside the
+layers; their gradients are summed over stages, so that tied ones get both.
 """
 
 import copy
@@ -10,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,11 @@ from llmjax.core.choices import check_choice, check_least
 from llmjax.core.dims import letters_of
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
-from llmjax.models.config import ModelConfig
 from llmjax.models.depth import count, run_some
 from llmjax.parallel.pipeline import leaves_read, run_pipeline
 from llmjax.parallel.rules import REPLICATED, WEIGHTS, spec
 from llmjax.parallel.schedules import KINDS, check_numbers, make_schedule
-from llmjax.training.losses import LossConfig, head_loss, routing_loss
+from llmjax.training.objective import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,7 @@ class PipelineConfig:
 
   Attributes:
     schedule: gpipe, 1f1b, interleaved, zb_h1.
-    chunks: pieces of the stack that each stage holds; more than 1 is interleaved.
+    chunks: virtual stages on each stage; more than 1 is interleaved.
   """
 
   schedule: str = "1f1b"
@@ -47,152 +46,205 @@ class PipelineConfig:
 
 
 def check_stages(kind: str, stages: int, microbatches: int, config: PipelineConfig):
-  """Raises a `UserError` where a kind of model, or a schedule of such numbers, has no pipeline."""
+  """Raises a `UserError` where a kind of model has no pipeline, or a schedule not such numbers."""
   if kind not in ("decoder", "encoder"):
     raise UserError(f"mesh.stage cuts decoders and encoders, not model.kind={kind}")
   check_numbers(config.schedule, stages, microbatches, config.chunks)
 
 
 def pipelined_grad(
-  model, parts: Batch, loss: LossConfig, key=None, config: PipelineConfig | None = None, zero=3,
-  each=1.0, layout: Callable = lambda weights: weights,
+  model, trainable: dict, batches: Batch, objective: Objective, key=None,
+  config: PipelineConfig | None = None, zero: int = 3, layout: Callable = lambda weights: weights,
 ):
-  """Computes the sum of the objective's gradient over microbatches, and the cross-entropy sum.
+  """Computes the sum of an objective's gradients over microbatches.
 
   Args:
     model: a decoder or an encoder, on a mesh whose `stage` is more than 1.
-    parts: [m, b, t] microbatches.
-    loss: terms beside the cross-entropy.
+    trainable: those of its parameters that are differentiated, by path.
+    batches: [m, b, t] microbatches.
+    objective: of the whole batch.
     key: PRNG key of dropout; microbatch i draws from `fold_in(key, i)`.
     config: schedule and chunks.
-    zero: whether weights are cut along `fsdp` in the stages as well.
-    each: factor on routers' terms.
-    layout: what marks the weights that `fsdp` cuts; see `shard_weights`.
+    zero: with 3 weights are sharded over `fsdp` in the stages as well.
+    layout: marks the weights that `fsdp` shards; see `shard_weights`.
   Returns:
-    (gradient shaped as the model, cross-entropy sum, what routers did or None).
+    (gradients by path, number of predictions, metrics: sums by name).
   Raises:
     UserError: a kind of model that has no pipeline, or numbers that its schedule cannot take.
   """
   config = config or PipelineConfig()
-  mesh = jax.sharding.get_abstract_mesh()
-  stages, microbatches = mesh.shape["stage"], len(jax.tree.leaves(parts)[0])
+  stages = jax.sharding.get_abstract_mesh().shape["stage"]
+  microbatches = len(jax.tree.leaves(batches)[0])
   check_stages(model.config.kind, stages, microbatches, config)
   schedule = make_schedule(config.schedule, stages, microbatches, config.chunks)
-  blocks, outer = model.stack.blocks, _with_blocks(model, ())
-  layers, before = count(blocks), model.stack.dense
-  deal = StageAssignment(layers, stages, config.chunks, WEIGHTS if zero == 3 else REPLICATED)
-  lone = key is not None and microbatches == 1
-  remat = config.schedule != "zb_h1"
-  chunk = _Chunk(model.config, loss, deal, before, lone, remat, layout)
+  layers = count(model.stack.blocks)
+  assignment = StageAssignment(
+    layers, stages, config.chunks, WEIGHTS if zero == 3 else REPLICATED
+  )
+  prefix = f"{model.config.kind}/blocks/"
+  blocks, outer = _divide(trainable, prefix)
+  leaves = {path: leaf for path, leaf in tree.flatten(model).items() if path not in trainable}
+  frozen_blocks, frozen_outer = _divide(leaves, prefix)
+  single, remat = key is not None and microbatches == 1, config.schedule != "zb_h1"
+  chunk = _Chunk(model, assignment, layout, single, remat)
 
-  def stage(weights, outer, given):
-    parts, *_ = given
-    b, t = parts.tokens_bt.shape[1:]
+  def stage(blocks, frozen_blocks, outer, inputs):
+    blocks, frozen_blocks = jax.tree.map(lambda leaf: leaf[0], (blocks, frozen_blocks))
+    inputs = _Inputs(*inputs, frozen_blocks)
+    b, t = inputs.batches.tokens_bt.shape[1:]
     x = jax.ShapeDtypeStruct((b, t, model.config.width), jnp.dtype(model.config.dtype))
-    mine = jax.tree.map(lambda leaf: leaf[0], weights)
-    one = jax.tree.map(lambda leaf: leaf[0], mine)
+    one = jax.tree.map(lambda leaf: leaf[0], blocks)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    sums = jax.eval_shape(functools.partial(chunk, given), one, outer, x, number, number)[2]
-    common = leaves_read(functools.partial(chunk.shared, given, microbatch=0), outer)
-    made = run_pipeline(schedule, functools.partial(chunk, given), mine, outer, x, sums, common)
-    outer_grads, sums = jax.lax.psum((made.outer, made.sums), "stage")
-    return jax.tree.map(lambda leaf: leaf[None], made.weights), outer_grads, sums
+    run = functools.partial(chunk, inputs)
+    sums = jax.eval_shape(run, one, outer, x, number, number)[2]
+    read = leaves_read(functools.partial(chunk.shared, inputs, microbatch=0), outer)
+    totals = run_pipeline(schedule, run, blocks, outer, x, sums, read)
+    outer_grads, sums = jax.lax.psum((totals.outer, totals.sums), "stage")
+    return jax.tree.map(lambda leaf: leaf[None], totals.weights), outer_grads, sums
 
-  cut, whole = PartitionSpec("stage"), PartitionSpec()
+  by_stage, replicated = PartitionSpec("stage"), PartitionSpec()
   run = jax.shard_map(
     stage,
-    in_specs=(cut, whole, whole),
-    out_specs=(cut, whole, whole),
+    in_specs=(by_stage, by_stage, replicated, replicated),
+    out_specs=(by_stage, replicated, replicated),
     axis_names={"stage"},
     check_vma=False,
   )
-  dealt, undeal = jax.vjp(deal.out, blocks)
-  block_grads, outer_grads, (nll, routing) = run(dealt, outer, (parts, key, each))
-  routing = jax.tree.map(lambda leaf: leaf[:layers], routing)
-  return _with_blocks(outer_grads, undeal(block_grads)[0]), nll, routing
+  dealt, pull = jax.vjp(assignment.to_stages, blocks)
+  block_grads, outer_grads, (predictions, metrics) = run(
+    dealt, assignment.to_stages(frozen_blocks), outer, (batches, key, objective, frozen_outer)
+  )
+  if "routing" in metrics:
+    metrics["routing"] = jax.tree.map(lambda leaf: leaf[:layers], metrics["routing"])
+  block_grads = {prefix + path: grad for path, grad in pull(block_grads)[0].items()}
+  return {path: (block_grads | outer_grads)[path] for path in trainable}, predictions, metrics
 
 
-@dataclasses.dataclass(frozen=True)
+class _Inputs(NamedTuple):
+  """What a stage reads and does not differentiate."""
+
+  batches: Batch
+  key: jax.Array | None
+  objective: Objective
+  frozen_outer: dict
+  frozen_blocks: dict  # [chunk, layer, …] of this stage
+
+
+def _divide(leaves: dict, prefix: str) -> tuple[dict, dict]:
+  """Divides parameters by path into (those of stacked blocks, without the prefix; all others)."""
+  blocks = {path: leaf for path, leaf in leaves.items() if path.startswith(prefix)}
+  others = {path: leaf for path, leaf in leaves.items() if path not in blocks}
+  return {path.removeprefix(prefix): leaf for path, leaf in blocks.items()}, others
+
+
 class _Chunk:
-  """What a virtual stage does to a microbatch: its layers, and at the ends embedding or loss."""
+  """What a virtual stage does to a microbatch: its layers, and at the ends embedding or loss.
 
-  config: ModelConfig
-  loss: LossConfig
-  deal: "StageAssignment"
-  before: int  # dense layers, which run with the embedding
-  lone: bool  # one microbatch draws as a step without microbatches does
-  remat: bool
-  layout: Callable
+  Args:
+    model: gives the structure; its parameters are not read.
+    assignment: of layers to stages.
+    layout: marks the weights that `fsdp` shards.
+    single: there is one microbatch, which draws as a step without microbatches does.
+    remat: layers are computed again in the backward pass.
+  """
 
-  def __call__(self, given, weights, outer, x_btd, virtual, microbatch):
-    """Returns (x_btd, objective, (cross-entropy sum, what routers did))."""
-    weights, outer = self.layout(weights), self.layout(outer)
-    part, drop = self._microbatch(given, microbatch)
-    shared, deal, each = self.shared(given, outer, microbatch), self.deal, given[2]
+  def __init__(self, model, assignment, layout: Callable, single: bool, remat: bool):
+    self._blocks = jax.tree.map(_shape, model.stack.blocks)
+    self._outer = _without_blocks(jax.tree.map(_shape, model))
+    self._dense = model.stack.dense  # layers that run with the embedding
+    self._assignment, self._layout = assignment, layout
+    self._single, self._remat = single, remat
 
-    def start(outer, x_btd):
-      return outer.stack.run_first(outer.embed_tokens(part, drop), shared)[0]
+  def __call__(self, inputs, blocks, outer, x_btd, virtual, microbatch):
+    """Returns (x_btd, sum of the objective, (number of predictions, metrics))."""
+    assignment, objective = self._assignment, inputs.objective
+    batch, key = self._microbatch(inputs, microbatch)
+    model = self._layout(tree.unflatten(self._outer, outer | inputs.frozen_outer))
+    shared = model.shared(batch, key)
 
-    x_btd = jax.lax.cond(virtual == 0, start, lambda outer, x: x, outer, x_btd)
+    def embed(x_btd):
+      return model.stack.run_first(model.embed_tokens(batch, key), shared)[0]
+
+    x_btd = jax.lax.cond(virtual == 0, embed, lambda x: x, x_btd)
+    frozen = jax.tree.map(
+      lambda leaf: jax.lax.dynamic_index_in_dim(leaf, virtual // assignment.stages, 0, False),
+      inputs.frozen_blocks,
+    )
     x_btd, routing = run_some(
-      weights, x_btd, virtual * deal.each, deal.layers, shared, self.config, deal.numbers,
-      self.remat, self.before,
+      self._layout(tree.unflatten(self._blocks, blocks | frozen)), x_btd,
+      virtual * assignment.per_stage,
+      assignment.layers, shared, model.config, assignment.numbers, self._remat, self._dense,
     )
 
-    def end(outer, x_btd):
-      made = outer.final_norm(x_btd)
-      return head_loss(self.loss, outer.head, made, part.targets_bt, part.loss_mask_bt)
+    def loss(x_btd):
+      return objective.of_hidden(model.head, model.final_norm(x_btd), batch)
 
-    nothing = lambda outer, x: (jnp.float32(0), jnp.float32(0))  # noqa: E731
-    objective, nll = jax.lax.cond(virtual == deal.virtual - 1, end, nothing, outer, x_btd)
+    zeros = jax.tree.map(
+      lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(loss, x_btd)
+    )
+    last = virtual == assignment.virtual - 1
+    total, predictions, metrics = jax.lax.cond(last, loss, lambda x: zeros, x_btd)
     if routing is not None:
-      objective += each * routing_loss(self.loss, routing)
-      routing = jax.tree.map(functools.partial(deal.place, virtual), routing)
-    return x_btd, objective, (nll, routing)
+      total += objective.of_routing(routing)
+      routing = jax.tree.map(functools.partial(assignment.among_all, virtual), routing)
+      metrics |= {"routing": routing}
+    return x_btd, total, (predictions, metrics)
 
-  def shared(self, given, outer, microbatch):
+  def shared(self, inputs, outer, microbatch):
     """Makes what the layers of every virtual stage are given alike."""
-    return outer.shared(*self._microbatch(given, microbatch))
+    model = tree.unflatten(self._outer, outer | inputs.frozen_outer)
+    return model.shared(*self._microbatch(inputs, microbatch))
 
-  def _microbatch(self, given, number):
+  def _microbatch(self, inputs, number):
     """A microbatch and its key of dropout."""
-    parts, key, _ = given
-    part = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, 0, False), parts)
-    return part, None if key is None else key if self.lone else jax.random.fold_in(key, number)
+    batch = jax.tree.map(
+      lambda a: jax.lax.dynamic_index_in_dim(a, number, 0, False), inputs.batches
+    )
+    key = inputs.key
+    return batch, key if key is None or self._single else jax.random.fold_in(key, number)
 
 
 class StageAssignment:
-  """Which layers are whose: virtual stage v = chunk · stages + stage has layers v·each and on."""
+  """Which layers each stage has: virtual stage v = chunk · stages + stage has `per_stage` of them.
+
+  They are layers v · per_stage and on.
+  """
 
   def __init__(self, layers: int, stages: int, chunks: int, table: dict):
     self.layers, self.stages, self.chunks, self.table = layers, stages, chunks, table
     self.virtual = stages * chunks
-    self.each = math.ceil(layers / self.virtual)
-    self.numbers = [[v * self.each + i for v in range(self.virtual)] for i in range(self.each)]
+    self.per_stage = math.ceil(layers / self.virtual)
+    self.numbers = [
+      [v * self.per_stage + i for v in range(self.virtual)] for i in range(self.per_stage)
+    ]
 
-  def place(self, virtual, made):
-    """Puts what a virtual stage's layers made [layer, …] among those of all, which are zeros."""
-    room = jnp.zeros((self.virtual * self.each, *made.shape[1:]), made.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(room, made, virtual * self.each, 0)
+  def among_all(self, virtual, stats):
+    """Pads what a virtual stage's layers returned, [layer, …], with zeros for all other layers."""
+    padded = jnp.zeros((self.virtual * self.per_stage, *stats.shape[1:]), stats.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(padded, stats, virtual * self.per_stage, 0)
 
-  def out(self, blocks):
-    """Deals stacked layers [l, …] out as [stage, chunk, layer, …]; missing ones are copies."""
-    room = self.virtual * self.each
+  def to_stages(self, blocks: dict) -> dict:
+    """Reshapes stacked layers [l, …] to [stage, chunk, layer, …], padded by copies of the last."""
+    missing = self.virtual * self.per_stage - self.layers
 
     def one(path, leaf):
       letters = letters_of(path, leaf.ndim)
-      if room > self.layers:
-        leaf = jnp.pad(leaf, ((0, room - self.layers), *[(0, 0)] * (leaf.ndim - 1)), mode="edge")
-      leaf = leaf.reshape(self.chunks, self.stages, self.each, *leaf.shape[1:]).swapaxes(0, 1)
+      if missing:
+        leaf = jnp.pad(leaf, ((0, missing), *[(0, 0)] * (leaf.ndim - 1)), mode="edge")
+      leaf = leaf.reshape(self.chunks, self.stages, self.per_stage, *leaf.shape[1:]).swapaxes(0, 1)
       rest = spec(letters[1:], self.table)
       return jax.lax.with_sharding_constraint(leaf, PartitionSpec("stage", None, None, *rest))
 
     return tree.map_with_path(one, blocks)
 
 
-def _with_blocks(model: nnx.Module, blocks) -> nnx.Module:
-  """The model with other stacked blocks in its stack."""
+def _shape(leaf):
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _without_blocks(model: nnx.Module) -> nnx.Module:
+  """The model without the stacked blocks of its stack."""
   model, stack = copy.copy(model), copy.copy(model.stack)
-  stack.blocks = nnx.data(blocks)
+  stack.blocks = nnx.data(())
   setattr(model, model.config.kind, stack)
   return model

@@ -1,7 +1,6 @@
-"""How fast a run is: what each second of its loop went on, and what its devices could do at most.
+"""How long each step of a run takes, and the peak rate of its devices.
 
-Metrics are read some steps late and several at once, so the moment of reading says nothing about a
-step. A thread waits for each step's result and notes when it was there.
+Metrics are read some steps late, several at once: a thread notes when each step's were there.
 """
 
 import dataclasses
@@ -33,11 +32,7 @@ class Peak:
 
 
 def peak_of(dtype: str) -> Peak:
-  """Finds the peak of all devices: of a chip its maker's figure, of a CPU a measured product.
-
-  Args:
-    dtype: compute dtype.
-  """
+  """Finds the peak rate of all devices: a chip's published one, or a measured matmul's."""
   device = jax.devices()[0]
   chip = chip_of(device.device_kind)
   if chip:
@@ -49,12 +44,10 @@ def peak_of(dtype: str) -> Peak:
 
 
 def matmul_peak_flops(dtype: str) -> float:
-  """Measures this machine's dense matrix multiplication: the best of a few of two squares.
+  """Measures dense matrix multiplication: FLOP/s over the devices of all processes.
 
   Args:
     dtype: operands' dtype; sums are in fp32.
-  Returns:
-    FLOP/s over the devices of all processes.
   """
   a = jnp.ones((1024, 1024), dtype)
   multiply = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
@@ -72,14 +65,14 @@ def _finished(values) -> float:
 
 
 class StepClock:
-  """Divides a loop's wall clock among its steps and what comes between them.
+  """Divides a loop's wall clock among its steps and what happens between them.
 
   A step takes from the end of the one before to its own end, less what `spend` took in between and
   less the time that devices waited for the step's batch.
 
   Args:
-    now: the time, seconds.
-    finished: waits for a step's values; returns the time when they were there.
+    now: returns the time in seconds.
+    finished: waits for a step's values and returns the time when they were there.
   """
 
   def __init__(
@@ -91,7 +84,7 @@ class StepClock:
     self._spent_s = 0.0
 
   def feed(self, batches: Iterator) -> Iterator:
-    """Passes batches on, and notes when each was asked for and when it came."""
+    """Passes batches on and notes when each was asked for and when it came."""
     self._asked_s = self._now()
     for batch in batches:
       self._given_s = self._now()
@@ -99,14 +92,13 @@ class StepClock:
       self._asked_s = self._now()
 
   def mark(self, values):
-    """Marks the step just started, whose results are `values`, for `seconds`."""
+    """Returns a mark of the step just started, whose results are `values`, for `seconds`."""
     return self._asked_s, self._given_s, self._watch.submit(self._finished, values)
 
   def seconds(self, mark) -> tuple[float, float]:
-    """Waits for a marked step; marks are asked about once each, in order.
+    """Waits for a marked step: (its seconds, seconds that devices waited for its batch).
 
-    Returns:
-      (seconds the step took, seconds that devices waited for its batch).
+    To be called once for each mark, in order.
     """
     asked_s, given_s, end = mark
     wait_s = max(0.0, given_s - max(asked_s, self._end_s))
@@ -115,9 +107,9 @@ class StepClock:
     return step_s, wait_s
 
   def spend(self, call: Callable):
-    """Calls what is no step, after all marked steps were asked about: (its result, seconds)."""
+    """Calls what is no step, after `seconds` of all marks: (its result, its seconds)."""
     began_s = self._now()
-    made = call()
+    result = call()
     took_s = self._now() - began_s
     self._spent_s += took_s
-    return made, took_s
+    return result, took_s

@@ -11,7 +11,6 @@ import operator
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.data.tasks import Task, marks_of
 from llmjax.models.build import abstract
@@ -27,6 +26,7 @@ from llmjax.parallel.rules import (
 )
 from llmjax.text.tokenizer import Tokenizer, train_tokenizer
 from llmjax.training.config import Config
+from llmjax.training.optim import assign
 from llmjax.training.pipelined import check_stages
 from llmjax.training.shrink import made_up_batch
 
@@ -66,12 +66,12 @@ def check_config(config: Config) -> Config:
   """Refuses what no mesh could run; returns the config with `model.vocab_size` filled in.
 
   Raises:
-    UserError: no task for this kind of model, a vocabulary that is not the tokenizer's, a pattern
-      that matches no weight.
+    UserError: no task for this kind of model, a vocabulary that is not the tokenizer's, groups of
+      the optimizer that do not fit the model.
   """
   config.known_task()
   config = with_vocab(config)
-  tree.select(abstract(config.model), config.optim.no_decay)
+  assign(config.optim.groups, abstract(config.model))
   return config
 
 

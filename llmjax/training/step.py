@@ -1,6 +1,6 @@
 """One training step: micro-batches, gradients, optimizer; jitted with explicit shardings.
 
-ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054) is a choice of layouts: of the weights between
+ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054) is a choice of shardings: of the parameters between
 steps, of the sum of gradients, of the optimizer's state.
 """
 
@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.data.batch import Batch
+from llmjax.models.build import abstract
 from llmjax.parallel.rules import (
   REPLICATED,
   WEIGHTS,
@@ -23,105 +24,92 @@ from llmjax.parallel.rules import (
   weight_shardings,
 )
 from llmjax.training.config import Config
-from llmjax.training.experts import move_biases, routing_metrics
-from llmjax.training.losses import LossConfig, head_loss, routing_loss
+from llmjax.training.experts import move_biases, router_biases, routing_metrics
+from llmjax.training.objective import Objective, make_objective
+from llmjax.training.parameters import TrainState, abstract_state, combine, model_of, optimizer_of
 from llmjax.training.pipelined import PipelineConfig, pipelined_grad
 from llmjax.training.runnable import check_mesh
-from llmjax.training.state import TrainState, abstract_state, optimizer_of
 
 
 def loss_and_grad(
   model,
+  trainable: dict[str, jax.Array],
   batch: Batch,
+  objective: Objective,
   accumulation: int = 1,
-  loss: LossConfig | None = None,
   key=None,
   zero: int = 3,
   pipeline: PipelineConfig | None = None,
-  sums: str = "float32",
+  reduce_dtype: str = "float32",
 ):
-  """Computes the mean loss over a batch and its gradient, a micro-batch at a time.
+  """Computes the mean of an objective over a batch and its gradient, a micro-batch at a time.
 
   Sums are taken over micro-batches and divided once by the batch's whole count, so any
   `accumulation` gives the gradient of the full batch.
 
   Args:
-    model: the model, whose every leaf is differentiated.
+    model: the model.
+    trainable: those of its parameters that are differentiated, by path.
     batch: [b, t], b a multiple of `accumulation`.
+    objective: of this batch, by `make_objective`.
     accumulation: number of micro-batches.
-    loss: terms beside the cross-entropy.
     key: PRNG key of dropout; None drops nothing.
-    zero: with 1 gradients are summed whole on every device of `fsdp`, else each sums its part.
-    pipeline: how micro-batches go through the stages of a mesh that has several.
-    sums: with 3, dtype in which gradients are summed over `fsdp`.
+    zero: with 1 every device of `fsdp` sums all gradients, else each sums its shard.
+    pipeline: the schedule on a mesh of several stages.
+    reduce_dtype: with 3, dtype in which gradients are summed over `fsdp`.
   Returns:
-    (cross-entropy in nats a prediction, gradient of the objective shaped as the model, number of
-    predictions, what routers did or None).
+    (metrics, each a mean over predictions, gradients by path, number of predictions, router
+    statistics or None).
   """
-  loss = loss or LossConfig()
-  predictions = jnp.sum(batch.loss_mask_bt)
-  # Routers' terms are means over tokens, the loss is one over predictions.
-  each = predictions / jnp.maximum(real_tokens(batch), 1)
   table = REPLICATED if zero == 1 else WEIGHTS
   layout = functools.partial(
-    shard_weights, table=WEIGHTS if zero == 3 else REPLICATED, reduce_dtype=sums
+    shard_weights, table=WEIGHTS if zero == 3 else REPLICATED, reduce_dtype=reduce_dtype
   )
   if shards("l", WEIGHTS) > 1:
-    parts = micro_batches(batch, accumulation)
-    grads, nll, routing = pipelined_grad(model, parts, loss, key, pipeline, zero, each, layout)
+    batches = micro_batches(batch, accumulation)
+    grads, count, metrics = pipelined_grad(
+      model, trainable, batches, objective, key, pipeline, zero, layout
+    )
     grads = constrain(grads, table)
   else:
-    grads, (nll, routing) = _summed_grad(
-      model, batch, accumulation, loss, key, table, each, layout
+    grads, count, metrics = _summed_grad(
+      model, trainable, batch, objective, accumulation, key, table, layout
     )
-  scale = 1 / jnp.maximum(predictions, 1)
-  return nll * scale, jax.tree.map(lambda grad: grad * scale, grads), predictions, routing
+  routing = metrics.pop("routing", None)
+  scale = lambda leaf: leaf * (1 / jnp.maximum(count, 1))  # noqa: E731
+  return jax.tree.map(scale, metrics), jax.tree.map(scale, grads), count, routing
 
 
-def _summed_grad(
-  model, batch: Batch, accumulation: int, loss: LossConfig, key, table, each, layout
-):
-  """Adds up over micro-batches: (gradient, (cross-entropy, what routers did))."""
+def _summed_grad(model, trainable, batch, objective, accumulation: int, key, table, layout):
+  """Sums over micro-batches: (gradients, number of predictions, metrics)."""
 
-  def objective_sum(model, part: Batch, key):
-    model = layout(model)
-    x_btd, _, routing = model.hidden(part, key=key)
-    total, nll = head_loss(loss, model.head, x_btd, part.targets_bt, part.loss_mask_bt)
-    if routing is not None:
-      total += each * routing_loss(loss, routing)
-    return total, (nll, routing)
+  def total(trainable, micro_batch, key):
+    total, *others = objective(layout(combine(model, trainable)), micro_batch, key)
+    return total, tuple(others)
 
-  def grad(part, key):
-    grads, sums = jax.grad(objective_sum, has_aux=True)(model, part, key)
-    return constrain(grads, table), sums
+  def grad(micro_batch, key):
+    grads, sums = jax.grad(total, has_aux=True)(trainable, micro_batch, key)
+    return constrain(grads, table), *sums
 
   if accumulation == 1:
     return grad(batch, key)
 
   def add(carry, numbered):
-    number, part = numbered
-    part_key = None if key is None else jax.random.fold_in(key, number)
-    return jax.tree.map(jnp.add, carry, grad(part, part_key)), None
+    number, micro_batch = numbered
+    own_key = None if key is None else jax.random.fold_in(key, number)
+    return jax.tree.map(jnp.add, carry, grad(micro_batch, own_key)), None
 
-  parts = micro_batches(batch, accumulation)
-  first = jax.tree.map(lambda leaf: leaf[0], parts)
-  sums = jax.eval_shape(objective_sum, model, first, key)[1]
-  nothing = constrain(jax.tree.map(jnp.zeros_like, model), table)
-  start = (nothing, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums))
-  return jax.lax.scan(add, start, (jnp.arange(accumulation), parts))[0]
-
-
-def real_tokens(batch: Batch):
-  """Counts a batch's tokens, padding left out."""
-  if batch.segments_bt is None:
-    return jnp.float32(batch.targets_bt.size)  # images have no tokens
-  return jnp.sum(batch.segments_bt > 0).astype(jnp.float32)
+  batches = micro_batches(batch, accumulation)
+  sums = jax.eval_shape(total, trainable, jax.tree.map(lambda leaf: leaf[0], batches), key)[1]
+  zeros = lambda shapes: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)  # noqa: E731
+  start = (constrain(zeros(trainable), table), *zeros(sums))
+  return jax.lax.scan(add, start, (jnp.arange(accumulation), batches))[0]
 
 
-def micro_batches(batch: Batch, parts: int) -> Batch:
-  """Divides rows into `parts` groups [parts, b / parts, t], each spread over all devices."""
+def micro_batches(batch: Batch, count: int) -> Batch:
+  """Divides examples into `count` groups [count, b / count, t], each spread over all devices."""
   return jax.tree.map(
-    lambda a: a.reshape(a.shape[0] // parts, parts, *a.shape[1:]).swapaxes(0, 1), batch
+    lambda a: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1), batch
   )
 
 
@@ -134,31 +122,35 @@ def advance(state: TrainState, batch: Batch, config: Config, optimizer=None):
     config: the experiment; seed and step decide what dropout drops.
     optimizer: optax transformation, by default the experiment's.
   Returns:
-    (state, metrics, gradients before clipping); metrics are `loss` in nats a token, `grad_norm`
-    before clipping, `tokens` predicted.
+    (state, metrics, gradients by path before clipping); metrics are those of the objective, among
+    them `loss` in nats a token, `grad_norm` before clipping, `tokens` predicted, and of experts.
   """
   key = None
   if config.model.dropout or config.model.moe.noisy:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-  how = config.train
-  nll, grads, count, routing = loss_and_grad(
-    state.model, batch, how.grad_accum_steps, config.loss, key, how.zero_stage, config.pipeline,
-    how.grad_reduce_dtype,
+  train = config.train
+  metrics, grads, count, routing = loss_and_grad(
+    model_of(state, config), state.trainable, batch,
+    make_objective(config.task_name, config.loss, batch),
+    train.grad_accum_steps, key, train.zero_stage, config.pipeline, train.grad_reduce_dtype,
   )
-  # Each device of `fsdp` updates its part, whatever it holds of the weights.
+  # Each device of `fsdp` updates its shard, even where it holds all of the parameters.
   grads = constrain(grads, WEIGHTS)
-  state = dataclasses.replace(state, model=constrain(state.model, WEIGHTS))
+  state = dataclasses.replace(state, trainable=constrain(state.trainable, WEIGHTS))
   update = (optimizer or optimizer_of(config)).update
-  updates, opt_state = update(grads, state.optimizer, state.model)
-  model = optax.apply_updates(state.model, updates)
-  metrics = {"loss": nll, "grad_norm": optax.tree.norm(grads), "tokens": count}
+  updates, opt_state = update(grads, state.optimizer, state.trainable)
+  trainable = optax.apply_updates(state.trainable, updates)
+  metrics |= {"grad_norm": optax.tree.norm(grads), "tokens": count}
   if routing is not None:
-    model = move_biases(model, routing.load_e, config.optim.bias_rate)
-    metrics |= routing_metrics(routing, model)
-  finite = jnp.isfinite(nll) & jnp.isfinite(metrics["grad_norm"])
-  moved = TrainState(state.step + 1, model, opt_state)
-  kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
-  return kept, metrics, grads
+    biases = router_biases(abstract(config.model))
+    trainable = move_biases(trainable, biases, routing.load_e, config.optim.bias_rate)
+    metrics |= routing_metrics(routing, [(state.frozen | trainable)[path] for path in biases])
+  finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+  old = (state.step, state.trainable, state.optimizer)
+  step, trainable, opt_state = jax.tree.map(
+    lambda new, old: jnp.where(finite, new, old), (state.step + 1, trainable, opt_state), old
+  )
+  return TrainState(step, trainable, state.frozen, opt_state), metrics, grads
 
 
 def compile_step(config: Config, mesh: Mesh, with_grads: bool = False):
@@ -176,7 +168,7 @@ def compile_step(config: Config, mesh: Mesh, with_grads: bool = False):
   check_mesh(config, mesh)
   state = abstract_state(config, mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-  out = (shardings, NamedSharding(mesh, PartitionSpec()), weight_shardings(mesh, state.model))
+  out = (shardings, NamedSharding(mesh, PartitionSpec()), weight_shardings(mesh, state.trainable))
   kept = 3 if with_grads else 2
 
   def step(state, batch):

@@ -25,8 +25,8 @@ from llmjax.nn.attention.grouped_query import AttentionConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
 from llmjax.training.checkpoint import save_model
-from llmjax.training.step import loss_and_grad
 from tests import golden
+from tests.gradients import loss_and_grad
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

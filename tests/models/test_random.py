@@ -21,8 +21,8 @@ from llmjax.nn.router import MoeConfig
 from llmjax.training.config import Config
 from llmjax.training.losses import LossConfig
 from llmjax.training.optim import OptimConfig, make_optimizer
-from llmjax.training.state import TrainState
-from llmjax.training.step import advance
+from llmjax.training.parameters import combine
+from tests.gradients import first_step
 from tests.models.test_coverage import CHOICES
 from tests.models.test_reach import reached
 from tests.models.variants import IMAGE, batch_of, inputs, make_config, scored_places, weights_of
@@ -174,20 +174,17 @@ def trains(config, muon: bool):
   )
   experiment = Config(model=config, loss=loss)
 
-  @jax.jit
-  def step(model, batch):
-    state = TrainState(jnp.int32(0), model, optimizer.init(model))
-    return advance(state, batch, experiment, optimizer)[:2]
-
+  step = jax.jit(lambda model, batch: first_step(model, batch, experiment, optimizer))
   after, metrics = step(model, batch)
   assert np.isfinite(metrics["loss"]) and 0 < metrics["grad_norm"] < 1e5
   for path, grad in tree.flatten(after.optimizer[0]).items():
     assert np.isfinite(grad).all(), path
-  for path, leaf in tree.flatten(after.model).items():
+  for path, leaf in after.trainable.items():
     assert np.isfinite(leaf).all(), path
-  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), model, after.model)
-  assert sum(jax.tree.leaves(moved)) > len(jax.tree.leaves(moved)) / 2
-  return after.model
+  before = tree.flatten(model)
+  moved = [bool(np.any(leaf != before[path])) for path, leaf in after.trainable.items()]
+  assert sum(moved) > len(moved) / 2
+  return combine(model, after.trainable)
 
 
 def does_not_leak(model, config):

@@ -17,8 +17,8 @@ from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.schedules import make_schedule
 from llmjax.training.check import _quick
 from llmjax.training.config import Config
+from llmjax.training.parameters import abstract_state
 from llmjax.training.shrink import made_up_batch, shrink
-from llmjax.training.state import abstract_state
 from llmjax.training.step import compile_step
 
 CONFIG = shrink(

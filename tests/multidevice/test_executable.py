@@ -16,9 +16,9 @@ from llmjax.run import train
 from llmjax.training import executable
 from llmjax.training.config import Config
 from llmjax.training.metrics import read_metrics
+from llmjax.training.parameters import abstract_state, init_sharded
 from llmjax.training.runnable import with_vocab
 from llmjax.training.shrink import made_up_batch
-from llmjax.training.state import abstract_state, init_sharded
 from llmjax.training.step import compile_step
 from tests.runs import tiny, write_text
 

@@ -13,9 +13,9 @@ from llmjax.parallel.collectives import collectives
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import weight_shardings
 from llmjax.training.check import _quick, all_meshes
+from llmjax.training.parameters import abstract_state
 from llmjax.training.pipelined import PipelineConfig
 from llmjax.training.shrink import made_up_batch
-from llmjax.training.state import abstract_state
 from llmjax.training.step import compile_step
 from tests.multidevice.test_step import BASE, EXPERTS, PIPELINES, experiment, named, prove
 

@@ -36,10 +36,11 @@ from llmjax.training.check import (
   some_meshes,
 )
 from llmjax.training.config import Config
+from llmjax.training.parameters import init_sharded
 from llmjax.training.pipelined import PipelineConfig
 from llmjax.training.shrink import made_up_batch, shrink
-from llmjax.training.state import init_sharded
-from llmjax.training.step import compile_step, compiler_options, loss_and_grad
+from llmjax.training.step import compile_step, compiler_options
+from tests.gradients import loss_and_grad
 from tests.models.variants import ROWS, batch_of, inputs, make_config, scored_places, weights_of
 
 BASE = (
@@ -223,7 +224,7 @@ def test_a_step_that_is_not_finite_moves_no_weight_on_any_device(sizes, zero):
   mask[-1, 2] = np.nan
   spoiled = dataclasses.replace(batch, loss_mask_bt=mask)
   seen = on_mesh(config, make_mesh(MeshConfig(**{"data": 1, **sizes})), spoiled)
-  for path, leaf in tree.flatten(_start(config).model).items():
+  for path, leaf in _start(config).trainable.items():
     np.testing.assert_array_equal(seen.weights[path], leaf, err_msg=path)
 
 
@@ -294,7 +295,7 @@ def test_muon():
 
 def test_weights_are_really_cut():
   state = init_sharded(experiment(), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
-  leaves = tree.flatten((state.model, state.optimizer))
+  leaves = tree.flatten((state.trainable, state.optimizer))
   assert sum(leaf.ndim >= 3 for leaf in leaves.values()) == 3 * 7
   for path, leaf in leaves.items():
     if leaf.ndim >= 3:  # stacked matrices: cut along fsdp and along tensor

@@ -20,7 +20,7 @@ from llmjax.text.raw import Bytes
 from llmjax.training.checkpoint import Checkpoints
 from llmjax.training.checksum import checksums
 from llmjax.training.metrics import MetricsWriter
-from llmjax.training.state import TrainState
+from llmjax.training.parameters import TrainState
 
 
 def state(step: int, size: int = 700) -> TrainState:
@@ -31,7 +31,9 @@ def state(step: int, size: int = 700) -> TrainState:
     "half_d": jnp.asarray(rng.normal(size=99), jnp.bfloat16),
     "on_d": jnp.asarray(rng.integers(0, 2, 9), bool),
   }
-  return TrainState(jnp.int32(step), model, {"mu": model["up_df"] / 7, "count": jnp.int32(step)})
+  frozen = {"on_d": model.pop("on_d")}
+  moments = {"mu": model["up_df"] / 7, "count": jnp.int32(step)}
+  return TrainState(jnp.int32(step), model, frozen, moments)
 
 
 @pytest.fixture(scope="module")

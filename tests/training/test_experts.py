@@ -10,21 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from llmjax.core import tree
 from llmjax.core.config import flat, override
 from llmjax.core.errors import UserError
 from llmjax.data.tasks import language_model
-from llmjax.nn.param import param
 from llmjax.nn.router import RouterStats
 from llmjax.training.config import Config
-from llmjax.training.experts import move_biases, routing_metrics
+from llmjax.training.experts import move_biases, router_biases, routing_metrics
 from llmjax.training.losses import LossConfig, routing_loss
+from llmjax.training.objective import real_tokens
 from llmjax.training.optim import OptimConfig, make_optimizer
-from llmjax.training.state import TrainState
-from llmjax.training.step import advance, loss_and_grad, micro_batches, real_tokens
+from llmjax.training.step import micro_batches
+from tests.gradients import first_step, loss_and_grad
 from tests.models.variants import make_config, values_of, weights_of
 from tests.reference import decoder as reference
 from tests.reference import experts
@@ -59,6 +58,7 @@ def model():
   return weights_of(MODEL)
 
 
+BIAS = "decoder/blocks/moe/bias_e"
 micro = jax.jit(loss_and_grad, static_argnums=(2, 3))
 
 
@@ -182,18 +182,16 @@ def test_real_tokens_are_those_outside_padding(batch):
 
 @functools.partial(jax.jit, static_argnums=2)
 def step(model, batch, config):
-  """One step from fresh state: (weights after it, metrics)."""
-  optimizer = make_optimizer(config.optim, 10, model)
-  state = TrainState(jnp.int32(0), model, optimizer.init(model))
-  after, metrics, _ = advance(state, batch, config, optimizer)
-  return after.model, metrics
+  """One step from fresh state: (parameters after it, metrics)."""
+  after, metrics = first_step(model, batch, config)
+  return after.trainable, metrics
 
 
 def test_biases_move_by_the_rate_towards_even_load(model, batch):
   optim = OptimConfig(bias_rate=0.01, weight_decay=0.5, learning_rate=0.1, warmup=1)
   after, metrics = step(model, batch, Config(model=MODEL, optim=optim))
   load = np.asarray(micro(model, batch, 1, LOSSES["sequence_and_z"])[3].load_e)
-  before, moved = (m.decoder.blocks.moe.bias_e for m in (model, after))
+  before, moved = tree.flatten(model)[BIAS], after[BIAS]
   assert len(np.unique(load)) > 3 and (load > load.mean(-1, keepdims=True)).any()
   for layer, expert in np.ndindex(load.shape):
     many, mean = load[layer, expert], np.mean(load[layer])
@@ -203,31 +201,35 @@ def test_biases_move_by_the_rate_towards_even_load(model, batch):
     assert_allclose(found, expected, rtol=0, atol=1e-6)
   assert_allclose(metrics["moe_load"], load / load.mean(-1, keepdims=True), rtol=1e-6)
   others = [path for path, a in tree.flatten(model).items()
-            if np.array_equal(a, tree.flatten(after)[path])]
+            if np.array_equal(a, after[path])]
   assert not others  # all else is the optimizer's
 
 
 def test_a_bias_has_no_gradient_and_stays_without_a_rate(model, batch):
   grads = micro(model, batch, 1, LOSSES["sequence_and_z"])[1]
-  assert not np.any(grads.decoder.blocks.moe.bias_e)
-  still = move_biases(model, jnp.ones((2, 4)).at[:, 0].set(9), 0.0)
-  assert_array_equal(still.decoder.blocks.moe.bias_e, model.decoder.blocks.moe.bias_e)
+  assert not np.any(grads[BIAS])
+  before = tree.flatten(model)
+  still = move_biases(before, [BIAS], jnp.ones((2, 4)).at[:, 0].set(9), 0.0)
+  assert_array_equal(still[BIAS], before[BIAS])
+  frozen = {path: leaf for path, leaf in before.items() if path != BIAS}
+  assert move_biases(frozen, [BIAS], jnp.ones((2, 4)).at[:, 0].set(9), 0.1).keys() == frozen.keys()
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_the_optimizer_leaves_a_bias_alone(model, kind):
   """Even where the sum of other gradients is clipped, and whatever the optimizer."""
   optimizer = make_optimizer(OptimConfig(kind=kind, weight_decay=0.5), 10, model)
-  ones = tree.map_with_path(lambda path, a: (0.0 if "bias_e" in path else 1.0) + 0 * a, model)
+  before = tree.flatten(model)
+  ones = {path: (0.0 if path == BIAS else 1.0) + 0 * leaf for path, leaf in before.items()}
 
   @jax.jit
-  def updated(model):
-    updates, _ = optimizer.update(ones, optimizer.init(model), model)
-    return optax.apply_updates(model, updates)
+  def updated(weights):
+    updates, _ = optimizer.update(ones, optimizer.init(weights), weights)
+    return optax.apply_updates(weights, updates)
 
-  after = updated(model)
-  assert_array_equal(after.decoder.blocks.moe.bias_e, model.decoder.blocks.moe.bias_e)
-  assert np.any(after.decoder.blocks.moe.router_de != model.decoder.blocks.moe.router_de)
+  after, router = updated(before), "decoder/blocks/moe/router_de"
+  assert_array_equal(after[BIAS], before[BIAS])
+  assert np.any(after[router] != before[router])
 
 
 def test_biases_bring_a_lopsided_router_to_even_load(model, batch):
@@ -236,7 +238,8 @@ def test_biases_bring_a_lopsided_router_to_even_load(model, batch):
   @jax.jit
   def moved(model):
     routing = model.hidden(batch)[2]
-    return move_biases(model, routing.load_e, 0.05), routing.load_e
+    weights = move_biases(tree.flatten(model), [BIAS], routing.load_e, 0.05)
+    return tree.unflatten(model, weights), routing.load_e
 
   still, first = moved(model)
   for _ in range(40):
@@ -247,9 +250,9 @@ def test_biases_bring_a_lopsided_router_to_even_load(model, batch):
 
 def test_a_model_without_biases_is_left_as_it_is():
   plain = weights_of(make_config(**{"moe.experts": 4}))
-  moved = move_biases(plain, jnp.ones((2, 4)).at[:, 0].set(9), 0.1)
-  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(moved), strict=True):
-    assert a is b
+  assert router_biases(plain) == [] and router_biases(weights_of(MODEL)) == [BIAS]
+  weights = tree.flatten(plain)
+  assert move_biases(weights, [], jnp.ones((2, 4)).at[:, 0].set(9), 0.1) == weights
 
 
 def test_figures_of_routing_by_hand():
@@ -262,10 +265,7 @@ def test_figures_of_routing_by_hand():
     sequence=jnp.zeros(2),
     z=jnp.zeros(2),
   )
-  router = nnx.Module()
-  bias_le = jnp.array([[1.0, 2.0]])
-  param(router, jax.random.key(0), "bias_e", {"e": 2}, lambda *_: bias_le, "router_bias")
-  found = routing_metrics(routing, router)
+  found = routing_metrics(routing, [jnp.array([[1.0, 2.0]])])
   assert_allclose(found["moe_bias"], [[1, 2]])
   assert_allclose(found["moe_load"], [[4, 0, 0, 0], [1, 1, 1, 1]])
   assert_allclose(found["moe_entropy"], [0.2, 1.3], rtol=1e-6)
@@ -273,7 +273,7 @@ def test_figures_of_routing_by_hand():
   assert int(found["moe_dead"]) == 3
   assert_allclose(found["moe_dropped"], [5 / 20, 0])
   assert_allclose(found["moe_balance"], (4 + 1) / 2)
-  nothing = routing_metrics(jax.tree.map(jnp.zeros_like, routing), nnx.Module())
+  nothing = routing_metrics(jax.tree.map(jnp.zeros_like, routing), [])
   assert "moe_bias" not in nothing
   assert all(np.isfinite(value).all() for value in nothing.values())
 

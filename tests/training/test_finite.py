@@ -19,7 +19,7 @@ from llmjax.training import loop
 from llmjax.training.checkpoint import Checkpoints, load_model
 from llmjax.training.finite import NotFinite, Watch
 from llmjax.training.metrics import read_metrics
-from llmjax.training.state import TrainState
+from llmjax.training.parameters import TrainState
 from tests.runs import write_text
 
 pytestmark = pytest.mark.usefixtures("quick_module")
@@ -97,11 +97,11 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
   good = {"up_df": jnp.ones((2, 3)), "half_d": jnp.ones(2, jnp.bfloat16)}
   bad = good | {"half_d": jnp.array([1, jnp.inf], jnp.bfloat16)}
   count = {"count": jnp.int32(7)}
-  checkpoints.save(TrainState(jnp.int32(1), good, count), {})
+  checkpoints.save(TrainState(jnp.int32(1), good, {}, count), {})
   with pytest.raises(RunFailed, match="step 2 left model half_d with values that are not finite"):
-    checkpoints.save(TrainState(jnp.int32(2), bad, count), {})
+    checkpoints.save(TrainState(jnp.int32(2), bad, {}, count), {})
   with pytest.raises(RunFailed, match="step 3 left optimizer half_d with"):
-    checkpoints.save(TrainState(jnp.int32(3), good, bad), {})
+    checkpoints.save(TrainState(jnp.int32(3), good, {}, bad), {})
   assert checkpoints.standing() == "the checkpoint of step 1 stands"
   assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
   assert Checkpoints(tmp_path / "new", keep=2).standing() == "there is no checkpoint yet"

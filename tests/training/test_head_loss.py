@@ -5,7 +5,6 @@ them at once; and its terms against the reference.
 import dataclasses
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,8 +15,9 @@ from llmjax.core.errors import UserError
 from llmjax.nn.embed import Embed, EmbedConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
-from llmjax.training.losses import LossConfig, head_loss, objective
-from llmjax.training.step import loss_and_grad
+from llmjax.training.head import head_loss
+from llmjax.training.losses import LossConfig, logits_loss
+from tests.gradients import loss_and_grad, sizes
 from tests.models.variants import (
   VARIANTS,
   batch_of,
@@ -55,7 +55,7 @@ def head():
 
 def whole(config, head, x, targets=TARGETS, weights=WEIGHTS):
   """The objective of all logits at once, by JAX's own gradient."""
-  return objective(head.logits(x), targets, weights, config)
+  return logits_loss(head.logits(x), targets, weights, config)
 
 
 @pytest.mark.parametrize("terms", [PLAIN, TERMS], ids=["plain", "terms"])
@@ -94,7 +94,7 @@ def test_terms_and_their_gradient_equal_the_reference():
   targets, weights = TARGETS[:, :3] % 7, WEIGHTS[:, :3]
   for smoothing, z_loss in ((0.0, 0.0), (0.3, 0.0), (0.0, 0.5), (0.2, 0.1)):
     config = LossConfig(z_loss=z_loss, label_smoothing=smoothing)
-    (total, nll), pull = jax.vjp(lambda a, c=config: objective(a, targets, weights, c), logits)
+    (total, nll), pull = jax.vjp(lambda a, c=config: logits_loss(a, targets, weights, c), logits)
     args = (targets, weights, smoothing, z_loss)
     assert_allclose(total, slow.objective(np.asarray(logits), *args), **FP32)
     assert_allclose(nll, slow.cross_entropy(logits, targets, weights)[0], **FP32)
@@ -134,16 +134,6 @@ def test_a_step_reports_cross_entropy_and_differentiates_the_objective(accumulat
     # As in tests/models/test_variants.py.
     size = float(jnp.linalg.norm(grad))
     assert_allclose(found, theirs, rtol=0, atol=2e-5 * size + 1e-6, err_msg=path)
-
-
-
-
-def sizes(jaxpr):
-  """Numbers of every array that a jaxpr and all within it make."""
-  for sub in jax.extend.core.subjaxprs(jaxpr):
-    yield from sizes(sub)
-  for equation in jaxpr.eqns:
-    yield from (out.aval.size for out in equation.outvars if hasattr(out.aval, "size"))
 
 
 def step(chunk, t=48, v=400):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.testing import assert_allclose, assert_array_equal
 
-from llmjax.training.losses import LossConfig, objective, token_nll
+from llmjax.training.losses import LossConfig, logits_loss, token_nll
 from tests.reference.gradient import vjp
 from tests.reference.losses import cross_entropy as slow
 
@@ -18,7 +18,7 @@ FP32 = dict(rtol=2e-6, atol=1e-6)
 
 
 def test_the_sum_and_its_gradient_equal_the_reference():
-  cross_entropy = lambda logits: objective(logits, TARGETS, MASK, LossConfig())  # noqa: E731
+  cross_entropy = lambda logits: logits_loss(logits, TARGETS, MASK, LossConfig())  # noqa: E731
   (total, nll), pull = jax.vjp(cross_entropy, LOGITS)
   theirs, number = slow(np.asarray(LOGITS, np.float64), TARGETS, MASK)
   assert_allclose(total, theirs, **FP32)

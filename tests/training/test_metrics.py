@@ -62,7 +62,7 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
 
 
 def test_pending_holds_back_the_newest_and_flushes_in_order():
-  pending = Pending(depth=2)
+  pending = Pending()
   due = [pending.add(step, {"loss": jnp.float32(step)}) for step in range(1, 5)]
   assert due == [[], [], [(1, {"loss": 1.0}, None)], [(2, {"loss": 2.0}, None)]]
   assert pending.flush() == [(3, {"loss": 3.0}, None), (4, {"loss": 4.0}, None)]

@@ -9,8 +9,9 @@ import optax
 import pytest
 from numpy.testing import assert_allclose
 
+from llmjax.core import tree
 from llmjax.core.errors import UserError
-from llmjax.training.optim import OptimConfig, make_optimizer, make_schedule
+from llmjax.training.optim import OptimConfig, assign, make_optimizer, make_schedule
 from tests.reference import optim as reference
 
 RNG = np.random.default_rng(0)
@@ -26,8 +27,11 @@ GRADS = [
 CONFIG = OptimConfig(learning_rate=0.05, warmup=3, min_lr_ratio=0.2, weight_decay=0.3)
 
 
+ROLES = {"decoder/norm/scale_d": "scale", "up_df": "matrix"}
+
+
 def run(config, steps):
-  optimizer = make_optimizer(config, steps, WEIGHTS)
+  optimizer = make_optimizer(config, steps, WEIGHTS, ROLES)
   update = jax.jit(optimizer.update)
   weights, state = WEIGHTS, optimizer.init(WEIGHTS)
   for grads in GRADS:
@@ -42,8 +46,8 @@ def run(config, steps):
     {},
     {"clip_norm": 0.0},
     {"clip_norm": 0.5, "beta1": 0.8, "beta2": 0.99, "eps": 1e-3},
-    {"no_decay": ("up_df",)},
-    {"no_decay": ("*",)},
+    {"groups": (("up_df", {"decay": 0.0, "rate": 0.25}), ("*", {}))},
+    {"groups": (("*scale_d", {"decay": 0.5}), ("*", {"kind": "adamw"}))},
     {"warmup": 0, "min_lr_ratio": 0.0},
   ],
 )
@@ -54,20 +58,26 @@ def test_several_steps_equal_the_reference(changes):
     norms = [reference.clip(step, config.clip_norm)[1] for step in grads]
     assert min(norms) < config.clip_norm < max(norms)
     grads = [reference.clip(step, config.clip_norm)[0] for step in grads]
-  expected = reference.adamw(
-    WEIGHTS,
-    grads,
-    rate=lambda number: reference.warmup_cosine(
-      number, config.learning_rate, config.warmup, len(GRADS), config.min_lr_ratio
-    ),
-    beta1=config.beta1,
-    beta2=config.beta2,
-    eps=config.eps,
-    decay=config.weight_decay,
-    decayed={
-      (): {"up_df"}, ("*",): set(), ("up_df",): set(),  # a scale never is
-    }[config.no_decay],
-  )
+  rows = dict(config.groups)
+  rates = {"up_df": rows.get("up_df", {}).get("rate", 1.0), "decoder/norm/scale_d": 1.0}
+  decays = {  # a scale is not decayed unless a row says so
+    "up_df": 0.0 if "up_df" in rows else config.weight_decay,
+    "decoder/norm/scale_d": 0.5 if "*scale_d" in rows else 0.0,
+  }
+  expected = {}
+  for name in WEIGHTS:
+    expected |= reference.adamw(
+      {name: WEIGHTS[name]},
+      [{name: step[name]} for step in grads],
+      rate=lambda number, name=name: rates[name] * reference.warmup_cosine(
+        number, config.learning_rate, config.warmup, len(GRADS), config.min_lr_ratio
+      ),
+      beta1=config.beta1,
+      beta2=config.beta2,
+      eps=config.eps,
+      decay=decays[name],
+      decayed={name},
+    )
   found = run(config, len(GRADS))
   for name in WEIGHTS:
     # Eight updates of at most 0.05 · 3, each right to some 2^3 roundings of 2^-24.
@@ -98,22 +108,45 @@ def test_a_run_no_longer_than_its_warmup_warms_up_from_end_to_end(warmup, steps)
     assert schedule(number - 1) == pytest.approx(2.0 * number / warmup, rel=1e-6)
 
 
-def test_a_no_decay_pattern_that_matches_nothing_is_a_user_error():
-  config = dataclasses.replace(CONFIG, no_decay=("*/scale_d", "*/bias_d"))
-  with pytest.raises(UserError, match=r"'\*/bias_d' matches no parameter"):
-    make_optimizer(config, 10, WEIGHTS)
+@pytest.mark.parametrize(
+  ("groups", "says"),
+  [
+    ((("*/scale_d", {}), ("*/bias_d", {}), ("*", {})),
+     r"'\*/bias_d' matches no parameter; known: decoder"),
+    ((("*", {}), ("up_df", None)), "'up_df' matches only parameters that earlier rows match"),
+    ((("up_*", {}),), "no row of optim.groups matches parameter 'decoder/norm/scale_d'"),
+    ((), "no row of optim.groups matches"),
+    ((("*", None),), "freezes all parameters"),
+    ((("*scale_d", {"kind": "muon"}), ("*", {})), "matches no matrix for kind 'muon'"),
+    (("up_df",), "holds 'up_df', not"),
+    ((("*", {"rates": 1}),), "option 'rates' is unknown; did you mean 'rate'"),
+    ((("*", {"rate": 0}),), "rate 0 is not positive"),
+    ((("*", {"rate": "1"}),), "rate '1' is not positive"),
+    ((("*", {"decay": -1}),), "decay -1 is not at least 0"),
+    ((("*", {"rate": float("nan")}),), "rate nan is not a finite number"),
+    ((("*", {"kind": "adam"}),), "kind 'adam' is unknown; did you mean 'adamw'"),
+  ],
+)
+def test_groups_that_do_not_fit_are_user_errors(groups, says):
+  with pytest.raises(UserError, match=says):
+    make_optimizer(dataclasses.replace(CONFIG, groups=groups), 10, WEIGHTS, ROLES)
+
+
+def test_integers_cannot_be_trained():
+  weights = WEIGHTS | {"codes_df": jnp.zeros((5, 7), jnp.int8)}
+  with pytest.raises(UserError, match=r"'codes_df' is of int8, which has no gradient; freeze it"):
+    assign(OptimConfig().groups, weights)
+  rows = assign(OptimConfig(groups=(("codes*", None), ("*", {}))).groups, weights)
+  assert [path for path, row in rows.items() if row is None] == ["codes_df"]
 
 
 def test_the_default_spares_every_norm_of_the_decoder_and_nothing_else(tiny_decoder):
   optimizer = make_optimizer(OptimConfig(warmup=0, weight_decay=1.0), 10, tiny_decoder)
-  zeros = jax.tree.map(jnp.zeros_like, tiny_decoder)
-  init_and_update = jax.jit(lambda model: optimizer.update(zeros, optimizer.init(model), model))
-  updates, _ = init_and_update(tiny_decoder)
-  moved = {
-    jax.tree_util.keystr(path): bool(np.asarray(leaf).any())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
-  }
-  assert all(moves == ("scale_d" not in path) for path, moves in moved.items())
+  weights = tree.flatten(tiny_decoder)
+  zeros = jax.tree.map(jnp.zeros_like, weights)
+  updates, _ = jax.jit(lambda w: optimizer.update(zeros, optimizer.init(w), w))(weights)
+  for path, update in updates.items():
+    assert np.asarray(update).any() == ("scale_d" not in path), path
 
 
 def test_muon_moves_each_layers_matrices_like_the_reference_and_adamw_the_rest():
@@ -130,10 +163,10 @@ def test_muon_moves_each_layers_matrices_like_the_reference_and_adamw_the_rest()
     matrix_learning_rate=0.1,
     warmup=1,
     weight_decay=0.3,
-    no_decay=("scale_d",),
     clip_norm=0.0,
   )
-  optimizer = make_optimizer(config, 3, weights)
+  roles = dict(up_df="matrix", out_nhd="matrix", scale_d="scale", token_vd="table")
+  optimizer = make_optimizer(config, 3, weights, roles)
   update = jax.jit(optimizer.update)
   found, state = weights, optimizer.init(weights)
   for grad in grads:

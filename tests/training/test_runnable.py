@@ -15,9 +15,9 @@ from llmjax.core.errors import UserError
 from llmjax.parallel.mesh import AXES, MeshConfig, abstract_mesh
 from llmjax.planning.plan import plan
 from llmjax.training.config import Config
+from llmjax.training.parameters import abstract_state
 from llmjax.training.runnable import check_config, check_mesh, check_run
 from llmjax.training.shrink import made_up_batch
-from llmjax.training.state import abstract_state
 from llmjax.training.step import advance
 
 SMALL = (
@@ -35,7 +35,8 @@ CHANGES = (
   "pipeline.chunks=2", "train.zero_stage=1", "train.grad_reduce_dtype=bfloat16",
   "model.attention.context_parallel=all_to_all", "model.attention.context_parallel=gather",
   "mesh.across=stage",
-  "mesh.slices=2", "mesh.slices=3", "optim.no_decay=('*/bias_d',)", "optim.no_decay=('*/up_df',)",
+  "mesh.slices=2", "mesh.slices=3", "optim.groups=(('*/bias_d',None),)",
+  "optim.groups=(('*/up_df',None),('*',{}))",
   "model.kind=encoder", "model.kind=encoder_decoder", "model.moe.experts=4 model.moe.width=32",
   "model.position.kind=relative", "model.attention.kernel=splash", "model.attention.kernel=cudnn",
 )

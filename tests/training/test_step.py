@@ -17,8 +17,9 @@ from llmjax.data.tasks import language_model
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.training.config import Config, TrainConfig
 from llmjax.training.optim import OptimConfig
-from llmjax.training.state import abstract_state, init_sharded
-from llmjax.training.step import compile_step, compiler_options, loss_and_grad, micro_batches
+from llmjax.training.parameters import abstract_state, init_sharded
+from llmjax.training.step import compile_step, compiler_options, micro_batches
+from tests.gradients import loss_and_grad
 from tests.models.variants import VARIANTS, batch_of, inputs, scored_places, weights_of
 
 ROWS = 4
@@ -116,7 +117,7 @@ def test_a_compiled_step_is_the_optimizers_and_starts_from_the_seed(tiny_config,
   assert {path: (a.shape, a.dtype) for path, a in described.items()} == {
     path: (a.shape, a.dtype) for path, a in made.items()
   }
-  before = jax.tree.map(jnp.copy, state.model)
+  before = jax.tree.map(jnp.copy, state.trainable)
   with jax.set_mesh(mesh):
     after, metrics = step(state, batch)
 
@@ -130,12 +131,12 @@ def test_a_compiled_step_is_the_optimizers_and_starts_from_the_seed(tiny_config,
 
   clipped = jax.tree.map(lambda grad: grad * (0.5 / norm), plain[1])
   for path, grad in tree.flatten(clipped).items():
-    weight = tree.flatten(before)[path]
+    weight = before[path]
     decay = 0.0 if "scale" in path else 0.1 * weight
     # Adam's first update with its bias taken out is g / (|g| + eps).
     expected = weight - (grad / (np.abs(grad) + 1.0) + decay)
     atol = ROUNDING * float(np.abs(grad).max()) + 2**-23 * float(np.abs(weight).max())
-    assert_allclose(tree.flatten(after.model)[path], expected, rtol=0, atol=atol, err_msg=path)
+    assert_allclose(after.trainable[path], expected, rtol=0, atol=atol, err_msg=path)
 
 
 @pytest.mark.parametrize(("kind", "value"), [("adamw", "nan"), ("adamw", "huge"), ("muon", "nan")])

@@ -97,7 +97,7 @@ def test_a_folder_without_permission_is_told(here, capsys, monkeypatch):
     ("sample.top_p=0.0", "sample.top_p 0.0 is not in (0, 1]"),
     ("sample.max_tokens=0", "sample.max_tokens 0 is less than 1"),
     ("sample.prompts=(3,)", "sample.prompts holds 3, which is not a string"),
-    ("optim.no_decay=(1,)", "optim.no_decay holds 1, which is not a string"),
+    ("optim.groups=(1,)", "optim.groups holds 1, not (pattern, {option: value} or None)"),
     ("model.embed.start_token=-2", "model.embed.start_token -2 is less than -1"),
     ("model.vision.layers=-1", "model.vision.layers -1 is less than 0"),
     ("model.position.original_context=-1", "model.position.original_context -1 is less than 0"),
