@@ -1,0 +1,77 @@
+"""Token log-probabilities and frozen parameters: every mesh gives what one device gives."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.testing import assert_allclose
+
+from llmjax.core import tree
+from llmjax.data.batch import Batch
+from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.rules import WEIGHTS, batch_sharding, shard_weights, weight_shardings
+from llmjax.training.check import GRADIENT_LIMIT, _quick, compare, on_mesh, on_one_device
+from llmjax.training.objective import token_logprobs
+from llmjax.training.shrink import made_up_batch
+from llmjax.training.step import compiler_options
+from tests.models.variants import make_config, weights_of
+from tests.multidevice.test_step import experiment
+
+SHAPE = re.compile(r"f32\[([\d,]+)\]")
+
+
+def test_logprobs_and_gradients_on_fsdp_tensor_and_context_equal_one_devices():
+  config = make_config(
+    width=16, heads=4, kv_heads=2, mlp_width=32, vocab_size=96, max_seq_len=16, layers=2
+  )
+  model, rng = weights_of(config), np.random.default_rng(0)
+  shape = (4, 16)
+  draw = lambda: jnp.asarray(rng.integers(0, 96, shape), jnp.int32)  # noqa: E731
+  batch = Batch(tokens_bt=draw(), targets_bt=draw())
+  weights_bt = jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  def plain(model):
+    logits = model.logits(model.hidden(batch)[0])
+    all_btv = jax.nn.log_softmax(logits)
+    return jnp.take_along_axis(all_btv, batch.targets_bt[..., None], -1)[..., 0]
+
+  def chunked(model, batch):
+    return token_logprobs(shard_weights(model, WEIGHTS), batch, chunk=4)
+
+  def both(function, model):
+    total = lambda model: jnp.sum(weights_bt * jnp.sin(function(model)))  # noqa: E731
+    return function(model), tree.flatten(jax.grad(total)(model))
+
+  expected, grads = jax.jit(functools.partial(both, plain), compiler_options=_quick())(model)
+  mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, context=2))
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(batch, batch_sharding(mesh))
+    sharded = jax.device_put(model, weight_shardings(mesh, model))
+    run = jax.jit(
+      lambda model, batch: both(lambda model: chunked(model, batch), model),
+      compiler_options=_quick() | compiler_options(mesh),
+    )
+    compiled = run.lower(sharded, placed).compile()
+    found, many = compiled(sharded, placed)
+  assert_allclose(found, expected, rtol=2e-6, atol=5e-6)  # as in tests/training/test_objective.py
+  for path, grad in grads.items():
+    assert np.linalg.norm(many[path] - grad) < GRADIENT_LIMIT * np.linalg.norm(grad), path
+  # Of a device's 2 rows × 8 positions × 48 tokens logits exist for 4 positions at a time.
+  shapes = {tuple(map(int, found.split(","))) for found in SHAPE.findall(compiled.as_text())}
+  assert (2, 4, 48) in shapes
+  assert not [s for s in shapes if s[-1] in (48, 96) and len(s) > 2 and np.prod(s[:-1]) > 2 * 4]
+
+
+FROZEN = "optim.groups=(('*/mlp/*',None),('embed/*',None),('*/scale_d',{'rate':0.5}),('*',{}))"
+
+
+def test_frozen_parameters_in_a_pipeline_and_under_fsdp():
+  config = experiment(FROZEN, "model.layers=2", "train.grad_accum_steps=2")
+  batch = made_up_batch(config)
+  want = on_one_device(config, batch)
+  assert not any("/mlp/" in path or "embed" in path for path in want.grads)
+  for sizes_of in ({"stage": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}):
+    row = compare(on_mesh(config, make_mesh(MeshConfig(data=1, **sizes_of)), batch), want)
+    assert row["ok"], (sizes_of, row)
