@@ -94,21 +94,18 @@ def _fairseq(data: bytes) -> bytes:
 
   Source: Conneau et al. 2020, arXiv:1911.02116; fairseq's dictionary.
   """
-  spec = sentencepiece.SentencePiece(data).spec
+  spec = proto.ModelProto.FromString(sentencepiece.SentencePiece(data).to_bytes())
   pieces = [piece for piece in spec.pieces if piece.type not in (piece.UNKNOWN, piece.CONTROL)]
   piece, control = proto.ModelProto.SentencePiece, proto.ModelProto.SentencePiece.CONTROL
   first = [piece(piece=name, type=control) for name in ("<s>", "<pad>", "</s>")]
   unknown = piece(piece="<unk>", type=piece.UNKNOWN)
-  mask = piece(piece="<mask>", type=control)
-  renumbered = proto.ModelProto(
-    pieces=[*first, unknown, *pieces, mask],
-    trainer_spec=spec.trainer_spec,
-    normalizer_spec=spec.normalizer_spec,
-  )
-  trained = renumbered.trainer_spec
+  pieces = [*first, unknown, *pieces, piece(piece="<mask>", type=control)]
+  del spec.pieces[:]
+  spec.pieces.extend(pieces)
+  trained = spec.trainer_spec
   trained.bos_piece, trained.eos_piece, trained.pad_piece = "<s>", "</s>", "<pad>"
-  trained.unk_piece, trained.vocab_size = "<unk>", len(renumbered.pieces)
-  return renumbered.SerializeToString()
+  trained.unk_piece, trained.vocab_size = "<unk>", len(pieces)
+  return spec.SerializeToString()
 
 
 def _gpt2(file: Path, config: dict) -> tokenizers.Tokenizer:

@@ -23,9 +23,8 @@ def _layers(keys: tuple, size: Callable, slides: Callable, write: Callable) -> C
 
   def read(raw, fields):
     window = size(raw)
-    kinds = raw.get("layer_types") or [
-      SLIDING if slides(raw, window, i) else FULL for i in range(fields["layers"])
-    ]
+    default = [SLIDING if slides(raw, window, i) else FULL for i in range(fields["layers"])]
+    kinds = raw.get("layer_types") or default
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
       known = ", ".join(KINDS)
