@@ -213,7 +213,7 @@ def _steps(
   weights = model.decoding
   with _on(model.mesh):
     state = prefill(weights, batch, samplings, left_b, slots=slots, chunk=chunk)
-  tokens_bt, logprobs_bt = state.token_b[:, None], state.logprob_b[:, None]
+  tokens_bt, logprobs_bt = np.array([state.token_b]).T, np.array([state.logprob_b]).T
   padded_b = np.zeros(len(state.token_b), bool)
   padded_b[:rows] = True
   left -= 1

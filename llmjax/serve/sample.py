@@ -89,11 +89,19 @@ class RowSampling:
     ends_bn = np.full((len(ends), max(map(len, ends), default=0)), -1, np.int32)
     for row, ids in zip(ends_bn, ends, strict=True):
       row[: len(ids)] = ids
-    key_b = jax.vmap(jax.random.key)(column("seed", np.uint32))
-    for salt_b in np.array(salts or [()] * len(samplings), np.uint32).reshape(len(samplings), -1).T:
-      key_b = jax.vmap(jax.random.fold_in)(key_b, salt_b)
+    seed_b = np.array([s.seed % 2**32 for s in samplings], np.uint32)
+    salt_bn = np.array(salts or [()] * len(samplings), np.uint32).reshape(len(samplings), -1)
     temperature_b, top_k_b = column("temperature", np.float32), column("top_k", np.int32)
-    return cls(temperature_b, top_k_b, *floats, key_b, ends_bn)
+    return cls(temperature_b, top_k_b, *floats, _keys(seed_b, salt_bn), ends_bn)
+
+
+@jax.jit
+@jax.vmap
+def _keys(seed, salt_n):
+  key = jax.random.key(seed)
+  for n in range(len(salt_n)):
+    key = jax.random.fold_in(key, salt_n[n])
+  return key
 
 
 def penalize(logits_bv, seen_bv, penalty_b):
