@@ -29,6 +29,7 @@ from llmjax.serve.state import (
   run_steps,
   truncate,
 )
+from llmjax.training.objective import token_logprobs
 from tests.reference.sampling import distribution
 
 pytestmark = pytest.mark.usefixtures("quick_module")
@@ -181,9 +182,15 @@ def test_a_prompt_that_must_be_read_at_once_is_not_cut(values, reason):
     check_chunks(CONFIG, has_images=True)
 
 
-def test_logprobs_are_of_the_models_own_distribution(model, written):
+def test_logprobs_are_those_of_the_model_and_of_the_trainer(model, written):
   """Whatever temperature and penalty drew the tokens; all in fp32, sums in another order."""
+  trainer = jax.jit(lambda model, batch: token_logprobs(model, batch, chunk=8))
   for prompt, new in zip(PROMPTS, written, strict=True):
+    row = prompt + [i for i, _ in new]
+    padded = np.array([row + [0] * (CONTEXT + 1 - len(row))], np.int32)
+    trained = trainer(model.parameters, Batch(padded[:, :-1], targets_bt=padded[:, 1:]))
+    new_places = slice(len(prompt) - 1, len(row) - 1)
+    assert_allclose([logprob for _, logprob in new], trained[0, new_places], atol=1e-5)
     scores = full_logprobs(model, prompt + [i for i, _ in new])
     want = [scores[len(prompt) - 1 + n, i] for n, (i, _) in enumerate(new)]
     assert_allclose([logprob for _, logprob in new], want, atol=1e-5)
