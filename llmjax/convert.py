@@ -14,7 +14,7 @@ from llmjax.models.model import Model
 from llmjax.run import load
 from llmjax.text.folder import save as save_tokenizer
 from llmjax.text.tokenizer import affixes
-from llmjax.training.checkpoint import save_model
+from llmjax.training.stored import save_model
 
 FORMATS = ("huggingface", "checkpoint")
 

@@ -33,12 +33,12 @@ from llmjax.serve.prompt import encode_prompts
 from llmjax.serve.sample import Sampling
 from llmjax.text.report import report
 from llmjax.text.tokenizer import from_state, to_state
-from llmjax.training.checkpoint import load_model, newest_meta
 from llmjax.training.config import Config, binding
 from llmjax.training.loop import fit
 from llmjax.training.metrics import rates, read_metrics
 from llmjax.training.plot import plot_experts, plot_loss
 from llmjax.training.runnable import check_run, with_vocab
+from llmjax.training.stored import load_model, newest_meta
 
 _REPORTED = 1000  # held-out documents that the tokenizer is measured on
 EVAL_KEYS = ("data.sources", "data.cache", "eval.batch_size", "eval.stride")

@@ -16,7 +16,7 @@ from llmjax.models.model import Model
 from llmjax.serve.sample import Sampling
 from llmjax.text.base import Settings
 from llmjax.text.sentencepiece import SentencePiece
-from llmjax.training.checkpoint import save_model
+from llmjax.training.stored import save_model
 from tests.gguf_files import CONFIG, draw, llama_metadata, llama_tensors, write, write_folder
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"

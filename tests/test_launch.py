@@ -19,8 +19,8 @@ import pytest
 from launch.watch import GRACE_S, STOP_S
 from llmjax.cli import main
 from llmjax.parallel.join import HEARTBEAT_S
-from llmjax.training.checkpoint import load_model, read_meta
 from llmjax.training.metrics import read_metrics
+from llmjax.training.stored import load_model, read_meta
 from tests.conftest import ROOT
 from tests.runs import write_text
 

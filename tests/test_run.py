@@ -13,10 +13,11 @@ import llmjax
 from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.training.checkpoint import Checkpoints, load_model, read_meta
+from llmjax.training.checkpoint import Checkpoints
 from llmjax.training.loop import Interrupted
 from llmjax.training.metrics import read_metrics
 from llmjax.training.parameters import abstract_state
+from llmjax.training.stored import load_model, read_meta
 from tests.runs import tiny, write_text
 
 pytestmark = pytest.mark.usefixtures("quick_module")

@@ -1,4 +1,4 @@
-"""Held-out loss: bits per byte of text, beside what general compressors make of the same bytes."""
+"""Held-out loss and bits per byte of text, with gzip and xz on the same bytes to compare."""
 
 import functools
 import gzip
@@ -34,19 +34,19 @@ def evaluate_loss(
   batch_size: int = 16,
   stride: int = 0,
 ) -> dict:
-  """Predicts held-out text in rows of the model's context.
+  """Computes the loss of held-out text in rows of `max_seq_len` tokens.
 
-  Language models predict every token exactly once, in overlapping rows: past a document's first
-  row, each prediction has at least context - stride tokens before it. Tasks that hide tokens hide
-  the same ones each time, and predict those.
+  Language models predict every token exactly once, in overlapping rows: after a document's first
+  row, each prediction has at least max_seq_len - stride tokens before it. Tasks that mask tokens
+  mask the same ones each time.
 
   Args:
     model: the model.
     store: held-out documents; each document's end counts as one more token to predict.
-    mesh: where rows are spread.
+    mesh: its data axes divide the rows.
     task: what is predicted; language modelling by default.
-    batch_size: rows at a time, rounded up to what the mesh divides.
-    stride: new predictions a row; 0 means half the context.
+    batch_size: rows of a batch, rounded up to what the mesh divides.
+    stride: predictions of each overlapping row; 0 means half of `max_seq_len`.
   Returns:
     `nats_per_token`, `perplexity`, `tokens` (predicted), `bytes`; `bits_per_byte` of a model that
     predicts all of the text.
@@ -54,17 +54,17 @@ def evaluate_loss(
     RunFailed: the loss is not finite.
   """
   task = task or Task()
-  whole = task.config.name in ("language_model", "prefix_lm")
+  all_tokens = task.config.name in ("language_model", "prefix_lm")
   context = model.config.max_seq_len
-  stride = min(stride or max(1, context // 2), context) if whole else context
-  ways = math.prod(mesh.shape[axis] for axis in axes_of("b", ACTIVATIONS))
-  batch_size = math.ceil(batch_size / ways) * ways
+  stride = min(stride or max(1, context // 2), context) if all_tokens else context
+  shards = math.prod(mesh.shape[axis] for axis in axes_of("b", ACTIVATIONS))
+  batch_size = math.ceil(batch_size / shards) * shards
   sharding = batch_sharding(mesh)
   sums, loss_sum = [], _compiled_loss_sum(mesh, task.config.name)
   with jax.set_mesh(mesh):
-    for batch in _batches(store, None if whole else task, context, stride, batch_size):
+    for batch in _batches(store, None if all_tokens else task, context, stride, batch_size):
       sums.append(loss_sum(model, place(batch, sharding)))
-  totals = [[float(part) for part in pair] for pair in sums]
+  totals = [[float(value) for value in pair] for pair in sums]
   for number, (nats, _) in enumerate(totals, 1):
     if not math.isfinite(nats):
       raise RunFailed(f"the held-out loss is {nats} in batch {number} of {len(totals)}")
@@ -75,7 +75,7 @@ def evaluate_loss(
     "tokens": int(tokens),
     "bytes": store.size_bytes,
   }
-  if whole:
+  if all_tokens:
     scores["bits_per_byte"] = nats / math.log(2) / store.size_bytes
   return scores
 

@@ -1,7 +1,7 @@
 """The proof that every mesh equals one device: loss, every gradient, and three optimizer steps.
 
-Nothing is shared between the two sides but the model: the reference runs the whole batch on one
-device without a mesh in scope, so no constraint, collective or schedule is part of it.
+The reference runs the full batch on one device without a mesh in scope: it shares the model's code,
+and no constraint, collective or schedule.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.data.loader import place
@@ -22,7 +21,7 @@ from llmjax.parallel.collectives import collectives, describe
 from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from llmjax.parallel.rules import ACTIVATIONS, LayoutError, axes_of, batch_sharding
 from llmjax.parallel.whole import compile_and_watch
-from llmjax.training.config import Config
+from llmjax.training.config import Config, TrainConfig
 from llmjax.training.parameters import TrainState, abstract_state, init_state
 from llmjax.training.runnable import check_config, check_mesh
 from llmjax.training.shrink import made_up_batch, shrink
@@ -30,28 +29,27 @@ from llmjax.training.step import advance, compile_step
 
 STEPS = 3
 _VERDICTS = {"equal": True, "off": False, "left_out": None}  # a row's `ok`
-# fp32 sums over a few thousand terms in another order differ by some 1e-6 of the result; every bug
-# of a lost or doubled sum is off by a share of it.
+# fp32 sums of a few thousand terms in another order differ by some 1e-6 of the result; a lost or
+# doubled sum is wrong by a share of it.
 LOSS_LIMIT = 1e-5
 GRADIENT_LIMIT = 5e-5
 # A gradient that is nearly zero is all rounding: errors are relative to at least this share of the
-# norm over all weights.
+# global norm.
 _FLOOR = 1e-2
-# What runs once is not worth optimizing.
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-# Six groups of three axes in which every two of the six come together.
+# Six groups of three axes in which every pair of the six axes occurs.
 _TRIPLES = ((0, 1, 2), (0, 1, 3), (0, 4, 5), (1, 4, 5), (2, 3, 4), (2, 3, 5))
 
 
 @dataclasses.dataclass(frozen=True)
 class Observed:
-  """What three steps showed.
+  """Results of three steps.
 
   Attributes:
-    losses: nats a prediction, of each step.
+    losses: nats per prediction, of each step.
     grads: by path, of the first step, before clipping.
-    weights: by path, after the last step.
-    peak_bytes: of one device, by XLA's account: arguments, results and temporaries.
+    weights: trainable ones by path, after the last step.
+    peak_bytes: of one device, as XLA reports it: arguments, results and temporaries.
     traffic: the compiled step's collectives in words.
   """
 
@@ -63,30 +61,30 @@ class Observed:
 
 
 def check(config: Config, devices: int = 8, meshes: Sequence[dict] = (), report=None) -> dict:
-  """Proves a config, shrunk by rule, on every mesh against one device.
+  """Compares a config, shrunk by rule, on every mesh with one device.
 
   Args:
     config: the experiment.
-    devices: how many to lay out; there must be as many.
-    meshes: sizes by axis, what is not named is 1; by default those of `some_meshes`.
+    devices: of every mesh; there must be as many.
+    meshes: sizes by axis, 1 where an axis is missing; by default those of `some_meshes`.
     report: called with each mesh's row as it is done.
   Returns:
     {"meshes": rows, "ok": none is off, and how many are `equal`, `off` and `left_out`}. A row:
-    `mesh`; `loss_diff`, relative, the worst of three steps; `worst_leaf` and `worst_rel`, the
-    gradient that is furthest off and by what share of its norm; `peak_bytes`; `collectives`; `ok`;
-    and `error` of a mesh that cannot run this config: there `ok` is None, or False where rules do
-    not cut what the mesh says.
+    `mesh`; `loss_diff`, relative, the largest of three steps; `worst_leaf` and `worst_rel`, the
+    gradient with the largest error relative to its norm; `peak_bytes`; `collectives`; `ok`; and
+    `error` of a mesh that cannot run this config: there `ok` is None, or False if rules do not
+    shard what the mesh says.
   Raises:
-    UserError: too few devices, a model that learns from no text, or no mesh that can run it.
+    UserError: too few devices, a model that does not learn from text, or no mesh that can run it.
   """
   if len(jax.devices()) < devices:
     raise UserError(f"check wants {devices} devices and there are {len(jax.devices())}")
   small = shrink(check_config(config), devices)
   batch = made_up_batch(small)
-  truth = on_one_device(small, batch)
+  reference = on_one_device(small, batch)
   rows = []
   for sizes in meshes or some_meshes(devices):
-    rows.append(_row(small, sizes, batch, truth))
+    rows.append(_row(small, sizes, batch, reference))
     if report:
       report(rows[-1])
   count = {name: sum(row["ok"] is ok for row in rows) for name, ok in _VERDICTS.items()}
@@ -96,10 +94,10 @@ def check(config: Config, devices: int = 8, meshes: Sequence[dict] = (), report=
 
 
 def some_meshes(devices: int) -> Iterator[dict[str, int]]:
-  """Lists meshes in which every axis has all devices once and every two axes come together.
+  """Lists each axis alone and meshes of three axes in which every pair of axes occurs.
 
   Of 8 devices these are 12 of the 56 that `all_meshes` lists: each axis alone, and 2 × 2 × 2 for
-  six groups of three axes. Where there is no such cube, all meshes of two axes stand for it.
+  six groups of three axes. If there is no such cube, all meshes of two axes replace them.
   """
   yield from ({axis: devices} for axis in AXES)
   side = round(devices ** (1 / 3))
@@ -110,7 +108,7 @@ def some_meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def all_meshes(devices: int) -> Iterator[dict[str, int]]:
-  """Lists every way to lay devices out on the axes; an axis of size 1 is left out."""
+  """Lists every mesh of so many devices; axes of size 1 are left out."""
   divisors = [n for n in range(1, devices + 1) if devices % n == 0]
   for sizes in itertools.product(divisors, repeat=len(AXES)):
     if math.prod(sizes) == devices:
@@ -118,9 +116,9 @@ def all_meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def on_one_device(config: Config, batch: Batch) -> Observed:
-  """Runs the reference: no mesh, and the batch as a whole.
+  """Runs the reference: no mesh and no micro-batches.
 
-  Dropout and load balance are of a micro-batch; with them the reference has as many.
+  Dropout and load balance depend on the micro-batches; with them the reference has them too.
   """
   if not config.model.dropout and not config.model.moe.experts:
     train = dataclasses.replace(config.train, grad_accum_steps=1)
@@ -135,10 +133,10 @@ def on_mesh(config: Config, mesh: Mesh, batch: Batch, watch: bool = False) -> Ob
   """Runs three steps on a mesh, by the function that training compiles.
 
   Raises:
-    LayoutError: with `watch`, if an activation lives whole on every device.
+    LayoutError: with `watch`, if an activation is replicated on every device.
   """
-  places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-  state = jax.device_put(_start(config), places)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+  state = jax.device_put(_start(config), shardings)
   placed = place(batch, batch_sharding(mesh))
   step = compile_step(config, mesh, with_grads=True)
   with jax.set_mesh(mesh):
@@ -159,33 +157,33 @@ def on_mesh(config: Config, mesh: Mesh, batch: Batch, watch: bool = False) -> Ob
 
 def _start(config: Config) -> TrainState:
   """The state of step 0 in the host's memory: but for rounding, what `init_sharded` makes."""
-  given = {key: getattr(config, key) for key in ("seed", "model", "optim")}
-  train = dataclasses.replace(Config().train, steps=config.train.steps)
-  return _made(dataclasses.replace(Config(), train=train, **given))
+  train = TrainConfig(steps=config.train.steps)
+  return _init(Config(seed=config.seed, model=config.model, optim=config.optim, train=train))
 
 
 @functools.cache
-def _made(config: Config) -> TrainState:
-  """Made once for all meshes, since on a CPU it takes longer to compile than a step."""
-  make = jax.jit(lambda: init_state(config), compiler_options=_quick())
-  return jax.tree.map(np.array, make())  # copies, since a step takes its state's memory
+def _init(config: Config) -> TrainState:
+  """Initializes once for all meshes: on a CPU it takes longer to compile than a step."""
+  init = jax.jit(lambda: init_state(config), compiler_options=_quick())
+  return jax.tree.map(np.array, init())  # copies, since a step takes its state's memory
 
 
 def _watched(lowered, config: Config, state: TrainState, mesh: Mesh):
-  """Compiles a step, and refuses one that holds a residual stream, or more, whole everywhere."""
-  part = config.data.batch_size // config.train.grad_accum_steps
-  stream_bytes = 4 * part * config.model.max_seq_len * config.model.width
+  """Compiles a step; refuses one with a replicated array of the residual stream's size or more."""
+  micro_batch = config.data.batch_size // config.train.grad_accum_steps
+  stream_bytes = 4 * micro_batch * config.model.max_seq_len * config.model.width
   weight_bytes = max(4 * leaf.size for leaf in jax.tree.leaves((state.trainable, state.frozen)))
-  compiled, whole = compile_and_watch(lowered, max(stream_bytes, weight_bytes + 1), _quick())
-  cut = [axis for letter in "bt" for axis in axes_of(letter, ACTIVATIONS) if mesh.shape[axis] > 1]
-  if whole and cut:
-    lines = ", ".join(f"{array.shape} of {array.source or array.operation}" for array in whole[:8])
+  compiled, found = compile_and_watch(lowered, max(stream_bytes, weight_bytes + 1), _quick())
+  axes = [axis for letter in "bt" for axis in axes_of(letter, ACTIVATIONS)]
+  if found and any(mesh.shape[axis] > 1 for axis in axes):
+    lines = ", ".join(f"{array.shape} of {array.source or array.operation}" for array in found[:8])
     rules = ", ".join(f"{letter} → {', '.join(axes_of(letter, ACTIVATIONS))}" for letter in "bt")
-    raise LayoutError(f"activations live whole on each device, none of {rules} cuts them: {lines}")
+    raise LayoutError(f"activations are replicated, none of {rules} shards them: {lines}")
   return compiled
 
 
 def _quick() -> dict:
+  """Compiler options for a program that runs a few times only."""
   return _QUICK if jax.default_backend() == "cpu" else {}
 
 
@@ -194,16 +192,11 @@ def _steps(compiled, state: TrainState, batch: Batch) -> Observed:
   for _ in range(STEPS):
     state, metrics, grads = compiled(state, batch)
     losses.append(float(metrics["loss"]))
-    first = first or _host(grads)
-  return Observed(losses, first, _host(state.trainable))
+    first = first or jax.tree.map(np.asarray, grads)
+  return Observed(losses, first, jax.tree.map(np.asarray, state.trainable))
 
 
-def _host(weights) -> dict[str, np.ndarray]:
-  return {path: np.asarray(leaf) for path, leaf in tree.flatten(weights).items()}
-
-
-def _row(config: Config, sizes: dict, batch: Batch, truth: Observed) -> dict:
-  """One mesh's comparison."""
+def _row(config: Config, sizes: dict, batch: Batch, reference: Observed) -> dict:
   row = {"mesh": sizes}
   try:
     mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), jax.devices()[: math.prod(sizes.values())])
@@ -211,19 +204,19 @@ def _row(config: Config, sizes: dict, batch: Batch, truth: Observed) -> dict:
     seen = on_mesh(config, mesh, batch, watch=True)
   except UserError as error:
     return row | {"ok": False if isinstance(error, LayoutError) else None, "error": str(error)}
-  return row | compare(seen, truth)
+  return row | compare(seen, reference)
 
 
-def compare(seen: Observed, truth: Observed) -> dict:
-  """Compares losses and gradients; see `check` for what it returns."""
+def compare(seen: Observed, reference: Observed) -> dict:
+  """Compares losses and gradients: a row of `check` without `mesh`."""
   loss_diff = max(
-    abs(a - b) / abs(b) for a, b in zip(seen.losses, truth.losses, strict=True)
+    abs(a - b) / abs(b) for a, b in zip(seen.losses, reference.losses, strict=True)
   )
-  total = math.sqrt(sum(float(np.sum(np.square(g))) for g in truth.grads.values()))
+  total = math.sqrt(sum(float(np.sum(np.square(g))) for g in reference.grads.values()))
   errors = {
     path: float(np.linalg.norm(seen.grads[path] - grad))
     / max(float(np.linalg.norm(grad)), _FLOOR * total)
-    for path, grad in truth.grads.items()
+    for path, grad in reference.grads.items()
   }
   worst = max(errors, key=lambda path: (not math.isfinite(errors[path]), errors[path]))
   return {

@@ -1,9 +1,9 @@
-"""Checksums of arrays, 32 bits each, the same on every mesh, which tell damaged checkpoints.
+"""32-bit checksums of arrays, the same on every mesh, which detect damaged checkpoints.
 
-    c = Σᵢ mix(bitsᵢ xor placeᵢ)  mod 2³²
+    c = Σᵢ mix(bitsᵢ xor positionᵢ)  mod 2³²
 
-The mixing is invertible, so any one changed element changes c; of other changes one in 2³² stays
-unseen. Integers are summed, so the order does not matter, nor how an array is cut.
+The mixing is invertible, so any one changed element changes c; of other changes one in 2³² is
+missed. Sums of integers do not depend on their order, nor on the sharding.
 
 Source: the mixing is MurmurHash3's finalizer with the constants of Wellons 2018,
   nullprogram.com/blog/2018/07/31.
@@ -19,24 +19,24 @@ from llmjax.training.step import compiler_options
 
 
 def checksums(arrays: dict[str, jax.Array]) -> tuple[dict[str, int], list[str]]:
-  """Sums up arrays where they are; all processes that hold them call it together.
+  """Computes checksums where the arrays are; all processes that hold them call it together.
 
   Args:
     arrays: by path.
   Returns:
-    (checksum by path, paths of those that hold a number that is not finite).
+    (checksum by path, paths of arrays with numbers that are not finite).
   """
   mesh_of = lambda leaf: getattr(leaf.sharding, "mesh", None)  # noqa: E731
-  made = {path: _summer(mesh_of(leaf))(leaf) for path, leaf in arrays.items()}
-  made = {path: np.asarray(pair) for path, pair in made.items()}
+  pairs = {path: _compiled_sum(mesh_of(leaf))(leaf) for path, leaf in arrays.items()}
+  pairs = {path: np.asarray(pair) for path, pair in pairs.items()}
   return (
-    {path: int(pair[0]) for path, pair in made.items()},
-    [path for path, pair in made.items() if pair[1]],
+    {path: int(pair[0]) for path, pair in pairs.items()},
+    [path for path, pair in pairs.items() if pair[1]],
   )
 
 
 @functools.cache
-def _summer(mesh):
+def _compiled_sum(mesh):
   return jax.jit(_sum, compiler_options=compiler_options(mesh) if mesh else None)
 
 

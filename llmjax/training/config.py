@@ -24,12 +24,11 @@ class TrainConfig:
     steps: optimizer steps of the whole run.
     grad_accum_steps: micro-batches a step.
     log_every: steps between lines of metrics.
-    zero_stage: what mesh axis `fsdp` cuts: 1 optimizer state; 2 gradients too; 3 weights too.
-    grad_reduce_dtype: of gradients while they are summed over `fsdp`, where that cuts weights:
-      float32, or bfloat16, which sends half as much. Latent attention's down projections keep
-      float32.
-    vmem_mib: MiB of a TPU's fast memory that one fusion may use: more makes large products faster,
-      and compiling slower. 0 takes 20, of a v4 what XLA takes.
+    zero_stage: what mesh axis `fsdp` shards: 1 optimizer state; 2 gradients too; 3 weights too.
+    grad_reduce_dtype: float32, or bfloat16, which sends half as much: in which gradients are summed
+      over `fsdp` in stage 3. Latent attention's down projections keep float32.
+    vmem_mib: VMEM of a TPU that one fusion may use, in MiB: more makes large products faster and
+      compilation slower. 0 means 20, on a v4 XLA's own limit.
     executable: file of a step compiled by `llmjax plan --keep-executable`; "" compiles here.
   """
 
@@ -60,7 +59,7 @@ class CheckpointConfig:
 
   Attributes:
     every: steps between checkpoints; the last step is always kept.
-    keep: newest checkpoints that stay on disk; at least 2, so that a damaged one has a forebear.
+    keep: newest checkpoints that stay on disk; at least 2, in case one is damaged.
   """
 
   every: int = 500
@@ -75,9 +74,10 @@ class EvalConfig:
   """Held-out evaluation.
 
   Attributes:
-    every: steps between evaluations during training; 0 evaluates at the end alone.
-    batch_size: rows at a time.
-    stride: new predictions a row of a document's later rows; 0 means half the context.
+    every: steps between evaluations during training; 0 evaluates only at the end.
+    batch_size: rows of a batch.
+    stride: predictions of each overlapping row after a document's first; 0 means half of
+      `model.max_seq_len`.
   """
 
   every: int = 0
@@ -111,7 +111,7 @@ class SampleConfig:
     check_texts("sample.prompts", self.prompts)
 
 
-# What each kind of model can learn; the first is what `task.name=auto` means.
+# Tasks of each kind of model; the first is what `task.name=auto` means.
 SUITABLE = {
   "decoder": ("language_model", "prefix_lm"),
   "encoder": ("masked_lm",),
@@ -165,14 +165,14 @@ class Config:
 
   @property
   def task_name(self) -> str:
-    """What is learned, with `auto` resolved; empty for a kind that learns from no text."""
+    """Name of the task, with `auto` resolved; "" for a kind that does not learn from text."""
     if self.task.name != "auto":
       return self.task.name
     prefix = self.model.attention.mask == "prefix"
     return "prefix_lm" if prefix else (*SUITABLE[self.model.kind], "")[0]
 
   def known_task(self) -> TaskConfig:
-    """What is learned, `auto` resolved.
+    """The task's config, with `auto` resolved.
 
     Raises:
       UserError: `llmjax train` has no task for this kind of model.
@@ -197,7 +197,7 @@ class Config:
     return Task(task, tokenizer.vocab_size, start, marks_of(task.name, tokenizer))
 
 
-# What may differ when a run goes on: it changes where and how often, not what is learned.
+# Keys that may change when a run resumes: they do not decide what is learned.
 _FREE = (
   "mesh.",
   "pipeline.",
@@ -214,5 +214,5 @@ _FREE = (
 
 
 def binding(values: dict) -> dict:
-  """Keeps the values of a flat config that decide what is learned."""
+  """Selects the values of a flat config that may not change when a run resumes."""
   return {key: value for key, value in values.items() if not key.startswith(_FREE)}

@@ -1,8 +1,7 @@
-"""A train step compiled beforehand: written by `llmjax plan --keep-executable`, loaded by the run.
+"""A train step compiled ahead: written by `llmjax plan --keep-executable`, loaded by the run.
 
-A program belongs to the values and the source it was made from, to devices by number and to jax:
-one line of JSON at the head of the file says which, and a run that differs is told in what. The
-rest is a pickle, which runs whatever it holds: load your own files only.
+The first line of the file is JSON that says which config, source, devices and jax it was compiled
+for. The rest is a pickle, which runs whatever it holds: load your own files only.
 """
 
 import hashlib
@@ -19,7 +18,7 @@ from llmjax.core.errors import UserError
 from llmjax.training.config import Config
 from llmjax.training.step import compile_step
 
-# What decides nothing of the step, but for the number of rows; all else does.
+# Keys that the step does not depend on, except for the number of rows.
 _OTHER = ("init.", "tokenizer.", "data.", "checkpoint.", "eval.", "sample.", "train.log_every")
 _ROWS = "data.batch_size"
 
@@ -29,12 +28,12 @@ def save(path: str | Path, compiled, config: Config, mesh: Mesh):
 
   Args:
     path: file, overwritten.
-    compiled: of `compile_step(config, mesh).lower(…).compile()`; compiled indeed: what jax found in
-      its cache cannot be kept on a CPU (`no_cache` in `llmjax/parallel/whole.py`).
+    compiled: of `compile_step(config, mesh).lower(…).compile()`; on a CPU not from jax's cache
+      (`no_cache` in `llmjax/parallel/whole.py`).
     config: the experiment, `model.vocab_size` filled in.
     mesh: what it was compiled for.
   """
-  head = json.dumps(_made_of(config, mesh)).encode()
+  head = json.dumps(_depends_on(config, mesh)).encode()
   body = pickle.dumps(serialize_executable.serialize(compiled))
   Path(path).write_bytes(head + b"\n" + body)
 
@@ -55,13 +54,13 @@ def make_step(config: Config, mesh: Mesh):
     return compile_step(config, mesh)
   try:
     head, _, body = Path(path).read_bytes().partition(b"\n")
-    made = json.loads(head)
+    found = json.loads(head)
   except (OSError, ValueError) as error:
     raise UserError(f"train.executable {path!r} is not what llmjax plan keeps: {error}") from error
-  for name, here in json.loads(json.dumps(_made_of(config, mesh))).items():
-    if made.get(name) != here:
+  for name, here in json.loads(json.dumps(_depends_on(config, mesh))).items():
+    if found.get(name) != here:
       raise UserError(
-        f"train.executable {path!r} was made for {name} {made.get(name)}, this run has {here}"
+        f"train.executable {path!r} was made for {name} {found.get(name)}, this run has {here}"
       )
   devices = list(mesh.devices.flat)
   return serialize_executable.deserialize_and_load(
@@ -69,8 +68,8 @@ def make_step(config: Config, mesh: Mesh):
   )
 
 
-def _made_of(config: Config, mesh: Mesh) -> dict:
-  """All that a compiled step depends on, by name."""
+def _depends_on(config: Config, mesh: Mesh) -> dict:
+  """Everything that a compiled step depends on, by name."""
   devices = list(mesh.devices.flat)
   libraries = ("jax", "jaxlib", *(["libtpu"] if devices[0].platform == "tpu" else []))
   values = {
@@ -86,7 +85,7 @@ def _made_of(config: Config, mesh: Mesh) -> dict:
 
 
 def source_hash() -> str:
-  """Hashes every line of llmjax: 16 hex digits, of which a program is a function too."""
+  """Hashes the source of llmjax: 16 hex digits."""
   digest = hashlib.sha256()
   for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
     digest.update(path.read_bytes())

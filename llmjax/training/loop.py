@@ -22,13 +22,14 @@ from llmjax.models.formulas import forward_flops_per_token
 from llmjax.parallel import multihost
 from llmjax.parallel.rules import batch_sharding
 from llmjax.text.tokenizer import Tokenizer
-from llmjax.training.checkpoint import Checkpoints, make_meta
+from llmjax.training.checkpoint import Checkpoints
 from llmjax.training.config import Config
 from llmjax.training.executable import make_step
 from llmjax.training.finite import NotFinite, Watch
 from llmjax.training.metrics import NoReport, Reporter
 from llmjax.training.parameters import abstract_state, init_sharded, model_of, split
 from llmjax.training.rates import peak_of
+from llmjax.training.stored import make_meta
 
 
 class Interrupted(KeyboardInterrupt):
@@ -58,7 +59,7 @@ def fit(
   begin: Callable[[nnx.Module], nnx.Module] = lambda fresh: fresh,
   name: Callable[[int], str] = str,
 ) -> Fitted:
-  """Trains a model, going on from whatever checkpoint the workdir holds.
+  """Trains a model, resuming from the newest checkpoint of the workdir.
 
   Args:
     config: the experiment, `model.vocab_size` filled in.
@@ -67,8 +68,8 @@ def fit(
     store: training documents.
     mesh: devices.
     evaluate: called on the model every `eval.every` steps; its values are logged.
-    begin: called on the weights of step 0; what it returns takes their place.
-    name: what to call a training document, by its number in `store`.
+    begin: called on the model of step 0; returns the model to train.
+    name: gives the name of a training document by its number in `store`.
   Returns:
     The trained model and how long it took.
   Raises:
@@ -92,7 +93,7 @@ def fit(
       state, metrics = train_step(state, batch)
       settle(state)
       if step == start + 1:
-        give_back()  # what making and loading the state left
+        give_back()  # memory of initializing or loading the state
       watch.add(step, metrics)
       report.add(step, metrics)
       if config.eval.every and step % config.eval.every == 0 and step < steps:
@@ -102,10 +103,10 @@ def fit(
       # Asked once a step: a signal must not come between saving and leaving.
       stopping = votes.add(stop.asked)
       if step % config.checkpoint.every == 0 or step == steps or stopping:
-        watch.flush()  # no state that follows from what is not finite may be saved
+        watch.flush()  # no state after a step that is not finite may be saved
         saved = meta | {"train_seconds": time.perf_counter() - began_s}
         last = stopping or step == steps
-        # After all lines of metrics: a run that goes on from here must not lack one before it.
+        # After all lines of metrics: a run that resumes from here must not lack one before it.
         report.record(step, "checkpoint", functools.partial(checkpoints.save, state, saved, last))
       if stopping:
         break
@@ -120,18 +121,17 @@ def fit(
 
 @contextlib.contextmanager
 def _failing(checkpoints: Checkpoints, report):
-  """Ends a run that failed: files closed, the sentence ends with what it can go on from."""
+  """Closes the files of a run that failed, and adds what it can resume from to the message."""
   try:
     yield
   except (RunFailed, OSError) as error:
     with contextlib.suppress(OSError):
       report.stop(error.step if isinstance(error, NotFinite) else 0)
-    said = f"a file could not be written: {error}" if isinstance(error, OSError) else error
-    raise RunFailed(f"{said}; {checkpoints.standing()}") from error
+    text = f"a file could not be written: {error}" if isinstance(error, OSError) else error
+    raise RunFailed(f"{text}; {checkpoints.standing()}") from error
 
 
 def _feed(config: Config, tokenizer: Tokenizer, rows: PackedRows, mesh: Mesh, start: int):
-  """The batches of the steps after `start`."""
   return batches(
     rows,
     config.task_of(tokenizer),
@@ -144,7 +144,7 @@ def _feed(config: Config, tokenizer: Tokenizer, rows: PackedRows, mesh: Mesh, st
 
 
 def _start(checkpoints, config, mesh, meta, begin):
-  """Returns (state, steps done, seconds spent) from a checkpoint, or of step 0."""
+  """Returns (state, steps done, seconds spent), restored or of step 0."""
   restored = checkpoints.restore(abstract_state(config, mesh))
   if restored is None:
     state = init_sharded(config, mesh)
@@ -165,10 +165,9 @@ def _start(checkpoints, config, mesh, meta, begin):
 
 
 def _reporter(config: Config, workdir: Path, start: int):
-  """The writer's reports; the other processes make none."""
   length = config.model.max_seq_len
   flops = 3 * config.data.batch_size * length * forward_flops_per_token(config.model, length)
-  peak = peak_of(config.model.dtype)  # measured, where it is, by all processes at the same time
+  peak = peak_of(config.model.dtype)  # if it is measured, by all processes at the same time
   if not multihost.is_writer():
     return NoReport()
   steps, every = config.train.steps, config.train.log_every
@@ -176,7 +175,7 @@ def _reporter(config: Config, workdir: Path, start: int):
 
 
 class _Signals:
-  """Turns the first SIGINT or SIGTERM into a request to stop; a second one stops at once."""
+  """Makes the first SIGINT or SIGTERM a request to stop; a second one stops at once."""
 
   def __enter__(self):
     self.asked = False

@@ -1,11 +1,11 @@
-"""Whether a config can run on a mesh: all that can be told before any text is read, or chip rented.
+"""Whether a config can run on a mesh, checked before any text is read.
 
-`train`, `launch`, `plan` and `check` come here first, so that each refuses what the others refuse,
-in the same words.
+`train`, `launch`, `plan` and `check` start here, so that all refuse the same in the same words.
 """
 
 import contextlib
 import dataclasses
+import math
 import operator
 
 import jax
@@ -38,11 +38,11 @@ _PLATFORM_KERNELS = ("splash", "cudnn")
 
 
 def check_run(config: Config, mesh: Mesh | AbstractMesh) -> Config:
-  """Refuses what no run of a config on a mesh could be.
+  """Refuses a config that cannot run on a mesh.
 
   Args:
     config: the experiment.
-    mesh: its mesh, of devices that need not be at hand (`abstract_mesh`).
+    mesh: its mesh, which may be abstract (`abstract_mesh`).
   Returns:
     The config with `model.vocab_size` filled in.
   Raises:
@@ -63,7 +63,7 @@ def unread() -> list[tuple]:
 
 
 def check_config(config: Config) -> Config:
-  """Refuses what no mesh could run; returns the config with `model.vocab_size` filled in.
+  """Refuses what cannot run on any mesh; returns the config with `model.vocab_size` filled in.
 
   Raises:
     UserError: no task for this kind of model, a vocabulary that is not the tokenizer's, groups of
@@ -76,27 +76,26 @@ def check_config(config: Config) -> Config:
 
 
 def with_vocab(config: Config, tokenizer: Tokenizer | None = None) -> Config:
-  """Fills `model.vocab_size` in from tokenizer and task, or holds it against them.
+  """Fills `model.vocab_size` in from tokenizer and task, or checks it.
 
   Args:
-    config: the experiment. A `model.vocab_size` above what is needed stays: published models have
-      rows to spare.
-    tokenizer: the run's; by default the one that the config says. Where that is for a file to say,
-      a `model.vocab_size` above 0 is believed.
+    config: the experiment. A `model.vocab_size` larger than needed stays, as in published models.
+    tokenizer: the run's; by default that of the config. If that is read from a file, a
+      `model.vocab_size` above 0 is not checked.
   Raises:
     UserError: `model.vocab_size` is too small; no tokenizer where `tokenizer.path` says.
   """
-  made, size, known = config.tokenizer, config.model.vocab_size, config.known_task()
-  if not tokenizer and made.path and size:
+  wanted, size, known = config.tokenizer, config.model.vocab_size, config.known_task()
+  if not tokenizer and wanted.path and size:
     return config
-  if not tokenizer and (made.path or made.kind == "bytes"):
-    tokenizer = train_tokenizer(made, ())
+  if not tokenizer and (wanted.path or wanted.kind == "bytes"):
+    tokenizer = train_tokenizer(wanted, ())
   if tokenizer:
     least = tokenizer.vocab_size
     least += Task(known, least, marks=marks_of(known.name, tokenizer)).extra_tokens
-  else:  # of the kinds that are trained here WordPiece alone has a mask
-    masks = known.name == "masked_lm" and made.kind == "wordpiece"
-    least = made.vocab_size + (0 if masks else Task(known).extra_tokens)
+  else:  # of the kinds that are trained here only WordPiece has a mask token
+    masks = known.name == "masked_lm" and wanted.kind == "wordpiece"
+    least = wanted.vocab_size + (0 if masks else Task(known).extra_tokens)
   if 0 < size < least:
     raise UserError(
       f"model.vocab_size {size} is less than the {least} of tokenizer and task; leave it at 0"
@@ -110,15 +109,17 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh):
 
   Args:
     config: the experiment, `model.vocab_size` filled in.
-    mesh: of devices that need not be at hand.
+    mesh: the mesh, which may be abstract.
   Raises:
     UserError: rows, positions, heads, layers or weights that the mesh does not divide.
-    LayoutError: rules do not cut what the mesh says they should.
+    LayoutError: the sharding rules do not use an axis of the mesh.
   """
-  rows, parts = config.data.batch_size, config.train.grad_accum_steps
-  if rows % parts:
-    raise UserError(f"data.batch_size {rows} is not a multiple of train.grad_accum_steps {parts}")
-  check_divides(mesh, "micro-batch", "b", (rows // parts,), ACTIVATIONS)
+  examples, steps = config.data.batch_size, config.train.grad_accum_steps
+  if examples % steps:
+    raise UserError(
+      f"data.batch_size {examples} is not a multiple of train.grad_accum_steps {steps}"
+    )
+  check_divides(mesh, "micro-batch", "b", (examples // steps,), ACTIVATIONS)
   check_divides(mesh, "row", "t", (config.model.max_seq_len,), ACTIVATIONS)
   if config.model.kind == "encoder_decoder":
     width = Task(config.known_task()).target_width(config.model.max_seq_len)
@@ -127,7 +128,7 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh):
   weight_shardings(mesh, weights)
   check_layout(mesh, weights, table)
   if mesh.shape["stage"] > 1:
-    check_stages(config.model.kind, mesh.shape["stage"], parts, config.pipeline)
+    check_stages(config.model.kind, mesh.shape["stage"], steps, config.pipeline)
   if mesh.shape["context"] > 1 and config.model.attention.context_parallel == "all_to_all":
     check_heads(config.model.heads, mesh.shape["tensor"] * mesh.shape["context"])
   if config.model.attention.kernel in _PLATFORM_KERNELS:
@@ -135,14 +136,12 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh):
 
 
 def _trace(config: Config, mesh: Mesh | AbstractMesh, weights):
-  """Traces the forward pass for a mesh, since what a platform's kernel can do is asked there.
+  """Traces the forward pass on a mesh, where a platform's kernel says what it cannot do.
 
-  A kernel that can do it may then want its library at hand, as cuDNN's does: that refuses nothing.
+  That its library is missing, as cuDNN's may be, refuses nothing.
   """
-  rows = 1
-  for axis in axes_of("b", ACTIVATIONS):
-    rows *= mesh.shape[axis]
-  few = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
+  examples = math.prod(mesh.shape[axis] for axis in axes_of("b", ACTIVATIONS))
+  few = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=examples))
   batch = jax.eval_shape(lambda: made_up_batch(few))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), contextlib.suppress(RuntimeError):
     jax.eval_shape(lambda model, batch: model.hidden(batch)[0], weights, batch)

@@ -1,7 +1,7 @@
-"""A user's experiment made small by rule, so that it can be proven on a laptop in seconds a mesh.
+"""Shrinks an experiment by rule, so that `check` takes seconds per mesh on a laptop.
 
-Sizes shrink, structure stays: kinds of layers, norms, positions, masks, dropout, loss, optimizer,
-remat and ZeRO stage are the config's own.
+Sizes shrink; kinds of layers, norms, positions, masks, dropout, loss, optimizer, remat and ZeRO
+stage stay.
 """
 
 import dataclasses
@@ -19,10 +19,9 @@ _HEAD = 8  # width of a head: even, with channels for every scaling of rope
 
 
 def shrink(config: Config, devices: int) -> Config:
-  """Makes an experiment small, its sizes multiples of what meshes of `devices` cut them into.
+  """Shrinks an experiment to sizes that meshes of `devices` divide if they divide the config's.
 
-  A size that is no multiple of `devices` in the config (8 heads, 3 key heads) is not made one:
-  meshes that do not divide it would not divide the real one either.
+  A mesh that does not divide a size of the config (3 key heads) does not divide the small one.
 
   Args:
     config: the experiment.
@@ -66,7 +65,7 @@ def shrink(config: Config, devices: int) -> Config:
 
 
 def _narrow(latent: LatentConfig, devices: int) -> LatentConfig:
-  """Ranks that meshes divide alike, and heads of `_HEAD` channels, half of them turned."""
+  """Ranks that meshes divide alike, and heads of `_HEAD` channels, half of them rotated."""
   if not latent.kv_rank:
     return latent
   ranks = [rank and 8 * math.gcd(rank, devices) for rank in (latent.kv_rank, latent.query_rank)]
@@ -74,7 +73,7 @@ def _narrow(latent: LatentConfig, devices: int) -> LatentConfig:
 
 
 def _few(moe: MoeConfig, devices: int) -> MoeConfig:
-  """Fewer and narrower experts, if routing then has as many to choose from as it wants."""
+  """Fewer experts, if routing can still choose `top_k` of them, and narrower ones."""
   if not moe.experts:
     return moe
   experts = math.gcd(moe.experts, 2 * devices)
@@ -86,7 +85,7 @@ def _few(moe: MoeConfig, devices: int) -> MoeConfig:
 
 
 def made_up_batch(config: Config) -> Batch:
-  """Makes a batch of random tokens, packed unevenly, for the config's task.
+  """Makes a batch of random tokens for the config's task, packed unevenly.
 
   Raises:
     UserError: models of this kind do not learn from text.
@@ -97,7 +96,7 @@ def made_up_batch(config: Config) -> Batch:
   rows, length = config.data.batch_size, config.model.max_seq_len + 1
   tokens_bu = rng.integers(0, task.tokens, (rows, length), np.int32)
   ends = np.sort(rng.integers(length // 8, length, (rows, 3)), axis=1)
-  places = np.arange(length)
-  segments_bu = sum((places >= ends[:, i, None]).astype(np.int32) for i in range(2)) + 1
-  segments_bu[places >= ends[:, 2, None]] = 0  # the rest is padding, of another length in each row
+  positions = np.arange(length)
+  segments_bu = sum((positions >= ends[:, i, None]).astype(np.int32) for i in range(2)) + 1
+  segments_bu[positions >= ends[:, 2, None]] = 0  # padding, of another length in each row
   return task.batch(tokens_bu, segments_bu, [(config.seed, row) for row in range(rows)])

@@ -191,16 +191,16 @@ _GATHERS = {
 
 
 def compiler_options(mesh: Mesh, vmem_mib: int = 0) -> dict[str, str]:
-  """Lists what XLA is told beside the program.
+  """Chooses XLA's options for a program on a mesh.
 
-  On TPUs a fusion may use 20 MiB of the fast memory in place of 16: by the compiler's estimate
-  large products of a Llama-3-8B step are then a tenth faster, with 24 another 4 %, which take a
-  fifth longer to compile. A v4 has less of that memory. Weights are gathered beside other work, as
-  they are on a v5e unasked, and over a cube of chips gathered at all in place of summed.
+  On TPUs a fusion may use 20 MiB of VMEM instead of 16: by the compiler's estimate large products
+  of a Llama-3-8B step are then a tenth faster, with 24 another 4 %, and compilation takes a fifth
+  longer. A v4 has less VMEM. All-gathers of weights are asynchronous, as they are on a v5e by
+  default, and over a cube of chips are not replaced by all-reduces.
 
-  On a CPU that acts as several devices, instructions keep the order that needs least memory. In
-  the order XLA prefers there, which runs many at once, arrays are overwritten before they are read:
-  weights came out NaN in six steps of seven where dropout, remat and the ring meet.
+  On a CPU with several devices instructions are scheduled for the least memory. With XLA's default
+  concurrent scheduler arrays are overwritten before they are read: weights were NaN in six steps
+  of seven with dropout, remat and ring attention.
 
   Args:
     mesh: of the devices that the program is for.

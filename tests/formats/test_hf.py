@@ -24,7 +24,7 @@ from llmjax.models.model import Model
 from llmjax.nn.attention.grouped_query import AttentionConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
-from llmjax.training.checkpoint import save_model
+from llmjax.training.stored import save_model
 from tests import golden
 from tests.gradients import loss_and_grad
 

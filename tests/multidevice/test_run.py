@@ -7,8 +7,8 @@ import jax
 import pytest
 
 import llmjax
-from llmjax.training.checkpoint import load_model
 from llmjax.training.metrics import read_metrics
+from llmjax.training.stored import load_model
 from tests.runs import tiny, write_text
 
 MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}

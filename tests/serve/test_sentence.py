@@ -24,7 +24,7 @@ from llmjax.nn.position import PositionConfig
 from llmjax.nn.router import MoeConfig
 from llmjax.text.fast import WordPiece
 from llmjax.text.raw import Bytes
-from llmjax.training.checkpoint import save_model
+from llmjax.training.stored import save_model
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 

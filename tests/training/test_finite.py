@@ -16,10 +16,11 @@ from llmjax.eval.loss import evaluate_loss
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.text.raw import Bytes
 from llmjax.training import loop
-from llmjax.training.checkpoint import Checkpoints, load_model
+from llmjax.training.checkpoint import Checkpoints
 from llmjax.training.finite import NotFinite, Watch
 from llmjax.training.metrics import read_metrics
 from llmjax.training.parameters import TrainState
+from llmjax.training.stored import load_model
 from tests.runs import write_text
 
 pytestmark = pytest.mark.usefixtures("quick_module")
