@@ -5,7 +5,7 @@
 
 from pathlib import Path
 
-from llmjax.parallel.schedules import KINDS, Schedule, make_schedule, peak_activations
+from llmjax.parallel.schedules import KINDS, Schedule, make_schedule, tables
 
 FILLS = {"F": ("#a6cbe8", "#3b78b0"), "B": ("#b4dfae", "#3f8f4a"), "W": ("#fbcf9a", "#d9731a")}
 IDLE = "#eeeeee"
@@ -62,7 +62,7 @@ def _draw(axis, schedule: Schedule):
   if schedule.chunks > 1:
     kind = f"{kind}, {schedule.chunks} chunks per stage"
     of = f" (each of 1/{schedule.chunks} stage)"
-  peaks = ", ".join(map(str, peak_activations(schedule)))
+  peaks = ", ".join(map(str, tables(schedule).saved.slots))
   title = f"{kind}: bubble {schedule.bubble_fraction():.1%}, peak activations {peaks}{of}"
   axis.set_title(title, loc="left", fontsize=10)
   stages = range(schedule.stages)

@@ -23,8 +23,11 @@ LETTERS = {
   "j": "experts of a token",
   "c": "expert capacity",
   "l": "layers",
-  "r": "low rank",
+  "r": "low rank of latent attention",
   "p": "cache page",
+  "a": "rank of an adapter",
+  "q": "queries of a key/value head (g · t)",
+  "u": "positions before inputs and targets are separated (t + 1)",
 }
 
 

@@ -1,4 +1,4 @@
-"""One transformer block: attention and mlp, each on the residual stream, between their norms."""
+"""One transformer block: attention and feed-forward layer, with their norms, on the stream."""
 
 import dataclasses
 import functools
@@ -7,32 +7,33 @@ import jax
 from flax import nnx
 
 from llmjax.models.config import ModelConfig
-from llmjax.nn.attention.grouped_query import Attention, AttentionInputs
-from llmjax.nn.attention.latent import LatentAttention
+from llmjax.nn.attention.grouped_query import Attention
+from llmjax.nn.attention.variant import AttentionInputs
 from llmjax.nn.cache.dense import KVCache
 from llmjax.nn.dropout import dropout
-from llmjax.nn.mlp import Mlp
-from llmjax.nn.moe import Moe
+from llmjax.nn.feed_forward import FeedForward
 from llmjax.nn.norm import Norm
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerInputs:
-  """What all blocks of a stack are given alike.
+  """Inputs that are the same for all blocks of a stack.
 
   Attributes:
-    views: what each kind of layer sees of the row.
-    positions_bt: slots that new keys and values are written to.
-    source_view: what is seen of another stack's result.
-    key: PRNG key of dropout and of noisy routers, a block's own inside it; None draws nothing.
+    attention: the inputs of attention, by kind of layer.
+    positions_bt: cache slots that new keys and values are written to.
+    cross_attention: the inputs of cross attention; None without it.
+    memory_bsd: what cross attention attends to, where its keys and values are not in a cache.
+    key: PRNG key of dropout and of noisy routers; None draws nothing.
     tokens_bt: int32 ids; None where there are none.
     real_bt: bool, False for padding; None: all are real.
   """
 
-  views: dict[str, AttentionInputs]
+  attention: dict[str, AttentionInputs]
   positions_bt: jax.Array
-  source_view: AttentionInputs | None = None
+  cross_attention: AttentionInputs | None = None
+  memory_bsd: jax.Array | None = None
   key: jax.Array | None = None
   tokens_bt: jax.Array | None = None
   real_bt: jax.Array | None = None
@@ -44,100 +45,93 @@ class Block(nnx.Module):
   Args:
     key: PRNG key of this block.
     config: the architecture.
-    cross: it also looks at another stack's result.
-    dense: its feed-forward layer is dense whatever `config.moe` says.
+    feed_forward: the kind of its feed-forward layer.
+    cross: it has cross attention too.
   """
 
-  def __init__(self, key, config: ModelConfig, cross: bool = False, dense: bool = False):
-    dims, place = config.dims, config.norm.place
+  def __init__(self, key, config: ModelConfig, feed_forward: FeedForward, cross: bool = False):
+    dims, attention, norm = config.dims, config.attention, config.norm
     keys = iter(jax.random.split(key, 12))
     sublayers = 3 if cross else 2
     out_scale = (sublayers * config.layers) ** -0.5  # keeps the stream's variance near one
     layout = config.position.layout
-    attention, norm = config.attention, config.norm
     self.config = config
     self.cross = cross
+    self.kind = feed_forward
     self.attention_norm = Norm(next(keys), dims, norm)
-    kind = LatentAttention if attention.latent.kv_rank else Attention
-    self.attention = kind(next(keys), dims, attention, norm, layout, out_scale)
+    self.attention = attention.variant.layer(next(keys), dims, attention, norm, layout, out_scale)
     if config.block != "parallel_shared":
       self.mlp_norm = Norm(next(keys), dims, norm)
-    if config.moe.experts and not dense:
-      self.moe = Moe(next(keys), dims, config.moe, config.activation, out_scale)
-    else:
-      self.mlp = Mlp(next(keys), dims, config.activation, config.mlp_bias, out_scale)
-    if place == "sandwich":
+    setattr(self, feed_forward.name, feed_forward.layer(next(keys), config, out_scale))
+    if norm.place == "sandwich":
       self.attention_out_norm = Norm(next(keys), dims, norm)
       self.mlp_out_norm = Norm(next(keys), dims, norm)
     if cross:
       plain = dataclasses.replace(attention, qk_norm="none", sinks=False)
       self.cross_norm = Norm(next(keys), dims, norm)
       self.cross_attention = Attention(next(keys), dims, plain, norm, layout, out_scale)
-      if place == "sandwich":
+      if norm.place == "sandwich":
         self.cross_out_norm = Norm(next(keys), dims, norm)
 
   def __call__(
-    self, x_btd, kind: str, shared: LayerInputs, cache: KVCache | None = None,
+    self, x_btd, kind: str, inputs: LayerInputs, cache: KVCache | None = None,
     source: KVCache | None = None,
   ):
     """Advances the residual stream.
 
     Args:
       x_btd: residual stream.
-      kind: of the layer, a key of `shared.views`.
-      shared: see `Shared`.
+      kind: of the layer, a key of `inputs.attention`.
+      inputs: see `LayerInputs`.
       cache: this layer's keys and values so far.
-      source: keys and values of the other stack's result.
+      source: keys and values of cross attention; None projects them from `inputs.memory_bsd`.
     Returns:
-      (x_btd, cache, what the router did or None).
+      (x_btd, cache, the router's statistics or None).
     """
-    keys = [None] * 3 if shared.key is None else jax.random.split(shared.key, 3)
+    keys = [None] * 3 if inputs.key is None else jax.random.split(inputs.key, 3)
     attend = functools.partial(
-      self.attention, view=shared.views[kind], positions_bt=shared.positions_bt, cache=cache
+      self.attention, inputs=inputs.attention[kind], positions_bt=inputs.positions_bt, cache=cache
     )
-    think = functools.partial(self.feed_forward, shared=shared)
+    feed_forward = functools.partial(self.feed_forward, inputs=inputs)
     if self.config.block != "sequential":
-      return self._parallel(x_btd, attend, think, keys)
+      return self._parallel(x_btd, attend, feed_forward, keys)
     x_btd, cache = self._add(x_btd, "attention", attend, keys[0])
     if self.cross:
-      look = lambda normed_btd: (  # noqa: E731
-        self.cross_attention.cross_attend(normed_btd, source, shared.source_view), None
+      source = source or self.cross_attention.keys_and_values(inputs.memory_bsd)
+      cross_attend = lambda normed_btd: (  # noqa: E731
+        self.cross_attention.cross_attend(normed_btd, source, inputs.cross_attention), None
       )
-      x_btd, _ = self._add(x_btd, "cross", look, keys[1])
-    x_btd, routing = self._add(x_btd, "mlp", think, keys[2])
-    return x_btd, cache, routing
+      x_btd, _ = self._add(x_btd, "cross", cross_attend, keys[1])
+    x_btd, stats = self._add(x_btd, "mlp", feed_forward, keys[2])
+    return x_btd, cache, stats
 
-  def feed_forward(self, x_btd, shared: LayerInputs):
-    """The feed-forward layer: (y_btd, what its router did or None)."""
-    if not hasattr(self, "moe"):
-      return self.mlp(x_btd), None
-    key = None if shared.key is None else jax.random.fold_in(shared.key, 3)
-    return self.moe(x_btd, shared.tokens_bt, shared.real_bt, key)
+  def feed_forward(self, x_btd, inputs: LayerInputs):
+    """Runs the feed-forward layer: (y_btd, its router's statistics or None)."""
+    key = None if inputs.key is None else jax.random.fold_in(inputs.key, 3)
+    layer = getattr(self, self.kind.name)
+    return self.kind.run(layer, x_btd, inputs.tokens_bt, inputs.real_bt, key)
 
   def _add(self, x_btd, name, sublayer, key):
-    """Adds the first of a sublayer's results to the stream, normed where the config says.
-
-    Returns:
-      (x_btd, the other result).
-    """
+    """Adds a sublayer's first result to the stream, normed where the config says: (x_btd, rest)."""
     norm, place = getattr(self, f"{name}_norm"), self.config.norm.place
-    y_btd, other = sublayer(norm(x_btd) if place in ("pre", "sandwich") else x_btd)
+    y_btd, rest = sublayer(norm(x_btd) if place in ("pre", "sandwich") else x_btd)
     if place == "output":
       y_btd = norm(y_btd)
     if place == "sandwich":
       y_btd = getattr(self, f"{name}_out_norm")(y_btd)
     x_btd = x_btd + dropout(y_btd, self.config.dropout, key)
-    return norm(x_btd) if place == "post" else x_btd, other
+    return norm(x_btd) if place == "post" else x_btd, rest
 
-  def _parallel(self, x_btd, attend, think, keys):
+  def _parallel(self, x_btd, attend, feed_forward, keys):
     """x + attention(norm x) + mlp(norm x), as in GPT-J (shared norm) and GPT-NeoX."""
     normed_btd = self.attention_norm(x_btd)
-    mixed_btd, cache = attend(normed_btd)
+    attended_btd, cache = attend(normed_btd)
     if self.config.block == "parallel":
       normed_btd = self.mlp_norm(x_btd)
-    made_btd, routing = think(normed_btd)
+    fed_btd, stats = feed_forward(normed_btd)
     if self.config.norm.place == "sandwich":
-      mixed_btd, made_btd = self.attention_out_norm(mixed_btd), self.mlp_out_norm(made_btd)
+      attended_btd = self.attention_out_norm(attended_btd)
+      fed_btd = self.mlp_out_norm(fed_btd)
     rate = self.config.dropout
-    x_btd = x_btd + dropout(mixed_btd, rate, keys[0]) + dropout(made_btd, rate, keys[2])
-    return x_btd, cache, routing
+    x_btd = x_btd + dropout(attended_btd, rate, keys[0]) + dropout(fed_btd, rate, keys[2])
+    return x_btd, cache, stats

@@ -5,13 +5,15 @@ import dataclasses
 from llmjax.core.choices import check_choice, check_finite, check_least
 from llmjax.core.errors import UserError
 from llmjax.models.kinds import checked_rows
-from llmjax.nn.attention.grouped_query import AttentionConfig
+from llmjax.nn.attention.config import AttentionConfig
 from llmjax.nn.dropout import NAMES
 from llmjax.nn.embed import EmbedConfig
-from llmjax.nn.mlp import ACTIVATIONS
+from llmjax.nn.feed_forward import FeedForward
+from llmjax.nn.mlp import ACTIVATIONS, Dense
+from llmjax.nn.moe import MoeConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
-from llmjax.nn.router import MoeConfig
+from llmjax.nn.variant import chosen
 
 KINDS = ("decoder", "encoder", "encoder_decoder", "vision")
 BLOCKS = ("sequential", "parallel", "parallel_shared")
@@ -144,7 +146,13 @@ class ModelConfig:
     check_least("model", self, head_dim=0, encoder_layers=0, vocab_size=0, source_vocab_size=0)
     if not 0 <= self.dropout < 1:
       raise UserError(f"model.dropout {self.dropout} is not in [0, 1)")
-    _check_heads(self)
+    if self.heads % self.dims["k"]:
+      raise UserError(
+        f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}"
+      )
+    self.attention.variant.check(self)
+    self.feed_forward.check(self)
+    _check_position(self)
     _check_kind(self)
 
   @property
@@ -157,7 +165,7 @@ class ModelConfig:
       "n": self.heads,
       "k": k,
       "g": self.heads // k,
-      "h": self.attention.latent.head_dim or self.head_dim or self.width // self.heads,
+      "h": self.attention.variant.head_dim(self),
       "f": self.mlp_width,
       "e": self.moe.experts,
       "v": self.vocab_size,
@@ -166,67 +174,44 @@ class ModelConfig:
 
   @property
   def rotary_head(self) -> int:
-    """Channels of a head that `position.fraction` is of."""
-    return self.attention.latent.rope_dim or self.dims["h"]
+    """Channels of a head that `position.fraction` is a fraction of."""
+    return self.attention.variant.rotary_dim(self)
+
+  @property
+  def feed_forward(self) -> FeedForward:
+    """The kind of feed-forward layer that the sections select."""
+    return chosen(self, FeedForward, Dense())
+
+  def groups(self, layers: int) -> tuple[tuple[str, int, int, FeedForward], ...]:
+    """Splits a stack into groups of layers with alike weights.
+
+    Args:
+      layers: of the stack.
+    Returns:
+      For each group (name in paths of parameters, first layer, layer to end before, its kind of
+      feed-forward layer).
+    """
+    kind = self.feed_forward
+    dense = kind.first_k_dense
+    first = (("first", 0, dense, Dense()),) if dense else ()
+    return (*first, ("blocks", dense, layers, kind))
 
   @property
   def causal(self) -> bool:
-    """Whether a token's result depends on those before it alone (a prefix apart)."""
+    """Whether attention is causal (except within a prefix)."""
     if self.attention.mask == "auto":
       return self.kind in ("decoder", "encoder_decoder")
     return self.attention.mask != "bidirectional"
 
 
-def _check_heads(config: ModelConfig):
-  if config.heads % (config.kv_heads or config.heads):
+def _check_position(config: ModelConfig):
+  kind = config.position.kind
+  if kind == "rope":
+    config.position.check(config.rotary_head)
+  if kind in ("sinusoidal_halves", "sinusoidal_t2t") and (config.width % 2 or config.width < 4):
     raise UserError(
-      f"model.heads {config.heads} is not a multiple of model.kv_heads {config.kv_heads}"
+      f"model.position.kind={kind} needs an even model.width of at least 4, not {config.width}"
     )
-  if config.attention.latent.kv_rank:
-    _check_latent(config)
-  elif not config.head_dim and config.width % config.heads:
-    raise UserError(
-      f"model.width {config.width} is not a multiple of model.heads {config.heads}; set head_dim"
-    )
-  if config.position.kind == "rope":
-    _check_rotary(config.position, config.rotary_head)
-  halves = config.position.kind in ("sinusoidal_halves", "sinusoidal_t2t")
-  if halves and (config.width % 2 or config.width < 4):
-    raise UserError(
-      f"model.position.kind={config.position.kind} needs an even model.width of at least 4, "
-      f"not {config.width}"
-    )
-
-
-def _check_rotary(position: PositionConfig, h: int):
-  r = position.rotary_width(h)
-  if not r:
-    raise UserError(f"model.position.fraction {position.fraction} of {h} turns nothing")
-  if position.rotary_dim(h) > h:
-    raise UserError(f"head width {h} is odd; rotary positions on all of it need it even")
-  if position.scaling == "ntk" and r < 3:
-    raise UserError(f"model.position.scaling=ntk needs more than 2 rotary channels a head, not {r}")
-  if position.scaling in ("yarn", "longrope") and r % 2:
-    raise UserError(
-      f"model.position.scaling={position.scaling} needs an even number of rotary channels, not {r}"
-    )
-  if position.scaling == "longrope" and len(position.divisors) != r:
-    raise UserError(
-      f"model.position.divisors are {len(position.divisors)}, not twice {r // 2} channel pairs"
-    )
-
-
-def _check_latent(config: ModelConfig):
-  h = config.dims["h"]
-  if config.kv_heads not in (0, config.heads) or config.head_dim not in (0, h):
-    raise UserError(
-      f"latent attention decides heads itself: leave model.kv_heads {config.kv_heads} and "
-      f"model.head_dim {config.head_dim}, or set them to {config.heads} and {h}"
-    )
-  if config.position.kind != "rope" or config.position.fraction != 1:
-    raise UserError("latent attention turns all of rope_dim: model.position.kind=rope, fraction=1")
-  if config.kind not in ("decoder", "encoder"):
-    raise UserError(f"model.kind={config.kind} has no latent attention")
 
 
 def _check_kind(config: ModelConfig):
@@ -246,15 +231,6 @@ def _check_kind(config: ModelConfig):
     raise UserError(
       f"model.source_vocab_size is of an encoder_decoder; model.kind={config.kind} has no source"
     )
-  if config.moe.experts:
-    if config.kind not in ("decoder", "encoder"):
-      raise UserError(f"model.kind={config.kind} has no experts: set model.moe.experts to 0")
-    if config.moe.first_k_dense >= config.layers:
-      raise UserError(
-        f"model.moe.first_k_dense {config.moe.first_k_dense} leaves none of {config.layers} layers"
-      )
-    if config.mlp_bias:
-      raise UserError("experts have no biases: leave model.mlp_bias")
   if config.kind == "vision":
     _check_vision(config)
   if config.kind in ("encoder", "encoder_decoder") and config.vision.image_size:

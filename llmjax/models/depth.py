@@ -1,9 +1,7 @@
-"""How depth is run: layers scanned, unrolled, apart, a few at a time; and what is recomputed."""
+"""Runs the layers of a stack, scanned or one by one, with rematerialization."""
 
 import copy
 import dataclasses
-import itertools
-from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -28,146 +26,151 @@ _POLICIES = {
 }
 
 
-def run_layers(blocks, x_btd, each, shared: LayerInputs, config: ModelConfig, first: int = 0):
-  """Runs stacked blocks one after another, in cycles of the attention pattern.
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Consecutive layers with alike weights; a stack is a tuple of groups.
+
+  Attributes:
+    blocks: a block whose every leaf has a leading `l`, or a tuple of blocks (for decoding).
+    start: number of the first layer in the stack; in a pipeline's stage a traced one.
+    candidates: for each layer the numbers it may have: more than one in a pipeline's stage.
+    end: layers of the stack; layers with this number or a higher one do nothing.
+  """
+
+  blocks: object
+  start: int | jax.Array
+  candidates: tuple[tuple[int, ...], ...]
+  end: int
+
+  @classmethod
+  def of(cls, blocks, start: int) -> "Group":
+    """The group of blocks that begins at a layer."""
+    end = start + (len(blocks) if isinstance(blocks, tuple) else count(blocks))
+    return cls(blocks, start, tuple((number,) for number in range(start, end)), end)
+
+  @property
+  def stacked(self) -> bool:
+    """Whether leaves have a leading `l`."""
+    return not isinstance(self.blocks, tuple)
+
+  @property
+  def layers(self) -> list:
+    """The blocks one by one."""
+    return unstack(self.blocks, len(self.candidates)) if self.stacked else list(self.blocks)
+
+
+def run_layers(groups, x_btd, inputs: LayerInputs, config: ModelConfig, caches=None, sources=None):
+  """Runs the groups of a stack one after another.
+
+  Stacked groups are scanned, in cycles of the attention pattern, if the config says so and there
+  are no caches, which may differ in shape from layer to layer.
 
   Args:
-    blocks: a block whose every leaf has a leading `l`.
+    groups: of type `Group`.
     x_btd: residual stream.
-    each: (cache, source) of every layer, with a leading `l`, or None.
-    shared: alike for all.
+    inputs: the same for all layers.
     config: pattern, scan and remat.
-    first: number of the first block in its stack.
+    caches: of every layer by its number, or None.
+    sources: keys and values of cross attention, likewise.
   Returns:
-    (x_btd, (caches, what routers did)).
+    (x_btd, caches or None, routers' statistics [l, …] of the layers that have routers, or None).
   """
-  pattern = _from(config.attention.pattern, first)
-  bodies = [_body(kind, shared, config) for kind in pattern]
-  if isinstance(blocks, tuple):  # decoding then copies no weight and no cache
-    own = zip(*(part or (None,) * len(blocks) for part in each), strict=True)
-    x_btd, made = _in_turn(bodies, x_btd, zip(blocks, own, range(len(blocks)), strict=True))
-    return x_btd, tuple(zip(*made, strict=True))
-  layers = count(blocks)
-  rows = (blocks, each, first + jnp.arange(layers))
-  scanned = layers // len(pattern) * len(pattern) if config.scan else 0
-  made = []
-  if scanned:
-    cycle = [_body(kind, shared, config, scanned=True) for kind in pattern]
-    x_btd, kept = _scan(cycle, x_btd, jax.tree.map(lambda leaf: leaf[:scanned], rows))
-    made.append(kept)
-  if scanned < layers:
-    rest = jax.tree.map(lambda leaf: leaf[scanned:], rows) if scanned else rows
-    x_btd, kept = _unrolled(bodies, x_btd, rest, layers - scanned)
-    made.append(kept)
-  return x_btd, made[0] if len(made) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *made)
+  new_caches, stats, period = [], [], len(config.attention.pattern)
+  for group in groups:
+    layers = len(group.candidates)
+    scanned = layers // period * period if config.scan and group.stacked and not caches else 0
+    if scanned:
+      x_btd, found = _scan(group, scanned, x_btd, inputs, config)
+      stats.append(found)
+      blocks = jax.tree.map(lambda leaf: leaf[scanned:], group.blocks)  # noqa: B023
+      group = dataclasses.replace(
+        group, blocks=blocks, start=group.start + scanned, candidates=group.candidates[scanned:]
+      )
+    layer_stats = []
+    for place, block in enumerate(group.layers if group.candidates else ()):
+      number = group.start + place
+      rest = [arrays and arrays[number] for arrays in (caches, sources)]
+      x_btd, cache, found = _run_layer(group, place, x_btd, block, number, inputs, config, rest)
+      new_caches.append(cache)
+      layer_stats += [] if found is None else [jax.tree.map(lambda a: a[None], found)]
+    stats += layer_stats
+  stats = [found for found in stats if found is not None]
+  stats = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stats) if stats else None
+  return x_btd, tuple(new_caches) if caches else None, stats
 
 
-def _from(pattern: tuple, first: int) -> tuple:
-  """The kinds of layers from number `first` on."""
-  first %= len(pattern)
-  return pattern[first:] + pattern[:first]
+def _run_layer(group: Group, place: int, x_btd, block, number, inputs, config, rest):
+  """Runs one layer that is not scanned: (x_btd, cache, statistics)."""
+  pattern, candidates = config.attention.pattern, group.candidates[place]
+  kinds = {n % len(pattern) for n in candidates if n < group.end}
+  if len(kinds) == 1:
+    layer = _layer(pattern[kinds.pop()], config)
+    y_btd, cache, stats = layer(x_btd, block, number, inputs, *rest)
+  else:
+    branches = [_layer(kind, config) for kind in pattern]
+    y_btd, cache, stats = jax.lax.switch(
+      number % len(pattern), branches, x_btd, block, number, inputs, *rest
+    )
+  if max(candidates) >= group.end:
+    y_btd = jnp.where(number < group.end, y_btd, x_btd)
+    stats = jax.tree.map(lambda a: jnp.where(number < group.end, a, 0), stats)
+  return y_btd, cache, stats
 
 
-def _body(kind, shared: LayerInputs, config: ModelConfig, scanned: bool = False):
-  """One layer of a kind: (x_btd, (block, (cache, source), number)) → (x_btd, (cache, routing))."""
+def _layer(kind: str, config: ModelConfig, scanned: bool = False):
+  """A layer of a kind: (x_btd, block, number, inputs, cache, source) → (x_btd, cache, stats)."""
 
-  def body(x_btd, layer, shared):
-    block, (cache, source), number = layer
-    if shared.key is not None:
-      shared = dataclasses.replace(shared, key=jax.random.fold_in(shared.key, number))
-    x_btd, *made = block(x_btd, kind, shared, cache, source)
-    return x_btd, tuple(made)
+  def layer(x_btd, block, number, inputs, cache=None, source=None):
+    if inputs.key is not None:
+      inputs = dataclasses.replace(inputs, key=jax.random.fold_in(inputs.key, number))
+    return block(x_btd, kind, inputs, cache, source)
 
-  if config.remat != "none":
-    named = _policies.save_only_these_names(*config.remat.split("+"))
-    policy = _POLICIES.get(config.remat, named)
-    body = jax.checkpoint(body, policy=policy, prevent_cse=not scanned)
-  return lambda x_btd, layer: body(x_btd, layer, shared)
+  if config.remat == "none":
+    return layer
+  named = _policies.save_only_these_names(*config.remat.split("+"))
+  policy = _POLICIES.get(config.remat, named)
+  return jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)
 
 
-def run_some(
-  blocks, x_btd, first, layers: int, shared, config: ModelConfig, numbers, remat: bool,
-  before: int = 0,
-):
-  """Runs a few stacked blocks that stand anywhere in the stack, as a pipeline's stage does.
+def _scan(group: Group, layers: int, x_btd, inputs: LayerInputs, config: ModelConfig):
+  """Scans a group's first layers, a cycle of the pattern at a time: (x_btd, stats [l, …])."""
+  pattern = config.attention.pattern
+  period = len(pattern)
+  cycle = [_layer(pattern[(group.start + i) % period], config, scanned=True) for i in range(period)]
 
-  Args:
-    blocks: as many blocks, with a leading axis; those beyond the stack's end do nothing.
-    x_btd: residual stream.
-    first: number of the first block, which may be known at run time alone.
-    layers: blocks that are stacked.
-    shared: what `Stack.shared` made.
-    config: pattern and remat.
-    numbers: for each block, the numbers it may have, one for every virtual stage.
-    remat: whether the config's remat is applied.
-    before: layers of the stack that are not among these blocks.
-  Returns:
-    (x_btd, what routers did).
-  """
-  pattern = _from(config.attention.pattern, before)
-  config = config if remat else dataclasses.replace(config, remat="none")
-  bodies = [_body(kind, shared, config) for kind in pattern]
-  made = []
-  for place, block in enumerate(unstack(blocks, count(blocks))):
-    number = first + place
-    layer = (block, (None, None), before + number)
-    kinds = {n % len(pattern) for n in numbers[place] if n < layers}
-    if len(kinds) == 1:
-      y_btd, (_, routing) = bodies[kinds.pop()](x_btd, layer)
-    else:
-      y_btd, (_, routing) = jax.lax.switch(number % len(pattern), bodies, x_btd, layer)
-    if not all(n < layers for n in numbers[place]):
-      y_btd = jnp.where(number < layers, y_btd, x_btd)
-      routing = jax.tree.map(lambda a: jnp.where(number < layers, a, 0), routing)  # noqa: B023
-    x_btd = y_btd
-    made.append(routing)
-  return x_btd, jax.tree.map(lambda *a: jnp.stack(a), *made)
+  def run_cycle(x_btd, rows):
+    blocks, numbers = rows
+    stats = []
+    for layer, block, number in zip(cycle, unstack(blocks, period), numbers, strict=True):
+      x_btd, _, found = layer(x_btd, block, number, inputs)
+      stats.append(found)
+    return x_btd, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
+
+  rows = jax.tree.map(
+    lambda leaf: leaf[:layers].reshape(layers // period, period, *leaf.shape[1:]),
+    (group.blocks, group.start + jnp.arange(layers)),
+  )
+  x_btd, stats = jax.lax.scan(run_cycle, x_btd, rows)
+  return x_btd, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stats)
 
 
 def unstack_layers(model: nnx.Module, take=None) -> nnx.Module:
-  """Takes a decoder's stacked layers apart, for decoding: same values, each layer by itself.
+  """Gives a decoder every layer by itself, for decoding: the same values in other arrays.
 
   Args:
     model: any kind with a `decoder` stack.
     take: `unstack`, or `views` outside of jit.
   Returns:
-    A copy whose `decoder.blocks` is a tuple of blocks; its caches are tuples too.
+    A copy whose decoder has one group, a tuple of blocks.
   """
-  decoder = copy.copy(model.decoder)
-  groups = [group for group in (decoder.first, decoder.blocks) if group != ()]
-  layers = [layer for group in groups for layer in (take or unstack)(group, count(group))]
-  decoder.first, decoder.blocks = nnx.data(()), nnx.data(tuple(layers))
+  decoder, layers = copy.copy(model.decoder), []
+  for name, group in decoder.named_groups:
+    layers += (take or unstack)(group.blocks, len(group.candidates))
+    setattr(decoder, name, nnx.data(()))
+  decoder.blocks = nnx.data(tuple(layers))
   model = copy.copy(model)
   model.decoder = decoder
   return model
-
-
-def _scan(bodies, x_btd, rows):
-  """One compiled cycle of the pattern, for all of them."""
-  period = len(bodies)
-  cycles = count(rows) // period
-
-  def cycle(x_btd, group):
-    return _unrolled(bodies, x_btd, group, period)
-
-  groups = jax.tree.map(lambda leaf: leaf.reshape(cycles, period, *leaf.shape[1:]), rows)
-  x_btd, made = jax.lax.scan(cycle, x_btd, groups)
-  return x_btd, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), made)
-
-
-def _unrolled(bodies, x_btd, rows, layers: int):
-  """A copy of its body for every layer of a stack."""
-  x_btd, made = _in_turn(bodies, x_btd, unstack(rows, layers))
-  return x_btd, jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
-
-
-def _in_turn(bodies, x_btd, layers: Iterable):
-  """One layer after another: (x_btd, what each made)."""
-  made = []
-  for body, layer in zip(itertools.cycle(bodies), layers, strict=False):
-    x_btd, kept = body(x_btd, layer)
-    made.append(kept)
-  return x_btd, made
 
 
 def count(stacked) -> int:
@@ -176,7 +179,7 @@ def count(stacked) -> int:
 
 
 def unstack(stacked, count: int) -> list:
-  """Takes a tree apart along its leading axis; the gradient is one concatenation a leaf."""
+  """Splits a tree along its leading axis; the gradient is one concatenation a leaf."""
   leaves, structure = jax.tree.flatten(stacked)
   columns = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
   return [
@@ -187,6 +190,6 @@ def unstack(stacked, count: int) -> list:
 
 def views(stacked, count: int) -> list:
   """Like `unstack`, of arrays on one CPU: what it returns shares their memory, where aligned."""
-  rows = jax.tree.map(np.asarray, stacked)
-  take = lambda i: jax.tree.map(lambda row: jax.device_put(row[i], may_alias=True), rows)  # noqa: E731
+  arrays = jax.tree.map(np.asarray, stacked)
+  take = lambda i: jax.tree.map(lambda a: jax.device_put(a[i], may_alias=True), arrays)  # noqa: E731
   return [take(i) for i in range(count)]

@@ -40,7 +40,7 @@ class EncoderDecoder(TextModel):
 
     Args:
       batch: tokens and source, and whatever else is known: segments and positions of both.
-      cache: made by `start`; the source is then read from it and not from the batch.
+      cache: made by `init_cache`; the source is then read from it and not from the batch.
       key: PRNG key of dropout; None drops nothing.
     Returns:
       (x_btd, the cache with these positions in it or None, None: it has no experts).
@@ -48,14 +48,12 @@ class EncoderDecoder(TextModel):
     keys = split_or_none(key, 3)
     if cache is None:
       memory_bsd, segments_bs = self.encode(batch, keys[0])
-      source = self.decoder.project_memory(memory_bsd)
     else:
-      source, segments_bs = cache.source, cache.source_segments_bs
+      memory_bsd, segments_bs = None, cache.source_segments_bs
       cache = cache.reserve(kept_positions(batch))
     x_btd = self._embedded(batch, keys[1])
-    return self.decoder(
-      x_btd, self.decoder.shared(batch, keys[2], cache, segments_bs), cache, source
-    )
+    inputs = self.decoder.layer_inputs(batch, keys[2], cache, memory_bsd, segments_bs)
+    return self.decoder(x_btd, inputs, cache)
 
   def encode(self, batch: Batch, key=None):
     """Reads the source: (memory_bsd, its document numbers [b, s])."""
@@ -67,7 +65,7 @@ class EncoderDecoder(TextModel):
       batch.source_bs, segments_bt=segments_bs, positions_bt=batch.source_positions_bs
     )
     x_bsd = self._embedded(source, keys[0], embed=getattr(self, "source_embed", self.embed))
-    return self.encoder(x_bsd, self.encoder.shared(source, keys[1]))[0], segments_bs
+    return self.encoder(x_bsd, self.encoder.layer_inputs(source, keys[1]))[0], segments_bs
 
   def init_cache(self, batch: Batch, slots: int, chunk: int | None = None) -> Cache:
     """Reads the source once, and makes room for `slots` positions of what is to be written.

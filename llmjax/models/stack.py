@@ -1,7 +1,7 @@
-"""A stack of layers: its weights, and what all of its layers see alike."""
+"""A stack of layers: its weights, and the inputs that all of its layers get alike."""
 
 import dataclasses
-import itertools
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ from flax import nnx
 from llmjax.data.batch import Batch
 from llmjax.models.block import Block, LayerInputs
 from llmjax.models.config import ModelConfig
-from llmjax.models.depth import count, run_layers
-from llmjax.nn.attention.grouped_query import AttentionInputs
+from llmjax.models.depth import Group, run_layers
 from llmjax.nn.attention.mask import Mask, cache_mask, cross_mask, self_mask
+from llmjax.nn.attention.variant import AttentionInputs
 from llmjax.nn.bias import Bias, alibi_slopes
 from llmjax.nn.cache.dense import Cache, KVCache, shard_keys
 from llmjax.nn.norm import Norm
@@ -22,14 +22,14 @@ from llmjax.parallel.rules import shard
 
 
 class Stack(nnx.Module):
-  """Blocks one after another, and the norm after the last.
+  """Blocks one after another, and the norm after the last one.
 
   Args:
     key: PRNG key of the stack.
     config: the architecture.
-    causal: whether a position sees those before it alone.
+    causal: whether attention is causal.
     layers: blocks; the config's `layers` by default.
-    cross: the blocks also look at another stack's result.
+    cross: the blocks have cross attention.
   """
 
   def __init__(
@@ -39,72 +39,70 @@ class Stack(nnx.Module):
     self.config = config
     self.causal = causal
     self.cross = cross
-    keys = jax.random.split(blocks_key, layers or config.layers)
-    first = config.moe.first_k_dense  # these have other weights than the rest
-    make = lambda dense: jax.vmap(lambda key: Block(key, config, cross, dense))  # noqa: E731
-    self.first = nnx.data(make(True)(keys[:first]) if first else ())
-    self.blocks = nnx.data(make(False)(keys[first:]))
+    layers = layers or config.layers
+    keys = jax.random.split(blocks_key, layers)
+    for name, start, end, feed_forward in config.groups(layers):
+      block = functools.partial(Block, config=config, feed_forward=feed_forward, cross=cross)
+      setattr(self, name, nnx.data(jax.vmap(block)(keys[start:end])))
     if config.norm.final and config.norm.place != "post":
       self.norm = Norm(norm_key, config.dims, config.norm)
     if config.position.kind == "relative":
       dims = config.dims | {"i": config.position.buckets}
       param(self, norm_key, "relative_in", dims, normal(config.width**-0.5), "table")
 
-  def __call__(
-    self, x_btd, shared: LayerInputs, cache: Cache | None = None, source: KVCache | None = None
-  ):
+  def __call__(self, x_btd, inputs: LayerInputs, cache: Cache | None = None):
     """Runs all blocks.
 
     Args:
       x_btd: embedded tokens.
-      shared: what `shared` made of the same rows and cache.
+      inputs: what `layer_inputs` made of the same rows and cache.
       cache: keys and values so far.
-      source: what `look_up` made of the other stack's result, where there is cross attention.
     Returns:
-      (x_btd normed, the cache with these positions in it, what routers did or None).
+      (x_btd normed, the cache with these positions in it, routers' statistics or None).
     """
-    own, first = None if cache is None else cache.layers, self.dense
-    part = lambda a, b: jax.tree.map(lambda leaf: leaf[a:b], (own, source))  # noqa: E731
-    x_btd, before = self.run_first(x_btd, shared, part(0, first) if first else (None, None))
-    rest = part(first, None) if first else (own, source)
-    x_btd, (kept, routing) = run_layers(self.blocks, x_btd, rest, shared, self.config, first)
-    if first:
-      kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), before, kept)
-    cache = None if cache is None else dataclasses.replace(cache, layers=kept)
-    return self.final_norm(x_btd), cache, routing
+    layers, source = (None, None) if cache is None else (cache.layers, cache.source)
+    x_btd, layers, stats = run_layers(self.groups, x_btd, inputs, self.config, layers, source)
+    cache = None if cache is None else dataclasses.replace(cache, layers=layers)
+    return self.final_norm(x_btd), cache, stats
 
   @property
-  def dense(self) -> int:
-    """How many first layers stand apart because they are dense where the others have experts."""
-    return 0 if self.first == () else count(self.first)
+  def named_groups(self) -> list[tuple[str, Group]]:
+    """The groups of layers in order, with the names of the attributes that hold their blocks."""
+    found, start = [], 0
+    for name, *_ in self.config.groups(self.config.layers):
+      blocks = getattr(self, name)
+      if not isinstance(blocks, tuple) or blocks:
+        found.append((name, Group.of(blocks, start)))
+        start = found[-1][1].end
+    return found
 
-  def run_first(self, x_btd, shared: LayerInputs, each=(None, None)):
-    """Runs these: (x_btd, caches)."""
-    if not self.dense:
-      return x_btd, None
-    x_btd, (caches, _) = run_layers(self.first, x_btd, each, shared, self.config)
-    return x_btd, caches
+  @property
+  def groups(self) -> tuple[Group, ...]:
+    """The groups of layers in order, as `run_layers` takes them."""
+    return tuple(group for _, group in self.named_groups)
 
-  def shared(
-    self, batch: Batch, key=None, cache: Cache | None = None, source_segments_bs=None
+  def layer_inputs(
+    self, batch: Batch, key=None, cache: Cache | None = None, memory_bsd=None,
+    memory_segments_bs=None,
   ) -> LayerInputs:
-    """Makes what all layers are given alike.
+    """Makes the inputs that are the same for all layers.
 
     Args:
       batch: segments, positions (with a cache: its slots), prefix, and tokens for routers that
-        read them. A cache holds one document a row: segments then say what is padding, no more.
+        read them. A cache holds one document a row: segments then only mark padding.
       key: PRNG key of dropout.
       cache: keys and values so far, with slots reserved for the batch's positions; its prefix
         counts, not the batch's.
-      source_segments_bs: int32 document numbers of what cross attention looks at.
+      memory_bsd: what cross attention attends to, where the cache does not hold it.
+      memory_segments_bs: int32 document numbers of what cross attention attends to.
     """
     positions_bt, segments_bt = positions_of(batch), batch.segments_bt
     written_bt = positions_bt if cache is None else kept_positions(batch)
-    source_view = None
+    cross = None
     if self.cross:
       numbers_bt = jnp.ones_like(positions_bt) if segments_bt is None else segments_bt
-      source_view = AttentionInputs(cross_mask(numbers_bt, positions_bt, source_segments_bs))
-    views = {
+      cross = AttentionInputs(cross_mask(numbers_bt, positions_bt, memory_segments_bs))
+    attention = {
       kind: AttentionInputs(
         self._mask(kind, positions_bt, batch, cache),
         self._rope(kind, positions_bt, segments_bt),
@@ -114,47 +112,40 @@ class Stack(nnx.Module):
     }
     # Pinned, or the layout of experts' rows would spread to what attention sees.
     real_bt = None if segments_bt is None else shard(segments_bt > 0, "bt")
-    return LayerInputs(views, written_bt, source_view, key, batch.tokens_bt, real_bt)
+    return LayerInputs(attention, written_bt, cross, memory_bsd, key, batch.tokens_bt, real_bt)
 
   def final_norm(self, x_btd):
     """Norms what the last block returns, where the config has it so."""
     return self.norm(x_btd) if hasattr(self, "norm") else x_btd
 
-  def project_memory(self, memory_bsd) -> KVCache:
-    """Projects another stack's result into every layer's keys and values (`lbksh`)."""
-    project = lambda block: block.cross_attention.keys_and_values(memory_bsd)  # noqa: E731
-    if isinstance(self.blocks, tuple):
-      return tuple(project(block) for block in self.blocks)
-    return jax.lax.map(project, self.blocks)
+  def project_memory(self, memory_bsd) -> tuple[KVCache, ...]:
+    """Projects another stack's result into every layer's keys and values of cross attention."""
+    blocks = [block for group in self.groups for block in group.layers]
+    return tuple(block.cross_attention.keys_and_values(memory_bsd) for block in blocks)
 
   def empty_cache(self, batch: int, slots: int, chunk: int | None = None) -> Cache:
     """Makes the cache of `slots` positions of `batch` rows, in the compute dtype.
 
     Args:
-      chunk: most positions of a row that are read at a time; None: any number. Unstacked layers
-        with a window of w positions then keep the last w + chunk - 1 keys alone.
+      chunk: most positions of a row that are read at a time; None: any number. Layers with a window
+        of w positions then keep the last w + chunk - 1 keys alone.
     """
-    dims, latent = self.config.dims, self.config.attention.latent
-    k, h = (1, latent.kv_rank + latent.rope_dim) if latent.kv_rank else (dims["k"], dims["h"])
-    unstacked = isinstance(self.blocks, tuple)
-    layers = len(self.blocks) if unstacked else count(self.blocks) + self.dense
-    attention = self.config.attention
-    kinds = tuple(itertools.islice(itertools.cycle(attention.pattern), layers))
+    config, attention = self.config, self.config.attention
+    pattern = attention.pattern
+    kinds = tuple(pattern[i % len(pattern)] for i in range(self.groups[-1].end))
     sizes = dict.fromkeys(kinds, slots)
-    if unstacked and chunk and "window" in sizes and attention.mask != "prefix":
+    if chunk and "window" in sizes and attention.mask != "prefix":
       sizes["window"] = min(slots, attention.window + chunk - 1)
 
     def layer(slots: int) -> KVCache:
-      zeros = jnp.zeros((batch, k, slots, h), jnp.dtype(self.config.dtype))
-      return shard_keys(KVCache(zeros, None if latent.kv_rank else zeros))
+      shapes = attention.variant.cache_shapes(config.dims, batch, slots)
+      zeros = [shape and jnp.zeros(shape, jnp.dtype(config.dtype)) for shape in shapes]
+      return shard_keys(KVCache(*zeros))
 
-    if unstacked:
-      keys = tuple(layer(sizes[kind]) for kind in kinds)
-    else:
-      keys = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], layers, 0), layer(slots))
     positions = {kind: jnp.full((batch, size), -1, jnp.int32) for kind, size in sizes.items()}
     prefix_b = jnp.zeros(batch, jnp.int32) if attention.mask == "prefix" else None
-    return Cache(keys, positions, kinds, slots, prefix_b=prefix_b)
+    layers = tuple(layer(sizes[kind]) for kind in kinds)
+    return Cache(layers, positions, kinds, slots, prefix_b=prefix_b)
 
   def _mask(self, kind, positions_bt, batch: Batch, cache: Cache | None) -> Mask:
     attention = self.config.attention

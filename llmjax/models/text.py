@@ -69,16 +69,16 @@ class TextModel(nnx.Module):
     x_btd = self.embed_tokens(batch, key)
     if cache is not None:
       cache = cache.reserve(kept_positions(batch), batch.prefix_bt)
-    return self.stack(x_btd, self.shared(batch, key, cache), cache)
+    return self.stack(x_btd, self.layer_inputs(batch, key, cache), cache)
 
   def embed_tokens(self, batch: Batch, key=None):
     """Runs everything before the blocks: x_btd. Arguments as of `hidden`."""
     keys = split_or_none(key, 3)
     return self._embedded(batch, keys[0], self._images(batch, keys[2]))
 
-  def shared(self, batch: Batch, key=None, cache: Cache | None = None):
-    """Makes what all blocks are given alike. Arguments as of `hidden`."""
-    return self.stack.shared(batch, split_or_none(key, 3)[1], cache)
+  def layer_inputs(self, batch: Batch, key=None, cache: Cache | None = None):
+    """Makes the inputs that are the same for all blocks. Arguments as of `hidden`."""
+    return self.stack.layer_inputs(batch, split_or_none(key, 3)[1], cache)
 
   def final_norm(self, x_btd):
     """Runs everything between the blocks and the head: x_btd."""

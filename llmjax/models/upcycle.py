@@ -1,8 +1,7 @@
-"""A run begins from another model's weights; a dense model becomes one with experts on the way.
+"""Initializes a run from another model's weights; a dense model may become one with experts.
 
-Every expert starts as a copy of its layer's dense one. Where the chosen experts' weights sum to 1
-(`renormalize`, `scale` 1) and no token is refused, the model then is the dense one, whatever the
-new router says.
+Every expert starts as a copy of the dense layer, so with `renormalize`, `scale` 1 and no dropped
+token the model computes what the dense one does, whatever the new router chooses.
 """
 
 import dataclasses
@@ -16,6 +15,7 @@ from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.models.model import Model
+from llmjax.nn.mlp import Dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def init_from(model: Model, config: ModelConfig, fresh: nnx.Module, drop: float,
 
   Args:
     model: where weights come from.
-    config: the architecture; with experts where the model is dense they are made of its layers.
+    config: the architecture; its experts are made of the layers of a dense model.
     fresh: weights of that architecture, which routers keep; their shardings are the result's.
     drop: share of each expert's width that is drawn anew, with the mean and deviation of what it
       replaces (Drop-Upcycling); 0 copies.
@@ -54,18 +54,19 @@ def init_from(model: Model, config: ModelConfig, fresh: nnx.Module, drop: float,
   Source: Komatsuzaki et al. 2022, arXiv:2212.05055; Nakamura et al. 2025, arXiv:2502.19261, sec. 3.
   """
   theirs = {path: np.asarray(leaf) for path, leaf in tree.flatten(model.parameters).items()}
-  upcycled = config.moe.experts and not model.config.moe.experts
-  if upcycled:
+  ours, kept = tree.flatten(abstract(config)), set()
+  if config.moe.used and not model.config.moe.used:
     theirs = _with_experts(theirs, config, drop, np.random.default_rng(seed))
+    layer = f"{config.kind}/blocks/{config.moe.name}/"
+    kept = {path for path in ours if path.startswith(layer)} - theirs.keys()
   elif drop:
     raise UserError("init.drop changes nothing: the weights are not a dense model's made experts")
-  ours = tree.flatten(abstract(config))
   left = sorted(theirs.keys() - ours.keys())
   if left:
     raise UserError(f"init.checkpoint has weights that the model lacks: {', '.join(left[:3])}")
 
   def take(path, leaf):
-    if path not in theirs and upcycled and "/moe/" in path:
+    if path in kept:
       return leaf
     if path not in theirs or theirs[path].shape != leaf.shape:
       there = f"of shape {theirs[path].shape}" if path in theirs else "not there"
@@ -76,37 +77,41 @@ def init_from(model: Model, config: ModelConfig, fresh: nnx.Module, drop: float,
 
 
 def _with_experts(theirs: dict, config: ModelConfig, drop: float, rng) -> dict:
-  """Renames a dense model's weights, its feed-forward layers e times over."""
-  moe = config.moe
+  """A dense model's weights under the paths of one with experts, each a copy of the dense layer."""
+  moe, stack = config.moe, config.kind
   if moe.shared:
     raise UserError("shared experts cannot be made of a dense model: set model.moe.shared to 0")
-  made, dealt = {}, {}
-  for path, leaf in theirs.items():
-    if "/blocks/" not in path:
-      made[path] = leaf
-      continue
-    if moe.first_k_dense:
-      made[path.replace("/blocks/", "/first/")] = leaf[: moe.first_k_dense]
-    rest = leaf[moe.first_k_dense :]
-    name = path.rsplit("/", 1)[-1]
-    if path.endswith(("mlp/gate_df", "mlp/up_df", "mlp/down_fd")):
-      dealt[path.replace("mlp/", "moe/").replace("_df", "_edf").replace("_fd", "_efd")] = rest
-    elif "/mlp/" in path:
-      raise UserError(f"experts have no {name!r}, which the dense model has")
-    else:
-      made[path] = rest
-  layers, width = next(leaf for path, leaf in dealt.items() if path.endswith("_efd")).shape[:2]
-  anew = np.zeros((layers, moe.experts, width), bool)
-  for row in anew.reshape(-1, width):
-    row[rng.permutation(width)[: round(drop * width)]] = True
-  return made | {path: _copies(path, leaf, anew, rng) for path, leaf in dealt.items()}
+  prefix, dense, redrawn = f"{stack}/blocks/", f"{Dense.name}/", None
+  layers = {path.removeprefix(prefix): leaf for path, leaf in theirs.items()
+            if path.startswith(prefix)}
+  fitted = {path: leaf for path, leaf in theirs.items() if not path.startswith(prefix)}
+  for group, start, end, kind in config.groups(config.layers):
+    for path, leaf in layers.items():
+      leaf = leaf[start:end]
+      if kind is moe and path.startswith(dense):
+        name, letters = path.removeprefix(dense).rsplit("_", 1)
+        if len(letters) == 1:
+          raise UserError(f"experts have no {name + '_' + letters!r}, which the dense model has")
+        path = f"{moe.name}/{name}_e{letters}"
+        leaf = np.repeat(leaf[:, None], moe.experts, axis=1)
+        channels_lefd = np.moveaxis(leaf, 2 + letters.index("f"), 2)
+        if redrawn is None:
+          redrawn = _choose(channels_lefd.shape[:3], drop, rng)
+        _redraw(channels_lefd, redrawn, rng)
+      fitted[f"{stack}/{group}/{path}"] = leaf
+  return fitted
 
 
-def _copies(path: str, leaf, anew, rng):
-  """A dense matrix [l, …] for every expert [l, e, …], the channels in `anew` [l, e, f] redrawn."""
-  copies = np.repeat(leaf[:, None], anew.shape[1], axis=1)
-  for layer, expert in np.argwhere(anew.any(-1)):
-    here = copies[layer, expert].T if path.endswith("_edf") else copies[layer, expert]
-    old = here[anew[layer, expert]]
-    here[anew[layer, expert]] = rng.normal(old.mean(), old.std(), old.shape)
-  return copies
+def _choose(shape, drop: float, rng):
+  """Chooses the channels of every expert that are drawn anew: bool [l, e, f]."""
+  redrawn = np.zeros(shape, bool)
+  for row in redrawn.reshape(-1, shape[-1]):
+    row[rng.permutation(shape[-1])[: round(drop * shape[-1])]] = True
+  return redrawn
+
+
+def _redraw(channels_lefd, redrawn, rng):
+  """Draws the chosen channels of every expert anew, in place."""
+  for layer, expert in np.argwhere(redrawn.any(-1)):
+    here, chosen = channels_lefd[layer, expert], redrawn[layer, expert]
+    here[chosen] = rng.normal(here[chosen].mean(), here[chosen].std(), here[chosen].shape)

@@ -8,7 +8,7 @@ from llmjax.core.dot import dot
 from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig, VisionConfig
 from llmjax.models.stack import Stack
-from llmjax.nn.attention.grouped_query import AttentionConfig
+from llmjax.nn.attention.config import AttentionConfig
 from llmjax.nn.dropout import dropout
 from llmjax.nn.embed import EmbedConfig
 from llmjax.nn.mlp import PLAIN
@@ -57,8 +57,8 @@ class Tower(nnx.Module):
       x_btd = self.input_norm(x_btd)
     x_btd = dropout(x_btd, self.config.dropout, keys[0])
     positions_bt = jnp.broadcast_to(jnp.arange(x_btd.shape[1]), x_btd.shape[:2])
-    shared = self.encoder.shared(Batch(positions_bt=positions_bt), keys[1])
-    return self.encoder(x_btd, shared)[0]
+    inputs = self.encoder.layer_inputs(Batch(positions_bt=positions_bt), keys[1])
+    return self.encoder(x_btd, inputs)[0]
 
   def features(self, patches_bsi, key=None):
     """Reads any number of images a row: a vector for each patch, x_bsd, without class tokens."""

@@ -1,5 +1,6 @@
 """Feed-forward layers: one hidden projection and an activation, or two of them, gated."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.core.dot import dot
+from llmjax.nn.feed_forward import FeedForward
 from llmjax.nn.param import constant, fan_in, param
 from llmjax.parallel.rules import shard
 from llmjax.parallel.tensor import column_parallel, row_parallel
@@ -34,6 +36,15 @@ GATED = {
 ACTIVATIONS = (*PLAIN, *GATED)
 
 
+@dataclasses.dataclass(frozen=True)
+class Dense(FeedForward):
+  """The dense feed-forward layer, gated or plain as `model.activation` says."""
+
+  def layer(self, key, model, out_scale: float) -> nnx.Module:
+    """Makes an `Mlp`."""
+    return Mlp(key, model.dims, model.activation, model.mlp_bias, out_scale)
+
+
 class Mlp(nnx.Module):
   """Computes act(x up) down, or (act(x gate) · (x up)) down.
 
@@ -50,45 +61,41 @@ class Mlp(nnx.Module):
 
   def __init__(self, key, dims, activation: str, bias: bool, out_scale: float):
     self.activation = activation
-    if activation in GATED:
-      param(self, key, "gate_df", dims, fan_in(dims, "d"))
-    param(self, key, "up_df", dims, fan_in(dims, "d"))
-    param(self, key, "down_fd", dims, fan_in(dims, "f", out_scale))
     self.bias = bias
+    self.inner = ("up", "gate") if activation in GATED else ("up",)
+    for name in self.inner:
+      param(self, key, f"{name}_df", dims, fan_in(dims, "d"))
+      if bias:
+        param(self, key, f"{name}_bias_f", dims, constant(0.0), "bias")
+    param(self, key, "down_fd", dims, fan_in(dims, "f", out_scale))
     if bias:
-      if activation in GATED:
-        param(self, key, "gate_bias_f", dims, constant(0.0), "bias")
-      param(self, key, "up_bias_f", dims, constant(0.0), "bias")
       param(self, key, "down_bias_d", dims, constant(0.0), "bias")
 
   def __call__(self, x_btd):
-    names = ("up", "gate") if self.activation in GATED else ("up",)
-    up_btf, *gate_btf = self._hidden(x_btd, names)
-    if gate_btf:
-      hidden_btf = gated(self.activation, *gate_btf, up_btf)
-    else:
-      hidden_btf = PLAIN[self.activation](up_btf)
-    project = lambda x_btf, weights: dot("btf,fd->btd", x_btf, weights["down_fd"])  # noqa: E731
-    y_btd = row_parallel(project, hidden_btf, {"down_fd": self.down_fd}, "btf")
-    return _plus(y_btd, getattr(self, "down_bias_d", None))
-
-  def _hidden(self, x_btd, names):
-    """Projects the stream into the hidden width, once for each name."""
+    kinds = ("df", "bias_f") if self.bias else ("df",)
+    weights = {f"{name}_{kind}": getattr(self, f"{name}_{kind}")
+               for name in self.inner for kind in kinds}
 
     def project(x_btd, weights):
       return tuple(
         _plus(dot("btd,df->btf", x_btd, weights[f"{name}_df"]), weights.get(f"{name}_bias_f"))
-        for name in names
+        for name in self.inner
       )
 
-    wanted = [f"{name}_df" for name in names]
-    if self.bias:
-      wanted += [f"{name}_bias_f" for name in names]
-    weights = {name: getattr(self, name) for name in wanted}
-    made = column_parallel(project, x_btd, weights, ("btf",) * len(names))
-    return [
-      checkpoint_name(shard(y_btf, "btf"), name) for y_btf, name in zip(made, names, strict=True)
+    inner = column_parallel(project, x_btd, weights, ("btf",) * len(self.inner))
+    inner = [
+      checkpoint_name(shard(y_btf, "btf"), name)
+      for y_btf, name in zip(inner, self.inner, strict=True)
     ]
+    down = lambda x_btf, weights: dot("btf,fd->btd", x_btf, weights["down_fd"])  # noqa: E731
+    hidden_btf = activate(self.activation, *inner)
+    y_btd = row_parallel(down, hidden_btf, {"down_fd": self.down_fd}, "btf")
+    return _plus(y_btd, getattr(self, "down_bias_d", None))
+
+
+def activate(activation: str, up, gate=None):
+  """Applies a plain activation to `up`, or a gated one to both."""
+  return PLAIN[activation](up) if gate is None else gated(activation, gate, up)
 
 
 def _plus(x, bias):

@@ -1,15 +1,128 @@
 """Mixture of experts: a router, and feed-forward layers of which each token uses a few."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from llmjax.core.choices import check_choice, check_least
 from llmjax.core.dot import dot
+from llmjax.core.errors import UserError
 from llmjax.core.grouped import grouped_dot
-from llmjax.nn.mlp import GATED, PLAIN, Mlp, gated
+from llmjax.nn.feed_forward import FeedForward
+from llmjax.nn.mlp import GATED, Mlp, activate
 from llmjax.nn.param import constant, fan_in, param
-from llmjax.nn.router import MoeConfig, RouterStats, hashed, route
+from llmjax.nn.router import RouterStats, hashed, route
 from llmjax.parallel.expert import by_expert
+
+ROUTERS = ("softmax", "sigmoid", "expert_choice", "hash")
+DROPS = ("last", "lightest")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig(FeedForward):
+  """Feed-forward layers of experts.
+
+  Attributes:
+    experts: how many (e); 0 means dense layers.
+    top_k: experts a token goes to; of expert_choice, on average.
+    width: feed-forward width of an expert; 0 means `mlp_width`.
+    shared: experts that all tokens go to, as one layer so many times `width`.
+    first_k_dense: first layers that are dense, `mlp_width` wide.
+    router: softmax, sigmoid, expert_choice (experts choose tokens; looks ahead), hash (of the id).
+    renormalize: weights of the chosen experts sum to 1, rather than to their share of all.
+    scale: factor on the weights.
+    groups: groups of experts next to each other, of which a token may use `top_groups`.
+    top_groups: see `groups`.
+    noisy: learned noise on the scores in training.
+    bias: scores get a bias where experts are picked, moved towards even load (`optim.bias_rate`).
+    capacity: most tokens of a row that an expert takes, as a multiple of its even share of them,
+      padding not counted; 0: all. A token's experts then depend on its whole row; with top_k 1 and
+      drop=last, on what is before and on how many tokens there are.
+    drop: over capacity go the last tokens of a row (second choices first), or the lightest.
+  """
+
+  experts: int = 0
+  top_k: int = 2
+  width: int = 0
+  shared: int = 0
+  first_k_dense: int = 0
+  router: str = "softmax"
+  renormalize: bool = True
+  scale: float = 1.0
+  groups: int = 1
+  top_groups: int = 1
+  noisy: bool = False
+  bias: bool = False
+  capacity: float = 0.0
+  drop: str = "last"
+  name = "moe"  # no field
+
+  def __post_init__(self):
+    check_choice("model.moe.router", self.router, ROUTERS)
+    check_choice("model.moe.drop", self.drop, DROPS)
+    check_least(
+      "model.moe", self, experts=0, top_k=1, width=0, shared=0, first_k_dense=0, groups=1,
+      top_groups=1, capacity=0,
+    )
+    fields = dataclasses.fields(self)
+    changed = [field.name for field in fields if getattr(self, field.name) != field.default]
+    if not self.experts:
+      if changed:
+        raise UserError(f"model.moe.{changed[0]} changes nothing without model.moe.experts")
+      return
+    if self.experts % self.groups:
+      raise UserError(f"model.moe.experts {self.experts} is not a multiple of groups {self.groups}")
+    if self.top_groups > self.groups:
+      raise UserError(f"model.moe.top_groups {self.top_groups} of {self.groups} groups")
+    if self.top_k > self.experts // self.groups * self.top_groups:
+      raise UserError(
+        f"model.moe.top_k {self.top_k} is more than the "
+        f"{self.experts // self.groups * self.top_groups} experts a token may use"
+      )
+    if self.scale <= 0:
+      raise UserError(f"model.moe.scale {self.scale} is not positive")
+    if self.router in ("expert_choice", "hash"):
+      for key in ("bias", "noisy", "groups", "renormalize", "drop"):
+        if key in changed:
+          raise UserError(f"model.moe.{key} changes nothing with router={self.router}")
+    if "drop" in changed and not self.capacity:
+      raise UserError("model.moe.drop changes nothing without model.moe.capacity")
+
+  @property
+  def used(self) -> bool:
+    """Whether the config asks for experts."""
+    return self.experts > 0
+
+  def layer(self, key, model, out_scale: float) -> nnx.Module:
+    """Makes a `Moe`."""
+    return Moe(key, model.dims, self, model.activation, out_scale)
+
+  def run(self, layer, x_btd, tokens_bt=None, real_bt=None, key=None) -> tuple:
+    """Runs a `Moe`: (y_btd, its `RouterStats`)."""
+    return layer(x_btd, tokens_bt, real_bt, key)
+
+  def check(self, model):
+    """Refuses keys of the model that do not go with experts."""
+    if model.kind not in ("decoder", "encoder"):
+      raise UserError(f"model.kind={model.kind} has no experts: set model.moe.experts to 0")
+    if self.first_k_dense >= model.layers:
+      raise UserError(
+        f"model.moe.first_k_dense {self.first_k_dense} leaves none of {model.layers} layers"
+      )
+    if model.mlp_bias:
+      raise UserError("experts have no biases: leave model.mlp_bias")
+
+  def slots(self, length):
+    """Tokens that an expert takes of a row of `length` (an int or many); 0 means any number."""
+    factor = self.capacity or (1.0 if self.router == "expert_choice" else 0.0)
+    return np.minimum(length, np.ceil(factor * length * self.top_k / self.experts)).astype(int)
+
+  def slots_of(self, real_bt):
+    """The same of each row's real tokens, however many padding there is beside them: slots_b."""
+    return jnp.asarray(self.slots(np.arange(real_bt.shape[1] + 1)))[real_bt.sum(1)]
 
 
 class Moe(nnx.Module):
@@ -83,9 +196,5 @@ class Moe(nnx.Module):
 
   def _experts(self, x_td, weights, sizes_e):
     up_tf = grouped_dot(x_td, weights["up_edf"], sizes_e)
-    if self.activation in GATED:
-      gate_tf = grouped_dot(x_td, weights["gate_edf"], sizes_e)
-      hidden_tf = gated(self.activation, gate_tf, up_tf)
-    else:
-      hidden_tf = PLAIN[self.activation](up_tf)
-    return grouped_dot(hidden_tf, weights["down_efd"], sizes_e)
+    gate_tf = grouped_dot(x_td, weights["gate_edf"], sizes_e) if "gate_edf" in weights else None
+    return grouped_dot(activate(self.activation, up_tf, gate_tf), weights["down_efd"], sizes_e)

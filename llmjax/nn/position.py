@@ -105,6 +105,26 @@ class PositionConfig:
         "in order: beta_fast > beta_slow > 0"
       )
 
+  def check(self, head_dim: int):
+    """Raises a `UserError` where rope does not fit heads of this width."""
+    r = self.rotary_width(head_dim)
+    if not r:
+      raise UserError(f"model.position.fraction {self.fraction} of {head_dim} turns nothing")
+    if self.rotary_dim(head_dim) > head_dim:
+      raise UserError(f"head width {head_dim} is odd; rotary positions on all of it need it even")
+    if self.scaling == "ntk" and r < 3:
+      raise UserError(
+        f"model.position.scaling=ntk needs more than 2 rotary channels a head, not {r}"
+      )
+    if self.scaling in ("yarn", "longrope") and r % 2:
+      raise UserError(
+        f"model.position.scaling={self.scaling} needs an even number of rotary channels, not {r}"
+      )
+    if self.scaling == "longrope" and len(self.divisors) != r:
+      raise UserError(
+        f"model.position.divisors are {len(self.divisors)}, not twice {r // 2} channel pairs"
+      )
+
   def rotary_dim(self, head_dim: int) -> int:
     """Channels of a head that rope turns, an even number."""
     return 2 * math.ceil(self.rotary_width(head_dim) / 2)

@@ -9,92 +9,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from llmjax.core.choices import check_choice, check_least
-from llmjax.core.errors import UserError
-
-ROUTERS = ("softmax", "sigmoid", "expert_choice", "hash")
-DROPS = ("last", "lightest")
-
-
-@dataclasses.dataclass(frozen=True)
-class MoeConfig:
-  """Feed-forward layers of experts.
-
-  Attributes:
-    experts: how many (e); 0 means dense layers.
-    top_k: experts a token goes to; of expert_choice, on average.
-    width: feed-forward width of an expert; 0 means `mlp_width`.
-    shared: experts that all tokens go to, as one layer so many times `width`.
-    first_k_dense: first layers that are dense, `mlp_width` wide.
-    router: softmax, sigmoid, expert_choice (experts choose tokens; looks ahead), hash (of the id).
-    renormalize: weights of the chosen experts sum to 1, rather than to their share of all.
-    scale: factor on the weights.
-    groups: groups of experts next to each other, of which a token may use `top_groups`.
-    top_groups: see `groups`.
-    noisy: learned noise on the scores in training.
-    bias: scores get a bias where experts are picked, moved towards even load (`optim.bias_rate`).
-    capacity: most tokens of a row that an expert takes, as a multiple of its even share of them,
-      padding not counted; 0: all. A token's experts then depend on its whole row; with top_k 1 and
-      drop=last, on what is before and on how many tokens there are.
-    drop: over capacity go the last tokens of a row (second choices first), or the lightest.
-  """
-
-  experts: int = 0
-  top_k: int = 2
-  width: int = 0
-  shared: int = 0
-  first_k_dense: int = 0
-  router: str = "softmax"
-  renormalize: bool = True
-  scale: float = 1.0
-  groups: int = 1
-  top_groups: int = 1
-  noisy: bool = False
-  bias: bool = False
-  capacity: float = 0.0
-  drop: str = "last"
-
-  def __post_init__(self):
-    check_choice("model.moe.router", self.router, ROUTERS)
-    check_choice("model.moe.drop", self.drop, DROPS)
-    check_least(
-      "model.moe", self, experts=0, top_k=1, width=0, shared=0, first_k_dense=0, groups=1,
-      top_groups=1, capacity=0,
-    )
-    fields = dataclasses.fields(self)
-    changed = [field.name for field in fields if getattr(self, field.name) != field.default]
-    if not self.experts:
-      if changed:
-        raise UserError(f"model.moe.{changed[0]} changes nothing without model.moe.experts")
-      return
-    if self.experts % self.groups:
-      raise UserError(f"model.moe.experts {self.experts} is not a multiple of groups {self.groups}")
-    if self.top_groups > self.groups:
-      raise UserError(f"model.moe.top_groups {self.top_groups} of {self.groups} groups")
-    if self.top_k > self.experts // self.groups * self.top_groups:
-      raise UserError(
-        f"model.moe.top_k {self.top_k} is more than the "
-        f"{self.experts // self.groups * self.top_groups} experts a token may use"
-      )
-    if self.scale <= 0:
-      raise UserError(f"model.moe.scale {self.scale} is not positive")
-    if self.router in ("expert_choice", "hash"):
-      for key in ("bias", "noisy", "groups", "renormalize", "drop"):
-        if key in changed:
-          raise UserError(f"model.moe.{key} changes nothing with router={self.router}")
-    if "drop" in changed and not self.capacity:
-      raise UserError("model.moe.drop changes nothing without model.moe.capacity")
-
-  def slots(self, length):
-    """Tokens that an expert takes of a row of `length` (an int or many); 0 means any number."""
-    factor = self.capacity or (1.0 if self.router == "expert_choice" else 0.0)
-    return np.minimum(length, np.ceil(factor * length * self.top_k / self.experts)).astype(int)
-
-  def slots_of(self, real_bt):
-    """The same of each row's real tokens, however many padding there is beside them: slots_b."""
-    return jnp.asarray(self.slots(np.arange(real_bt.shape[1] + 1)))[real_bt.sum(1)]
 
 
 @jax.tree_util.register_dataclass
@@ -136,7 +50,7 @@ class RouterStats:
 
 
 def route(
-  config: MoeConfig, logits_bte, real_bt, bias_e=None
+  config, logits_bte, real_bt, bias_e=None
 ) -> tuple[RouterAssignment, RouterStats]:
   """Sends tokens to experts by their scores.
 
@@ -162,7 +76,7 @@ def route(
   return kept, _stats(config, wanted, kept, share_bte, logits_bte, real_bt)
 
 
-def hashed(config: MoeConfig, tokens_bt, real_bt) -> tuple[RouterAssignment, RouterStats]:
+def hashed(config, tokens_bt, real_bt) -> tuple[RouterAssignment, RouterStats]:
   """Sends each id to experts of its own, whatever it means.
 
   Source: Roller et al. 2021, arXiv:2106.04426, sec. 3 (random hash).

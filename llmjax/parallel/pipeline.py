@@ -1,8 +1,7 @@
-"""The pipeline: carries a schedule's table out, tick by tick, each stage doing its own action.
+"""Pipeline parallelism: executes a schedule's table tick by tick, each stage its own action.
 
-Every stage keeps the inputs of its chunks and computes a chunk again when its gradient is due, so
-what is alive is what `schedules.peak_activations` counts. A backward that is split in two keeps
-what the second half reads instead of computing it twice.
+A stage keeps the inputs of its chunks and recomputes a chunk for its gradient. A backward pass that
+is split in two keeps what the second half reads instead of computing it twice.
 """
 
 import functools
@@ -20,12 +19,12 @@ _AXIS = "stage"
 
 
 class Totals(NamedTuple):
-  """What a pipeline adds up.
+  """Sums over a step's microbatches.
 
   Attributes:
     weights: gradient of this stage's chunks.
-    outer: gradient of what all stages hold; to be added over stages.
-    sums: whatever else a chunk returns; to be added over stages.
+    outer: gradient of what every stage holds; still to be summed over stages.
+    sums: whatever else a chunk returns; likewise.
   """
 
   weights: object
@@ -37,15 +36,15 @@ def run_pipeline(schedule: Schedule, chunk: Callable, weights, outer, x, sums, c
   """Runs a training step's microbatches through the stages; inside `shard_map` over `stage`.
 
   Args:
-    schedule: what each stage does in each tick.
+    schedule: the action of each stage in each tick.
     chunk: (weights of one chunk, outer, x, virtual stage, microbatch) → (x, objective, sums).
       The objective and sums of all but the last virtual stage are zeros; the first does not read x.
-    weights: this stage's, a leading axis of chunks.
-    outer: held by every stage: all that is not in the chunks.
-    x: description of what goes from stage to stage.
-    sums: description of what a chunk returns last.
-    common: for each leaf of `outer`, whether every virtual stage reads it (`leaves_read` tells);
-      the others are read by the first and the last alone.
+    weights: this stage's, with a leading axis of chunks.
+    outer: the weights outside the chunks, held by every stage.
+    x: shape and dtype of what goes from stage to stage.
+    sums: shapes and dtypes of what a chunk returns last.
+    common: for each leaf of `outer`, whether every virtual stage reads it (see `leaves_read`); the
+      others are read by the first and the last only.
   Returns:
     Gradients of the summed objective, and the sums.
   """
@@ -54,9 +53,9 @@ def run_pipeline(schedule: Schedule, chunk: Callable, weights, outer, x, sums, c
   index = jax.lax.axis_index(_AXIS)
 
   def tick(carry, row):
-    totals, boxes = carry
+    totals, buffers = carry
     row = jax.tree.map(lambda slots: slots[index], row)
-    held = _Boxes(*map(_read, boxes, row.buffers))
+    held = _Buffers(*map(_read, buffers, row.buffers))
     held = held._replace(gradient=jax.tree.map(  # the last virtual stage's: its objective alone
       lambda grad: jnp.where(row.gradient.read < 0, jnp.zeros_like(grad), grad), held.gradient
     ))
@@ -64,19 +63,19 @@ def run_pipeline(schedule: Schedule, chunk: Callable, weights, outer, x, sums, c
     totals, up, down, kept = jax.lax.switch(row.kind, actions, row, virtual, totals, held)
     up = jax.lax.ppermute(up, _AXIS, [(i, (i + 1) % stages) for i in range(stages)])
     down = jax.lax.ppermute(down, _AXIS, [(i, (i - 1) % stages) for i in range(stages)])
-    boxes = _Boxes(*map(_write, boxes, row.buffers, (held.activation, up, down, kept)))
-    return (totals, boxes), None
+    buffers = _Buffers(*map(_write, buffers, row.buffers, (held.activation, up, down, kept)))
+    return (totals, buffers), None
 
-  boxes = _Boxes(*map(_box, (x, x, x, later), plan.buffers))
+  buffers = _Buffers(*map(_allocate, (x, x, x, later), plan.buffers))
   start = Totals(*map(_zeros, (weights, outer, sums)))
-  (totals, _), _ = jax.lax.scan(tick, (start, boxes), jax.tree.map(jnp.asarray, plan))
+  (totals, _), _ = jax.lax.scan(tick, (start, buffers), jax.tree.map(jnp.asarray, plan))
   return totals
 
 
 def leaves_read(function: Callable, argument):
-  """Tells which leaves of an argument a function's result is computed from: a tree of bools.
+  """Finds which leaves of an argument a function's result depends on: a tree of bools.
 
-  A leaf that only a nested program might read counts as read.
+  A leaf passed to a nested program counts as read.
   """
   jaxpr = jax.make_jaxpr(function)(argument).jaxpr
   read = [var for eqn in _needed(jaxpr.eqns, jaxpr.outvars) for var in eqn.invars]
@@ -85,16 +84,16 @@ def leaves_read(function: Callable, argument):
 
 
 def _actions(schedule: Schedule, chunk: Callable, weights, outer, x, common) -> tuple:
-  """Makes what a stage may do in a tick, in the order of `CODES`, and describes what W will need.
+  """Makes the actions in the order of `CODES`, and the shapes of what B keeps for W.
 
-  An action is (row of the tables, virtual stage, sums so far, what its buffers hold) → (sums,
-  activation for the next stage, gradient for the one before, what W will need).
+  An action is (row of the tables, virtual stage, totals, values of its buffers) → (totals,
+  activation for the next stage, gradient for the previous one, what W will need).
   """
   split, backward, later = schedule.splits_backward, functools.partial(_gradients, chunk), ()
   if split:
-    part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), weights)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), weights)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    backward, finish, later = split_backward(backward, part, outer, x, number, number, x)
+    backward, finish, later = split_backward(backward, one, outer, x, number, number, x)
   last = schedule.stages * schedule.chunks - 1
 
   def idle(row, virtual, totals, held):
@@ -105,31 +104,33 @@ def _actions(schedule: Schedule, chunk: Callable, weights, outer, x, common) -> 
     return totals, y, _zeros(x), _zeros(later)
 
   def back(row, virtual, totals, held):
-    own = _take(weights, row.chunk)
-    made = backward(own, outer, held.saved, virtual, row.microbatch, held.gradient)
-    (grad_x, grad_outer, sums), rest = made  # the weights' gradient, or what `finish` makes it of
-    at_an_end = (virtual == 0) | (virtual == last)
-    all_of = lambda: jax.tree.map(jnp.add, totals.outer, grad_outer)  # noqa: E731
-    some = lambda: jax.tree.map(  # noqa: E731
+    one = _take(weights, row.chunk)
+    # `rest` is the weights' gradient, or what `finish` computes it from.
+    (grad_x, grad_outer, sums), rest = backward(
+      one, outer, held.saved, virtual, row.microbatch, held.gradient
+    )
+    first_or_last = (virtual == 0) | (virtual == last)
+    add_all = lambda: jax.tree.map(jnp.add, totals.outer, grad_outer)  # noqa: E731
+    add_common = lambda: jax.tree.map(  # noqa: E731
       lambda read, total, grad: total + grad if read else total, common, totals.outer, grad_outer
     )
     totals = Totals(
       totals.weights if split else _add(totals.weights, rest, row.chunk),
-      jax.lax.cond(at_an_end, all_of, some),
+      jax.lax.cond(first_or_last, add_all, add_common),
       jax.tree.map(jnp.add, totals.sums, sums),
     )
     return totals, _zeros(x), grad_x, rest if split else ()
 
   def weight(row, virtual, totals, held):
-    made = finish(held.pending, _take(weights, row.chunk), outer)
-    totals = totals._replace(weights=_add(totals.weights, made, row.chunk))
+    grads = finish(held.pending, _take(weights, row.chunk), outer)
+    totals = totals._replace(weights=_add(totals.weights, grads, row.chunk))
     return totals, _zeros(x), _zeros(x), _zeros(later)
 
   return [idle, forward, back, weight][: 4 if split else 3], later
 
 
-class _Boxes(NamedTuple):
-  """What lies in a stage's buffers, or a tick's value of each; see `Tables`."""
+class _Buffers(NamedTuple):
+  """A stage's buffers, or a tick's value of each; see `Tables`."""
 
   saved: object
   activation: object
@@ -149,14 +150,14 @@ def _gradients(chunk, weights, outer, x, virtual, microbatch, grad):
   return (grad_x, grad_outer, sums), grad_weights
 
 
-def split_backward(whole: Callable, weights, outer, *rest) -> tuple:
-  """Cuts a program of two results in two: what the first needs, and what is left for the second.
+def split_backward(function: Callable, weights, outer, *rest) -> tuple:
+  """Splits a program of two results in two: one computes the first, the other the second.
 
   Returns:
-    (arguments → (first result, what is kept); (kept, weights, outer) → second result;
-    description of what is kept: all that the second half reads of the first).
+    (arguments → (first result, residuals); (residuals, weights, outer) → second result; shapes of
+    the residuals: all that the second half reads of the first).
   """
-  closed, shape = jax.make_jaxpr(whole, return_shape=True)(weights, outer, *rest)
+  closed, shape = jax.make_jaxpr(function, return_shape=True)(weights, outer, *rest)
   trees = [jax.tree.structure(result) for result in shape]
   jaxpr, count = closed.jaxpr, trees[0].num_leaves
   ahead, later = jaxpr.outvars[:count], jaxpr.outvars[count:]
@@ -169,17 +170,17 @@ def split_backward(whole: Callable, weights, outer, *rest) -> tuple:
   read = dict.fromkeys(var for var in read if isinstance(var, core.Var))
   crossing = [var for var in read if var in early]
 
-  def part(invars, outvars, eqns):
+  def subprogram(invars, outvars, eqns):
     info = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
-    own = jaxpr.replace(invars=invars, outvars=outvars, eqns=eqns, debug_info=info)
-    return core.jaxpr_as_fun(core.ClosedJaxpr(own, closed.consts))
+    half = jaxpr.replace(invars=invars, outvars=outvars, eqns=eqns, debug_info=info)
+    return core.jaxpr_as_fun(core.ClosedJaxpr(half, closed.consts))
 
-  one = part(jaxpr.invars, [*ahead, *crossing], first)
-  two = part([*crossing, *known], later, second)
+  one = subprogram(jaxpr.invars, [*ahead, *crossing], first)
+  two = subprogram([*crossing, *known], later, second)
 
   def start(*arguments):
-    made = one(*jax.tree.leaves(arguments))
-    return trees[0].unflatten(made[:count]), tuple(made[count:])
+    results = one(*jax.tree.leaves(arguments))
+    return trees[0].unflatten(results[:count]), tuple(results[count:])
 
   def finish(kept, weights, outer):
     return trees[1].unflatten(two(*kept, *jax.tree.leaves((weights, outer))))
@@ -188,7 +189,7 @@ def split_backward(whole: Callable, weights, outer, *rest) -> tuple:
 
 
 def _needed(eqns, outvars) -> list:
-  """The equations that some outputs need, in order."""
+  """The equations that some outputs depend on, in order."""
   wanted = {var for var in outvars if isinstance(var, core.Var)}
   kept = []
   for eqn in reversed(eqns):
@@ -202,34 +203,32 @@ def _zeros(tree):
   return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
 
 
-def _take(weights, chunk):
-  """One chunk's weights."""
-  return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, chunk, 0, False), weights)
+def _take(stacked, index):
+  return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, False), stacked)
 
 
-def _add(total, grads, chunk):
+def _add(totals, grads, chunk):
   """Adds one chunk's gradient in place."""
-  one = lambda all_, grad: all_.at[chunk].add(grad.astype(all_.dtype))  # noqa: E731
-  return jax.tree.map(one, total, grads)
+  add = lambda total, grad: total.at[chunk].add(grad.astype(total.dtype))  # noqa: E731
+  return jax.tree.map(add, totals, grads)
 
 
-def _box(like, buffer):
-  """Room for as many values as the stage with most of them keeps."""
+def _allocate(like, buffer):
+  """As many slots for values as the stage that keeps most of them needs."""
   slots = max(1, int(np.max(buffer.slots)))
   return jax.tree.map(lambda a: jnp.zeros((slots, *a.shape), a.dtype), like)
 
 
-def _read(box, slots):
-  place = jnp.maximum(slots.read, 0)
-  return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, place, 0, False), box)
+def _read(values, slots):
+  return _take(values, jnp.maximum(slots.read, 0))
 
 
-def _write(box, slots, value):
-  """Writes one value; slot -1 writes back what is there."""
-  place = jnp.maximum(slots.write, 0)
+def _write(values, slots, value):
+  """Writes one value; slot -1 leaves the buffer as it is."""
+  slot = jnp.maximum(slots.write, 0)
 
-  def put(all_, one):
-    one = jnp.where(slots.write < 0, jax.lax.dynamic_index_in_dim(all_, place, 0, False), one)
-    return jax.lax.dynamic_update_index_in_dim(all_, one, place, 0)
+  def put(values, one):
+    one = jnp.where(slots.write < 0, _take(values, slot), one)
+    return jax.lax.dynamic_update_index_in_dim(values, one, slot, 0)
 
-  return jax.tree.map(put, box, value)
+  return jax.tree.map(put, values, value)

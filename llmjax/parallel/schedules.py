@@ -1,8 +1,7 @@
-"""Pipeline schedules as tables of ticks × stages, made and checked by pure functions.
+"""Pipeline schedules as tables of ticks × stages, with a buffer slot for every value.
 
 A stage holds one or more chunks of layers; chunk c on stage s is virtual stage c · stages + s, so
-activations always go to the next stage of the ring and gradients to the one before. What a runtime
-needs beyond the order — which buffer each value lies in — is worked out here too (`tables`).
+activations always go to the next stage of the ring and gradients to the previous one.
 """
 
 import dataclasses
@@ -19,10 +18,10 @@ CODES = {"F": 1, "B": 2, "W": 3}  # in Tables.kind; 0 is idle
 
 
 class Action(NamedTuple):
-  """What a stage does in one tick, for one chunk and one microbatch.
+  """A stage's action in one tick, for one chunk and one microbatch.
 
-  Kinds: F is the forward; B the gradient by the input, and in schedules without W by the weights
-  too; W the gradient by the weights alone.
+  F is the forward pass; B the gradient of the input, and in schedules without W of the weights too;
+  W the gradient of the weights alone.
   """
 
   kind: str
@@ -35,9 +34,9 @@ class Action(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """Which stage does what in which tick; what a tick makes is with the neighbour before the next.
+  """A schedule: `table` has for each tick, for each stage, its `Action`, or None where it idles.
 
-  `table` has for each tick, for each stage, its `Action`, or None where it idles.
+  A tick's results reach the neighbouring stage before the next tick.
   """
 
   kind: str
@@ -52,14 +51,12 @@ class Schedule:
     return self.kind == "zb_h1"
 
   def timeline(self, forward=1, backward=1, weight=1) -> list[list[tuple]]:
-    """Runs each stage's actions in their order, each as soon as what it needs is there.
-
-    Stages do not wait for one another's ticks here, and sending takes no time.
+    """Runs each stage's actions in order, each as soon as its inputs exist; sends take no time.
 
     Args:
-      forward: time of one F, any unit; like the others for one chunk.
-      backward: time of the gradient by the input.
-      weight: time of the gradient by the weights; a B that is not split takes backward + weight.
+      forward: time of one chunk's F, any unit.
+      backward: time of the gradient of the input.
+      weight: time of the gradient of the weights; a B that is not split takes backward + weight.
     Returns:
       For each stage, (start, end, `Action`) in order.
     Raises:
@@ -71,7 +68,7 @@ class Schedule:
     return _simulate(orders, self.chunks, times)
 
   def bubble_fraction(self, forward=1, backward=1, weight=1) -> float:
-    """Part of the stages' time that is idle, 1 − busy / (stages · length of the `timeline`)."""
+    """Idle share of the stages' time: 1 − busy / (stages · length of the `timeline`)."""
     lines = self.timeline(forward, backward, weight)
     busy = sum(end - start for line in lines for start, end, _ in line)
     return 1 - busy / (self.stages * max(line[-1][1] for line in lines))
@@ -79,21 +76,21 @@ class Schedule:
 
 @functools.cache
 def make_schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Schedule:
-  """Makes a schedule: per stage an order of actions, each placed on the first tick it can have.
+  """Makes a schedule: each stage's order of actions, each in the first tick possible.
 
-  Every kind is some forwards to warm up, then one forward and one backward by turns:
+  Every kind is some warm-up forwards, then one forward and one backward in turn:
     gpipe: all forwards first.
-    1f1b: on stage s of p, p − s − 1 to warm up, so that min(m, p − s) microbatches are alive.
+    1f1b: p − s − 1 warm-up forwards on stage s of p; min(m, p − s) microbatches are alive.
     interleaved: 1f1b over chunks ≥ 2, in rounds of p microbatches a chunk; the bubble is
       (p − 1) / (chunks · m + p − 1), for more activations alive and chunks times the sends.
-    zb_h1: 1f1b whose W come s backwards late and fill the bubble down to p − 1 times
-      forward + backward − weight (m ≥ p, weight ≤ backward), with no more than the min(m, p)
-      microbatches alive on any stage that 1f1b has on stage 0.
+    zb_h1: 1f1b whose W are delayed by s backwards and fill the bubble down to p − 1 times
+      forward + backward − weight (m ≥ p, weight ≤ backward), with at most min(m, p) microbatches
+      alive on any stage, as 1f1b has on stage 0.
 
   Args:
     kind: one of `KINDS`.
     stages: length of the pipeline, p ≥ 1.
-    microbatches: m ≥ 1; a multiple of `stages` when interleaved (others deadlock or lose time).
+    microbatches: m ≥ 1; a multiple of `stages` when interleaved.
     chunks: virtual stages on each stage; 1 unless interleaved.
   Returns:
     A schedule that `check` accepts.
@@ -113,7 +110,7 @@ def make_schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) ->
 
 
 def check_numbers(kind: str, stages: int, microbatches: int, chunks: int):
-  """Raises a `UserError` where `make_schedule` has no schedule of such numbers."""
+  """Raises a `UserError` where a kind has no schedule for such numbers."""
   if kind not in KINDS:
     raise UserError(f"no pipeline schedule {kind!r}; {nearest(kind, KINDS)}")
   for name, count in (("stage", stages), ("microbatch", microbatches), ("chunk", chunks)):
@@ -149,7 +146,7 @@ def _order(kind, stage, stages, microbatches, chunks) -> list[Action]:
 
 
 def _needs(stage, action, stages, chunks) -> list[tuple[int, Action]]:
-  """The (stage, action) that must run before: its neighbour's first, if any."""
+  """The (stage, action) pairs that must run before, the neighbour's first."""
   kind, chunk, microbatch = action
   virtual = chunk * stages + stage + (1 if kind == "B" else -1)
   needs = []
@@ -188,10 +185,10 @@ def _placed(schedule: Schedule):
 
 
 def check(schedule: Schedule) -> None:
-  """Proves a table: everything happens exactly once, after what it needs.
+  """Checks that every action runs exactly once, at a later tick than those it needs.
 
   With v a virtual stage and m a microbatch, F(v, m) needs F(v − 1, m); B(v, m) needs F(v, m) and
-  B(v + 1, m); W(v, m) needs B(v, m); each at an earlier tick.
+  B(v + 1, m); W(v, m) needs B(v, m).
 
   Raises:
     UserError: names tick, stage and action of the first fault.
@@ -221,49 +218,32 @@ def check(schedule: Schedule) -> None:
       raise UserError(f"tick {len(schedule.table)} (the end), stage {stage}: {action} never ran")
 
 
-def peak_activations(schedule: Schedule) -> tuple[int, ...]:
-  """Counts, for each stage, the most inputs of a chunk (one microbatch's) alive at once.
-
-  An input is alive from its F until its B ends; in a zero-bubble schedule until its W ends, since W
-  reads it too. Values that wait between stages, and W's output gradients, are not counted: see
-  `Tables`.
-  """
-  last = "W" if schedule.splits_backward else "B"
-  alive, peak = [0] * schedule.stages, [0] * schedule.stages
-  for _, stage, action in _placed(schedule):
-    alive[stage] += (action.kind == "F") - (action.kind == last)
-    peak[stage] = max(peak[stage], alive[stage])
-  return tuple(peak)
-
-
 class Buffer(NamedTuple):
-  """Where values of one sort lie: slots [tick, stage], int32, −1 for none."""
+  """Slots of one kind of value: int32 [tick, stage], −1 for none."""
 
   read: np.ndarray
   write: np.ndarray
 
   @property
   def slots(self) -> tuple[int, ...]:
-    """How many each stage needs, the fewest possible; an array shared by all needs the largest."""
+    """How many slots each stage needs."""
     return tuple((self.write.max(axis=0) + 1).tolist())
 
 
 class Tables(NamedTuple):
   """A schedule with a buffer slot for every value; arrays are int32 [tick, stage].
 
-  In a tick a stage reads, computes, writes `saved` and `pending`, sends, and at the end writes what
+  In a tick a stage reads, computes, writes `saved` and `pending`, sends, and finally writes what
   has arrived, perhaps to a slot that it read in the same tick.
 
   Attributes:
     kind: 0 idle, or `CODES` of F, B, W.
-    chunk: which of the stage's chunks; 0 when idle.
-    microbatch: which microbatch; 0 when idle.
-    saved: inputs of chunks. F writes; B reads, and W.
-    activation: activations from stage − 1. Written at the end of the tick they arrive in, read by
-      F; virtual stage 0 reads none: it has the embedding.
-    gradient: gradients from stage + 1. Written at the end of the tick they arrive in, read by B;
-      the last virtual stage reads none: it has the loss.
-    pending: the output's gradients that W needs. B writes, W reads.
+    chunk: the stage's chunk; 0 when idle.
+    microbatch: 0 when idle.
+    saved: inputs of chunks, alive until no B or W needs them: F writes; B and W read.
+    activation: activations from stage − 1, read by F; virtual stage 0 embeds tokens instead.
+    gradient: gradients from stage + 1, read by B; the last virtual stage has the loss instead.
+    pending: the output's gradients that W needs: B writes, W reads.
   """
 
   kind: np.ndarray
@@ -276,12 +256,12 @@ class Tables(NamedTuple):
 
   @property
   def buffers(self) -> tuple[Buffer, ...]:
-    """All four, in this order."""
+    """saved, activation, gradient, pending."""
     return self[3:]
 
 
 def tables(schedule: Schedule) -> Tables:
-  """Gives every value that outlives its tick a slot that no other living value has.
+  """Allocates a slot for every value that outlives its tick.
 
   Raises:
     UserError: `check` refuses the schedule.

@@ -21,7 +21,7 @@ from llmjax.core.choices import check_choice, check_least
 from llmjax.core.dims import letters_of
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
-from llmjax.models.depth import count, run_some
+from llmjax.models.depth import Group, count, run_layers
 from llmjax.parallel.pipeline import leaves_read, run_pipeline
 from llmjax.parallel.rules import REPLICATED, WEIGHTS, spec
 from llmjax.parallel.schedules import KINDS, check_numbers, make_schedule
@@ -97,7 +97,7 @@ def pipelined_grad(
     number = jax.ShapeDtypeStruct((), jnp.int32)
     run = functools.partial(chunk, inputs)
     sums = jax.eval_shape(run, one, outer, x, number, number)[2]
-    read = leaves_read(functools.partial(chunk.shared, inputs, microbatch=0), outer)
+    read = leaves_read(functools.partial(chunk.layer_inputs, inputs, microbatch=0), outer)
     totals = run_pipeline(schedule, run, blocks, outer, x, sums, read)
     outer_grads, sums = jax.lax.psum((totals.outer, totals.sums), "stage")
     return jax.tree.map(lambda leaf: leaf[None], totals.weights), outer_grads, sums
@@ -151,7 +151,7 @@ class _Chunk:
   def __init__(self, model, assignment, layout: Callable, single: bool, remat: bool):
     self._blocks = jax.tree.map(_shape, model.stack.blocks)
     self._outer = _without_blocks(jax.tree.map(_shape, model))
-    self._dense = model.stack.dense  # layers that run with the embedding
+    self._before = model.stack.groups[-1].start  # layers that run with the embedding
     self._assignment, self._layout = assignment, layout
     self._single, self._remat = single, remat
 
@@ -160,21 +160,25 @@ class _Chunk:
     assignment, objective = self._assignment, inputs.objective
     batch, key = self._microbatch(inputs, microbatch)
     model = self._layout(tree.unflatten(self._outer, outer | inputs.frozen_outer))
-    shared = model.shared(batch, key)
+    layer_inputs = model.layer_inputs(batch, key)
 
     def embed(x_btd):
-      return model.stack.run_first(model.embed_tokens(batch, key), shared)[0]
+      x_btd = model.embed_tokens(batch, key)
+      return run_layers(model.stack.groups, x_btd, layer_inputs, model.config)[0]
 
     x_btd = jax.lax.cond(virtual == 0, embed, lambda x: x, x_btd)
     frozen = jax.tree.map(
       lambda leaf: jax.lax.dynamic_index_in_dim(leaf, virtual // assignment.stages, 0, False),
       inputs.frozen_blocks,
     )
-    x_btd, routing = run_some(
-      self._layout(tree.unflatten(self._blocks, blocks | frozen)), x_btd,
-      virtual * assignment.per_stage,
-      assignment.layers, shared, model.config, assignment.numbers, self._remat, self._dense,
-    )
+    blocks = self._layout(tree.unflatten(self._blocks, blocks | frozen))
+    numbers = tuple(tuple(self._before + n for n in each) for each in assignment.numbers)
+    first = self._before + virtual * assignment.per_stage
+    group = Group(blocks, first, numbers, self._before + assignment.layers)
+    config = dataclasses.replace(model.config, scan=False)
+    if not self._remat:
+      config = dataclasses.replace(config, remat="none")
+    x_btd, _, routing = run_layers((group,), x_btd, layer_inputs, config)
 
     def loss(x_btd):
       return objective.of_hidden(model.head, model.final_norm(x_btd), batch)
@@ -190,10 +194,10 @@ class _Chunk:
       metrics |= {"routing": routing}
     return x_btd, total, (predictions, metrics)
 
-  def shared(self, inputs, outer, microbatch):
-    """Makes what the layers of every virtual stage are given alike."""
+  def layer_inputs(self, inputs, outer, microbatch):
+    """Makes the inputs that are the same for the layers of every virtual stage."""
     model = tree.unflatten(self._outer, outer | inputs.frozen_outer)
-    return model.shared(*self._microbatch(inputs, microbatch))
+    return model.layer_inputs(*self._microbatch(inputs, microbatch))
 
   def _microbatch(self, inputs, number):
     """A microbatch and its key of dropout."""

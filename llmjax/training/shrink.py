@@ -11,8 +11,7 @@ import numpy as np
 
 from llmjax.data.batch import Batch
 from llmjax.data.tasks import Task
-from llmjax.nn.attention.grouped_query import LatentConfig
-from llmjax.nn.router import MoeConfig
+from llmjax.nn.moe import MoeConfig
 from llmjax.training.config import Config
 
 _HEAD = 8  # width of a head: even, with channels for every scaling of rope
@@ -33,11 +32,10 @@ def shrink(config: Config, devices: int) -> Config:
   k = math.gcd(dims["k"], devices)
   heads = k * (2 if dims["g"] % 2 == 0 else min(dims["g"], 3))
   attention = dataclasses.replace(
-    model.attention,
+    model.attention.shrunk(devices, _HEAD),
     window=min(model.attention.window, devices + 3),
     sparse_block=min(model.attention.sparse_block, 4),
     block=16,
-    latent=_narrow(model.attention.latent, devices),
   )
   small = dataclasses.replace(
     model,
@@ -62,14 +60,6 @@ def shrink(config: Config, devices: int) -> Config:
     loss=dataclasses.replace(config.loss, chunk=min(config.loss.chunk, 4) or 0),
     optim=dataclasses.replace(config.optim, warmup=min(config.optim.warmup, 1)),
   )
-
-
-def _narrow(latent: LatentConfig, devices: int) -> LatentConfig:
-  """Ranks that meshes divide alike, and heads of `_HEAD` channels, half of them rotated."""
-  if not latent.kv_rank:
-    return latent
-  ranks = [rank and 8 * math.gcd(rank, devices) for rank in (latent.kv_rank, latent.query_rank)]
-  return LatentConfig(*ranks, _HEAD // 2, _HEAD // 2, _HEAD - 2)
 
 
 def _few(moe: MoeConfig, devices: int) -> MoeConfig:

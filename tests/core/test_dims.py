@@ -24,7 +24,7 @@ def test_letters_come_from_the_last_part_of_the_path(path, ndim, letters):
 
 @pytest.mark.parametrize(
   ("path", "ndim"),
-  [("mlp/up_df", 1), ("mlp/up_df", 4), ("mlp/weight", 2), ("mlp/up_dq", 2), ("up_df/kernel", 2)],
+  [("mlp/up_df", 1), ("mlp/up_df", 4), ("mlp/weight", 2), ("mlp/up_dz", 2), ("up_df/kernel", 2)],
 )
 def test_an_array_without_its_letters_is_a_user_error(path, ndim):
   with pytest.raises(UserError, match=rf"{path!r} of rank {ndim}"):

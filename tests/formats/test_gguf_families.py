@@ -23,7 +23,7 @@ from llmjax.formats.hf.canonical import canonical
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.models.model import Model
-from llmjax.nn.attention.grouped_query import AttentionConfig
+from llmjax.nn.attention.config import AttentionConfig
 from llmjax.nn.embed import EmbedConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig

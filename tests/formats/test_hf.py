@@ -21,7 +21,7 @@ from llmjax.formats.hf.layout import from_tensors
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.models.model import Model
-from llmjax.nn.attention.grouped_query import AttentionConfig
+from llmjax.nn.attention.config import AttentionConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
 from llmjax.training.stored import save_model

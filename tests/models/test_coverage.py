@@ -12,9 +12,8 @@ import pytest
 
 from llmjax.models import build, config
 from llmjax.models.config import ModelConfig
-from llmjax.nn import mlp, norm, position, router
-from llmjax.nn.attention import context, kernels
-from llmjax.nn.attention import grouped_query as attention
+from llmjax.nn import mlp, moe, norm, position
+from llmjax.nn.attention import config as attention
 from llmjax.nn.position import SINUSOIDS
 from tests.models.variants import VARIANTS, reference_config
 
@@ -24,19 +23,15 @@ CHOICES = {
   "activation": mlp.ACTIVATIONS,
   "dtype": config.DTYPES,
   "remat": config.REMAT,
-  "attention.mask": attention.MASKS,
   "attention.pattern": attention.LAYERS,
-  "attention.qk_norm": attention.QK_NORMS,
-  "attention.bias": attention.BIASES,
-  "attention.kernel": kernels.KERNELS,
-  "attention.context_parallel": context.CONTEXTS,
+  **{f"attention.{key}": known for key, known in attention.CHOICES.items()},
   "position.kind": position.KINDS,
   "position.layout": position.LAYOUTS,
   "position.scaling": position.SCALINGS,
   "norm.kind": norm.KINDS,
   "norm.place": norm.PLACES,
-  "moe.router": router.ROUTERS,
-  "moe.drop": router.DROPS,
+  "moe.router": moe.ROUTERS,
+  "moe.drop": moe.DROPS,
   "vision.activation": ("gelu", "quick_gelu"),  # of the same functions as `activation`
 }
 # Kernels of other machines, of which tests/nn compares what can run here; what several devices do

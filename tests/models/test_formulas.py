@@ -16,7 +16,7 @@ from llmjax.models.formulas import (
   forward_flops_per_token,
   seen_share,
 )
-from llmjax.nn.attention.grouped_query import AttentionConfig
+from llmjax.nn.attention.config import AttentionConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
 from tests.models.counts import parameters

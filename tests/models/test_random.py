@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
-from llmjax.nn.router import MoeConfig
+from llmjax.nn.moe import MoeConfig
 from llmjax.training.config import Config
 from llmjax.training.losses import LossConfig
 from llmjax.training.optim import OptimConfig, make_optimizer

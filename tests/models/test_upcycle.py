@@ -14,7 +14,7 @@ from llmjax.data.batch import Batch
 from llmjax.models.build import build
 from llmjax.models.model import Model
 from llmjax.models.upcycle import InitConfig, init_from
-from llmjax.nn.router import MoeConfig
+from llmjax.nn.moe import MoeConfig
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from llmjax.core.errors import UserError
 from llmjax.nn.attention import ring
-from llmjax.nn.attention.context import attend_cut
+from llmjax.nn.attention.config import AttentionConfig
+from llmjax.nn.attention.context import attend_sharded
 from llmjax.nn.attention.kernels import attend
 from llmjax.nn.attention.mask import MaskSpec, self_mask
 from llmjax.nn.attention.scores import Scores
@@ -90,8 +91,8 @@ def _compare(case, context, sizes):
   arguments = _inputs(case)[0]
   whole = lambda q, k, v, mask, scores: attend(q, k, v, mask, scores, "direct")  # noqa: E731
   want = jax.jit(jax.value_and_grad(_loss(case, whole), argnums=(0, 1, 2, 3)))(*arguments)
-  cut = lambda q, k, v, mask, scores: attend_cut(  # noqa: E731
-    q, k, v, mask, scores, "auto", 16, context
+  cut = lambda q, k, v, mask, scores: attend_sharded(  # noqa: E731
+    q, k, v, mask, scores, AttentionConfig(block=16, context_parallel=context)
   )
   mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), jax.devices()[: np.prod([*sizes.values()])])
   with jax.set_mesh(mesh):

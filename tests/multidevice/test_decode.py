@@ -10,7 +10,7 @@ import pytest
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.models.model import Model
-from llmjax.nn.attention.grouped_query import AttentionConfig
+from llmjax.nn.attention.config import AttentionConfig
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import weight_shardings
 from llmjax.serve.generate import generate_ids

@@ -7,7 +7,7 @@ import pytest
 
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
-from llmjax.nn import moe, norm, position, router
+from llmjax.nn import moe, norm, position
 from llmjax.parallel import expert
 from llmjax.parallel.collectives import collectives
 from llmjax.parallel.mesh import MeshConfig, make_mesh
@@ -55,7 +55,7 @@ def test_pipelines_are_proven_with_every_kind_of_position_norm_and_router():
   assert {config.position.kind for config in configs} == kinds
   assert {config.norm.kind for config in configs} == {*norm.KINDS}
   assert {config.norm.place for config in configs} == {*norm.PLACES}
-  assert {config.moe.router for config in configs if config.moe.experts} == {*router.ROUTERS}
+  assert {config.moe.router for config in configs if config.moe.experts} == {*moe.ROUTERS}
 
 
 @pytest.fixture

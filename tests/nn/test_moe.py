@@ -9,8 +9,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from llmjax.core import tree
-from llmjax.nn.moe import Moe
-from llmjax.nn.router import MoeConfig
+from llmjax.nn.moe import Moe, MoeConfig
 from tests.reference import experts as reference
 from tests.reference.gradient import assert_pulled
 

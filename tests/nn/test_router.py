@@ -12,7 +12,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from llmjax.core.errors import UserError
-from llmjax.nn.router import MoeConfig, hashed, route
+from llmjax.nn.moe import MoeConfig
+from llmjax.nn.router import hashed, route
 from tests.reference import experts as reference
 from tests.reference.gradient import assert_pulled
 

@@ -11,8 +11,9 @@ from llmjax.core.config import override
 from llmjax.data.batch import Batch
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
-from llmjax.nn.attention.grouped_query import AttentionConfig, LatentConfig
-from llmjax.nn.router import MoeConfig
+from llmjax.nn.attention.config import AttentionConfig
+from llmjax.nn.attention.latent import LatentConfig
+from llmjax.nn.moe import MoeConfig
 from llmjax.parallel.mesh import AXES
 from llmjax.planning.arrays import dispatched_bytes
 from llmjax.planning.memory import memory

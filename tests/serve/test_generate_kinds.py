@@ -15,10 +15,10 @@ from llmjax.formats.hf import folder as hf
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig, VisionConfig
 from llmjax.models.model import Model
-from llmjax.nn.attention.grouped_query import AttentionConfig
+from llmjax.nn.attention.config import AttentionConfig
 from llmjax.nn.embed import EmbedConfig
+from llmjax.nn.moe import MoeConfig
 from llmjax.nn.position import PositionConfig
-from llmjax.nn.router import MoeConfig
 from llmjax.serve import generate as serving
 from llmjax.serve.generate import generate, generate_ids
 from llmjax.serve.prompt import Prompts, encode_prompts

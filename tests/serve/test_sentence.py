@@ -17,11 +17,11 @@ from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.models.model import Model
 from llmjax.models.pooling import Pooling, from_gguf
-from llmjax.nn.attention.grouped_query import AttentionConfig
+from llmjax.nn.attention.config import AttentionConfig
 from llmjax.nn.embed import EmbedConfig
+from llmjax.nn.moe import MoeConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
-from llmjax.nn.router import MoeConfig
 from llmjax.text.fast import WordPiece
 from llmjax.text.raw import Bytes
 from llmjax.training.stored import save_model

@@ -14,8 +14,8 @@ from llmjax.data.batch import Batch
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.models.model import Model, cast_weights
-from llmjax.nn.attention.grouped_query import AttentionConfig
-from llmjax.nn.router import MoeConfig
+from llmjax.nn.attention.config import AttentionConfig
+from llmjax.nn.moe import MoeConfig
 from llmjax.serve import generate as serving
 from llmjax.serve.generate import generate_ids
 from llmjax.serve.prompt import Prompts

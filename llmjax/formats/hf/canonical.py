@@ -4,9 +4,9 @@ import dataclasses
 import math
 
 from llmjax.models.config import ModelConfig, VisionConfig
-from llmjax.nn.attention.grouped_query import AttentionConfig
+from llmjax.nn.attention.config import AttentionConfig
+from llmjax.nn.moe import MoeConfig
 from llmjax.nn.position import SINUSOIDS, PositionConfig
-from llmjax.nn.router import MoeConfig
 
 
 def canonical(config: ModelConfig) -> ModelConfig:

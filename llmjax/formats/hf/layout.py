@@ -125,10 +125,11 @@ def to_tensors(
 
 def _rows(config: ModelConfig, table: dict, shapes: dict):
   """The rows that this architecture has: ({name of a tensor: its index in ours}, paths, layout)."""
-  dense = {path.replace("/first/", "/blocks/"): path for path in shapes if "/first/" in path}
-  before = next((shapes[path][0] for path in dense.values()), 0)
-  rest = {path: path for path in shapes if "/first/" not in path}
-  for first, known in ((0, dense), (before, rest)):
+  groups = {name: start for name, start, *_ in config.groups(config.layers)}
+  group_of = lambda path: next((part for part in path.split("/") if part in groups), "blocks")  # noqa: E731
+  for group, first in groups.items():
+    paths = [path for path in shapes if group_of(path) == group]
+    known = {path.replace(f"/{group}/", "/blocks/"): path for path in paths}
     for name, letters, row_paths in _resolve(table, known):
       paths = [known[path] for path in row_paths]
       counters = [letter for letter in "le" if f"{{{letter}}}" in name]

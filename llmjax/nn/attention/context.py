@@ -1,7 +1,7 @@
-"""Attention of rows whose positions are cut along mesh axis `context`: three ways, same result.
+"""Attention with context parallelism (positions sharded along `context`): ring, gather, all_to_all.
 
-`ring` sends keys and values round (nn/attention/ring.py), `gather` fetches all to every device, and
-`all_to_all` exchanges positions for heads before and after.
+`ring` passes keys and values around (nn/attention/ring.py), `gather` all-gathers them, and
+`all_to_all` exchanges the sharding of positions for one of heads, before and after.
 """
 
 import dataclasses
@@ -21,32 +21,35 @@ CONTEXTS = ("ring", "gather", "all_to_all")
 _HEADS = ACTIVATIONS | {"t": None, "n": ("tensor", "context"), "k": ("tensor", "context")}
 
 
-def attend_cut(
-  q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, kernel: str, block: int, context: str
-):
-  """Computes `attend` where `context` is more than one device, and `attend` itself where it is not.
+def attend_sharded(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, config):
+  """Computes `attend`, by `config.context_parallel` where positions are sharded.
 
   Keys of another row (cross attention) are always gathered, and so are those of a ring inside a
-  pipeline: its permutes want all devices at once, and there each stage does something else. Under
-  `ring` and `gather` the kernel is one that works on rectangles of the mask: direct or blockwise.
-  Arguments as `attend` takes; `context` is one of `CONTEXTS`.
+  pipeline: its permutes need all devices at once, and stages run different programs. Under `ring`
+  and `gather` the kernel is one that works on rectangles of the mask: direct or blockwise.
 
+  Args:
+    q_btnh: queries; like `k_bskh`, `v_bskh`, `mask` and `scores` as `attend` takes them.
+    config: `AttentionConfig`, for its kernel, block and context_parallel.
+  Returns:
+    o_btnh, dtype of `q_btnh`.
   Raises:
-    UserError: all_to_all has fewer heads than devices to give them to.
+    UserError: all_to_all has fewer heads than devices to shard them over.
   Source: gather: Llama 3, arXiv:2407.21783, sec. 3.3.2; all_to_all: Jacobs et al. 2023,
     arXiv:2309.14509.
   """
+  kernel, block, method = config.kernel, config.block, config.context_parallel
   if shards("t", ACTIVATIONS) == 1:
     return attend(q_btnh, k_bskh, v_bskh, mask, scores, kernel, block)
-  if context == "all_to_all" and mask.aligned:
+  if method == "all_to_all" and mask.aligned:
     return _all_to_all(q_btnh, k_bskh, v_bskh, mask, scores, kernel, block)
-  if context == "ring" and mask.aligned and not inside("stage"):
+  if method == "ring" and mask.aligned and not inside("stage"):
     return ring_attend(q_btnh, k_bskh, v_bskh, mask, scores, block)
   return _gather(q_btnh, k_bskh, v_bskh, mask, scores, block)
 
 
 def check_heads(n: int, devices: int):
-  """Raises a `UserError` where all_to_all has not as many query heads for each device."""
+  """Raises a `UserError` where all_to_all cannot give each device as many query heads."""
   if n % devices:
     raise UserError(
       f"model.attention.context_parallel=all_to_all gives every device heads, and {n} "
@@ -55,30 +58,31 @@ def check_heads(n: int, devices: int):
 
 
 def _gather(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int):
-  """Each device's own queries against everybody's keys."""
+  """Attends from each device's queries to the all-gathered keys."""
 
-  def local(queries, keys, extra):
+  def local(queries, keys, bias, sinks_n):
     q, q_positions, q_segments = queries
     keys = jax.tree.map(lambda a: jax.lax.all_gather(a, "context", axis=1, tiled=True), keys)
     k, v, k_positions, k_segments, prefix = keys
-    part = Mask(q_positions, k_positions, q_segments, k_segments, prefix, mask.rule)
-    made = dataclasses.replace(scores, bias=extra[0], sinks_n=extra[1])
-    return attend(q, k, v, part, made, "blockwise", block)
+    local_mask = Mask(q_positions, k_positions, q_segments, k_segments, prefix, mask.rule)
+    local_scores = dataclasses.replace(scores, bias=bias, sinks_n=sinks_n)
+    return attend(q, k, v, local_mask, local_scores, "blockwise", block)
 
-  cut, whole = PartitionSpec(None, "context"), PartitionSpec()
+  sharded, replicated = PartitionSpec(None, "context"), PartitionSpec()
   queries = (q_btnh, mask.q_positions_bt, mask.q_segments_bt)
   keys = (k_bskh, v_bskh, mask.k_positions_bs, mask.k_segments_bs, mask.prefix_bs)
   return jax.shard_map(
-    local, in_specs=(cut, cut, whole), out_specs=cut, axis_names={"context"}, check_vma=False
-  )(queries, keys, (scores.bias, scores.sinks_n))
+    local, in_specs=(sharded, sharded, replicated, replicated), out_specs=sharded,
+    axis_names={"context"}, check_vma=False,
+  )(queries, keys, scores.bias, scores.sinks_n)
 
 
 def _all_to_all(q_btnh, k_bskh, v_bskh, mask, scores, kernel, block):
-  """Whole rows of fewer heads; key heads are repeated until there is one for every device."""
+  """Attends to unsharded rows with sharded heads; key heads are repeated where too few to shard."""
   devices, n, k = shards("n", _HEADS), q_btnh.shape[2], k_bskh.shape[2]
   check_heads(n, devices)
   if k % devices:
     k_bskh, v_bskh = (jnp.repeat(a, n // k, axis=2) for a in (k_bskh, v_bskh))
-  put = lambda a: jax.lax.with_sharding_constraint(a, spec("btnh", _HEADS))  # noqa: E731
-  o_btnh = attend(put(q_btnh), put(k_bskh), put(v_bskh), mask, scores, kernel, block, _HEADS)
-  return put(o_btnh)
+  reshard = lambda a: jax.lax.with_sharding_constraint(a, spec("btnh", _HEADS))  # noqa: E731
+  qkv = (reshard(array) for array in (q_btnh, k_bskh, v_bskh))
+  return reshard(attend(*qkv, mask, scores, kernel, block, _HEADS))

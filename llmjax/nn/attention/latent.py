@@ -1,56 +1,132 @@
-"""Multi-head latent attention: all heads' keys and values are made of one short vector a position.
+"""Multi-head latent attention: all heads' keys and values are projections of one latent vector.
 
-The cache keeps that vector and one rotary key, nothing per head. Where queries are few, as in
-decoding, they are turned so that they meet the vectors as they lie; elsewhere keys and values are
-made of them.
+The cache holds that vector and one rotary key for each position. With few queries, as in decoding,
+the up-projections are absorbed into queries and results; otherwise keys and values are expanded.
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from llmjax.core.choices import check_least
 from llmjax.core.dot import dot
-from llmjax.nn.attention.context import attend_cut
-from llmjax.nn.attention.grouped_query import AttentionConfig, AttentionInputs
+from llmjax.core.errors import UserError
+from llmjax.nn.attention.context import attend_sharded
 from llmjax.nn.attention.scores import Scores
+from llmjax.nn.attention.variant import AttentionInputs, AttentionVariant, project_out
 from llmjax.nn.cache.dense import KVCache
 from llmjax.nn.norm import Norm, NormConfig
 from llmjax.nn.param import fan_in, param
 from llmjax.nn.position import rotate
 from llmjax.parallel.rules import shard
-from llmjax.parallel.tensor import column_parallel, row_parallel
+from llmjax.parallel.tensor import column_parallel
 
-# Of the latents' norms, whatever that of the others is: the published models have no other.
+# Of the norms of latents, whatever the model's other norms have: so in the published models.
 EPS = 1e-6
 
 
-class LatentAttention(nnx.Module):
-  """Attention of a row to itself or to a cache of latents; takes what `Attention` takes.
+@dataclasses.dataclass(frozen=True)
+class LatentConfig(AttentionVariant):
+  """Multi-head latent attention.
 
-  A head's queries and keys are `nope_dim` channels without position and `rope_dim` turned ones, of
-  which the key's are the same for all heads. Letter r is a rank, and h whichever part of a head a
-  weight makes. Arguments as of `Attention`; `norm` is of the latents, but for its eps.
+  Attributes:
+    kv_rank: width of the latent vector of keys and values (r); 0 turns latent attention off.
+    query_rank: width of the latent vector of queries; 0: queries are projected from the stream.
+    rope_dim: channels of a head that are rotated; their key is shared by all heads.
+    nope_dim: channels of a head without positions.
+    value_dim: channels of a head's values.
+  """
+
+  kv_rank: int = 0
+  query_rank: int = 0
+  rope_dim: int = 0
+  nope_dim: int = 0
+  value_dim: int = 0
+
+  def __post_init__(self):
+    section = "model.attention.latent"
+    check_least(section, self, kv_rank=0, query_rank=0)
+    if not self.used and any(dataclasses.astuple(self)):
+      raise UserError(f"{section} changes nothing without {section}.kv_rank")
+    if self.used:
+      check_least(section, self, rope_dim=2, nope_dim=1, value_dim=1)
+      if self.value_dim > self.width:
+        raise UserError(f"{section}.value_dim {self.value_dim} is above nope_dim + rope_dim")
+
+  @property
+  def used(self) -> bool:
+    """Whether the config asks for latent attention."""
+    return self.kv_rank > 0
+
+  @property
+  def width(self) -> int:
+    """Channels of a head's queries and keys."""
+    return self.nope_dim + self.rope_dim
+
+  def layer(self, key, dims, config, norm, layout, out_scale) -> nnx.Module:
+    """Makes a `LatentAttention`."""
+    return LatentAttention(key, dims, config, norm, layout, out_scale)
+
+  def cache_shapes(self, dims, batch: int, slots: int) -> tuple:
+    """One vector for each position, the latent and the rotary key; values are made of it."""
+    return (batch, 1, slots, self.kv_rank + self.rope_dim), None
+
+  def head_dim(self, model) -> int:
+    """Width of a head's queries and keys."""
+    return self.width
+
+  def rotary_dim(self, model) -> int:
+    """Channels of a head that are rotated."""
+    return self.rope_dim
+
+  def check(self, model):
+    """Refuses keys of the model that latent attention does not read."""
+    attention, position, h = model.attention, model.position, self.width
+    if (attention.sinks, attention.qk_norm, attention.bias) != (False, "none", "none"):
+      raise UserError("latent attention has no sinks, qk_norm or bias: leave model.attention's")
+    if model.kv_heads not in (0, model.heads) or model.head_dim not in (0, h):
+      raise UserError(
+        f"latent attention decides heads itself: leave model.kv_heads {model.kv_heads} and "
+        f"model.head_dim {model.head_dim}, or set them to {model.heads} and {h}"
+      )
+    if position.kind != "rope" or position.fraction != 1:
+      raise UserError(
+        "latent attention turns all of rope_dim: model.position.kind=rope, fraction=1"
+      )
+    if model.kind not in ("decoder", "encoder"):
+      raise UserError(f"model.kind={model.kind} has no latent attention")
+
+  def shrunk(self, devices: int, head_dim: int) -> "LatentConfig":
+    """Ranks that `devices` divide as before, and half of a head's channels rotated."""
+    ranks = [rank and 8 * math.gcd(rank, devices) for rank in (self.kv_rank, self.query_rank)]
+    return LatentConfig(*ranks, head_dim // 2, head_dim // 2, head_dim - 2)
+
+
+class LatentAttention(nnx.Module):
+  """Latent attention of a row to itself or to a cache of latents.
+
+  In names of weights r is the rank of a latent, and h the part of a head that the weight makes.
+  Arguments as of `AttentionVariant.layer`; `norm` is that of the latents, apart from its eps.
 
   Source: DeepSeek-V2, arXiv:2405.04434, sec. 2.1, eq. 9 to 19 and appendix C.
   """
 
-  def __init__(
-    self, key, dims, config: AttentionConfig, norm: NormConfig, layout: str, out_scale: float
-  ):
+  def __init__(self, key, dims, config, norm: NormConfig, layout: str, out_scale: float):
     self.config, self.layout = config, layout
     latent = config.latent
     norm = dataclasses.replace(norm, bias=False, eps=EPS)
-    part = lambda h, r=latent.kv_rank: dims | {"h": h, "r": r}  # noqa: E731
+    sizes = lambda h, r=latent.kv_rank: dims | {"h": h, "r": r}  # noqa: E731
     if latent.query_rank:
-      whole = part(latent.head_dim, latent.query_rank)
-      param(self, key, "query_down_dr", whole, fan_in(whole, "d"))
-      self.query_norm = Norm(key, whole, norm, "r")
-      param(self, key, "query_up_rnh", whole, fan_in(whole, "r"))
+      query = sizes(latent.width, latent.query_rank)
+      param(self, key, "query_down_dr", query, fan_in(query, "d"))
+      self.query_norm = Norm(key, query, norm, "r")
+      param(self, key, "query_up_rnh", query, fan_in(query, "r"))
     else:
-      param(self, key, "query_dnh", part(latent.head_dim), fan_in(dims, "d"))
-    nope, rope, value = (part(h) for h in (latent.nope_dim, latent.rope_dim, latent.value_dim))
+      param(self, key, "query_dnh", sizes(latent.width), fan_in(dims, "d"))
+    nope, rope, value = (sizes(h) for h in (latent.nope_dim, latent.rope_dim, latent.value_dim))
     param(self, key, "latent_dr", nope, fan_in(dims, "d"))
     self.latent_norm = Norm(key, nope, norm, "r")
     param(self, key, "key_rope_dh", rope, fan_in(dims, "d"))
@@ -58,45 +134,43 @@ class LatentAttention(nnx.Module):
     param(self, key, "value_up_rnh", value, fan_in(value, "r"))
     param(self, key, "out_nhd", value, fan_in(value, "nh", out_scale))
 
-  def __call__(self, x_btd, view: AttentionInputs, positions_bt, cache: KVCache | None = None):
-    """Mixes a row's positions; see `Attention`. A latent and its rotary key are one `key`."""
-    q_btnh, kept_bsr = self._queries(x_btd, view), self._latents(x_btd, view)
+  def __call__(self, x_btd, inputs: AttentionInputs, positions_bt, cache: KVCache | None = None):
+    """See `Attention`; the cache's `key` is a latent and its rotary key, side by side."""
+    q_btnh, kept_bsr = self._queries(x_btd, inputs), self._latents(x_btd, inputs)
     attend = self._expanded
     if cache is not None:
       cache = cache.write(KVCache(kept_bsr[:, None]), positions_bt)
       kept_bsr = cache.key_bksh[:, 0]
       attend = self._absorbed if self._few(q_btnh.shape[1]) else self._expanded
-    o_btnh = shard(attend(q_btnh, kept_bsr, view), "btnh")
-    project = lambda o_btnh, weights: dot("btnh,nhd->btd", o_btnh, weights["out_nhd"])  # noqa: E731
-    return row_parallel(project, o_btnh, {"out_nhd": self.out_nhd}, "btnh"), cache
+    return project_out(attend(q_btnh, kept_bsr, inputs), self.out_nhd), cache
 
   def _few(self, queries: int) -> bool:
-    """Whether so many queries cost less absorbed, by multiplications for each kept position."""
+    """Whether absorbing costs this many queries fewer multiplications for each cached position."""
     latent = self.config.latent
-    made = latent.nope_dim + latent.value_dim
-    return queries * (2 * latent.kv_rank - made) < latent.kv_rank * made
+    expanded = latent.nope_dim + latent.value_dim
+    return queries * (2 * latent.kv_rank - expanded) < latent.kv_rank * expanded
 
-  def _queries(self, x_btd, view: AttentionInputs):
-    """Queries whose last channels are turned: q_btnh."""
+  def _queries(self, x_btd, inputs: AttentionInputs):
+    """Queries whose last channels are rotated: q_btnh."""
     name, eq = "query_dnh", "btd,dnh->btnh"
     if self.config.latent.query_rank:
       x_btd = self.query_norm(dot("btd,dr->btr", x_btd, self.query_down_dr))
       name, eq = "query_up_rnh", "btr,rnh->btnh"
     project = lambda x, weights: (dot(eq, x, weights[name]),)  # noqa: E731
     (q_btnh,) = column_parallel(project, x_btd, {name: getattr(self, name)}, ("btnh",))
-    plain, turned = jnp.split(q_btnh, [self.config.latent.nope_dim], axis=-1)
-    turned = rotate(turned, *view.rope, self.layout)
-    return checkpoint_name(shard(jnp.concatenate([plain, turned], axis=-1), "btnh"), "query")
+    plain, rotated = jnp.split(q_btnh, [self.config.latent.nope_dim], axis=-1)
+    rotated = rotate(rotated, *inputs.rope, self.layout)
+    return checkpoint_name(shard(jnp.concatenate([plain, rotated], axis=-1), "btnh"), "query")
 
-  def _latents(self, x_btd, view: AttentionInputs):
-    """What is kept of positions: normed latents, and the rotary key behind them: [b, t, r + h]."""
+  def _latents(self, x_btd, inputs: AttentionInputs):
+    """What the cache holds: normed latents, and the rotary key after them: [b, t, r + h]."""
     c_btr = self.latent_norm(dot("btd,dr->btr", x_btd, self.latent_dr))
     k_bth = dot("btd,dh->bth", x_btd, self.key_rope_dh)
-    k_bth = rotate(k_bth[:, :, None], *view.rope, self.layout)[:, :, 0]
+    k_bth = rotate(k_bth[:, :, None], *inputs.rope, self.layout)[:, :, 0]
     return checkpoint_name(jnp.concatenate([c_btr, k_bth], axis=-1), "key")
 
-  def _expanded(self, q_btnh, kept_bsr, view: AttentionInputs):
-    """Makes every head's keys and values."""
+  def _expanded(self, q_btnh, kept_bsr, inputs: AttentionInputs):
+    """Attends to every head's keys and values, projected from the latents."""
     c_bsr, k_bsh = jnp.split(kept_bsr, [self.config.latent.kv_rank], axis=-1)
     names = ("key_up_rnh", "value_up_rnh")
     project = lambda c_bsr, weights: tuple(  # noqa: E731
@@ -105,24 +179,21 @@ class LatentAttention(nnx.Module):
     weights = {name: getattr(self, name) for name in names}
     k_bsnh, v_bsnh = column_parallel(project, c_bsr, weights, ("btnh", "btnh"))
     k_bs1h = shard(k_bsh[:, :, None], "bt1h")
-    turned = jnp.broadcast_to(k_bs1h, (*k_bsnh.shape[:3], k_bsh.shape[-1]))
-    k_bsnh = shard(jnp.concatenate([k_bsnh, turned], axis=-1), "btnh")
-    return self._attend(q_btnh, k_bsnh, v_bsnh, view)
+    rotated = jnp.broadcast_to(k_bs1h, (*k_bsnh.shape[:3], k_bsh.shape[-1]))
+    k_bsnh = shard(jnp.concatenate([k_bsnh, rotated], axis=-1), "btnh")
+    return self._attend(q_btnh, k_bsnh, v_bsnh, inputs)
 
-  def _absorbed(self, q_btnh, kept_bsr, view: AttentionInputs):
-    """q · (c W) is (q Wᵀ) · c: queries meet latents, and results are turned into values."""
+  def _absorbed(self, q_btnh, kept_bsr, inputs: AttentionInputs):
+    """Attends to the latents: q · (c W) = (q Wᵀ) · c; then projects the results to values."""
     latent = self.config.latent
-    plain, turned = jnp.split(q_btnh, [latent.nope_dim], axis=-1)
+    plain, rotated = jnp.split(q_btnh, [latent.nope_dim], axis=-1)
     q_btnr = dot("btnh,rnh->btnr", plain, self.key_up_rnh)
-    q_btnr = jnp.concatenate([q_btnr, turned], axis=-1)
+    q_btnr = jnp.concatenate([q_btnr, rotated], axis=-1)
     kept_bs1r = kept_bsr[:, :, None]  # read once: the rotary key's share of the result is dropped
-    o_btnr = self._attend(q_btnr, kept_bs1r, kept_bs1r, view)[..., : latent.kv_rank]
+    o_btnr = self._attend(q_btnr, kept_bs1r, kept_bs1r, inputs)[..., : latent.kv_rank]
     return dot("btnr,rnh->btnh", o_btnr, self.value_up_rnh)
 
-  def _attend(self, q_btnh, k_bskh, v_bskh, view: AttentionInputs):
+  def _attend(self, q_btnh, k_bskh, v_bskh, inputs: AttentionInputs):
     config = self.config
-    scores = Scores(config.scale or config.latent.head_dim**-0.5, config.softcap)
-    return attend_cut(
-      q_btnh, k_bskh, v_bskh, view.mask, scores, config.kernel, config.block,
-      config.context_parallel,
-    )
+    scores = Scores(config.scale or config.latent.width**-0.5, config.softcap)
+    return attend_sharded(q_btnh, k_bskh, v_bskh, inputs.mask, scores, config)

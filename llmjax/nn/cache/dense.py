@@ -18,7 +18,7 @@ _NEVER = 2**30  # stands for the position of an empty slot in masks: later than 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-  """Keys and values of one layer, or stacked over layers (`lbksh`).
+  """Keys and values of one layer.
 
   Heads stand before slots: the keys of a head are then one matrix in memory, which decoding reads
   as it lies.
@@ -108,21 +108,21 @@ class Cache:
   """All that decoding keeps of a stack of layers.
 
   Attributes:
-    layers: keys and values of the row itself, stacked over layers or a tuple of them.
+    layers: keys and values of the row itself in every layer.
     positions: for every kind of layer, the position of the key in each slot (position_bs, int32);
       -1 where a slot is empty, whatever its key then is.
     kinds: the kind of every layer.
     slots: most positions of a row.
-    source: keys and values that cross attention reads, as `layers`; None without it.
+    source: keys and values that cross attention reads in every layer; None without it.
     source_segments_bs: int32 numbers of the source's documents; None without it.
     prefix_b: int32, how many first positions every query sees (prefix-LM); None without them.
   """
 
-  layers: KVCache | tuple[KVCache, ...]
+  layers: tuple[KVCache, ...]
   positions: dict[str, jax.Array]
   kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
   slots: int = dataclasses.field(metadata={"static": True})
-  source: KVCache | tuple[KVCache, ...] | None = None
+  source: tuple[KVCache, ...] | None = None
   source_segments_bs: jax.Array | None = None
   prefix_b: jax.Array | None = None
 

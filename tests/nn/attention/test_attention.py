@@ -10,8 +10,10 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from llmjax.core.errors import UserError
-from llmjax.nn.attention.grouped_query import Attention, AttentionConfig, AttentionInputs
+from llmjax.nn.attention.config import AttentionConfig
+from llmjax.nn.attention.grouped_query import Attention
 from llmjax.nn.attention.mask import MaskSpec, cache_mask, cross_mask, self_mask
+from llmjax.nn.attention.variant import AttentionInputs
 from llmjax.nn.bias import Bias
 from llmjax.nn.cache.dense import KVCache
 from llmjax.nn.norm import NormConfig
@@ -206,12 +208,15 @@ def test_bf16_stays_bf16_and_weight_gradients_fp32():
 
 def test_the_kernel_and_the_block_reach_the_product(monkeypatch):
   seen = []
-  took = lambda q, *rest: seen.append(rest[-3:]) or q  # noqa: E731
-  monkeypatch.setattr("llmjax.nn.attention.grouped_query.attend_cut", took)
+  def took(q, k, v, mask, scores, kernel, block):
+    seen.append((kernel, block))
+    return q
+
+  monkeypatch.setattr("llmjax.nn.attention.context.attend", took)
   view = AttentionInputs(self_mask(MaskSpec(), None, jnp.asarray(POSITIONS)))
-  layer = layer_of(kernel="blockwise", block=32, context_parallel="gather")
+  layer = layer_of(kernel="blockwise", block=32)
   layer(random(2, 6, 12), view, jnp.asarray(POSITIONS))
-  assert seen == [("blockwise", 32, "gather")]
+  assert seen == [("blockwise", 32)]
 
 
 def test_weights_start_with_the_promised_spread():

@@ -14,8 +14,8 @@ from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.formulas import cache_bytes_per_token
 from llmjax.models.model import Model
-from llmjax.nn.attention.grouped_query import AttentionConfig, LatentConfig
-from llmjax.nn.attention.latent import LatentAttention
+from llmjax.nn.attention.config import AttentionConfig
+from llmjax.nn.attention.latent import LatentAttention, LatentConfig
 from llmjax.nn.attention.mask import MaskSpec, self_mask
 from llmjax.serve.generate import generate_ids
 from llmjax.serve.sample import Sampling
@@ -84,9 +84,10 @@ def test_generation_continues_as_whole_rows_would():
 
 def test_the_cache_holds_one_latent_and_one_rotary_key_a_position():
   cache = jax.eval_shape(lambda: weights_of(CONFIG).empty_cache(2, 16).layers)
-  [kept] = jax.tree.leaves(cache)
-  assert kept.shape == (CONFIG.layers, 2, 1, 16, LATENT.kv_rank + LATENT.rope_dim)
-  assert kept.size * 4 == 2 * 16 * cache_bytes_per_token(CONFIG, 4)
+  kept = jax.tree.leaves(cache)
+  shape = (2, 1, 16, LATENT.kv_rank + LATENT.rope_dim)
+  assert [leaf.shape for leaf in kept] == CONFIG.layers * [shape]
+  assert sum(leaf.size for leaf in kept) * 4 == 2 * 16 * cache_bytes_per_token(CONFIG, 4)
   # DeepSeek-V2, sec. 2.1.4: as much as 2.25 key/value heads of 128.
   v2 = LatentConfig(512, 1536, 64, 128, 128)
   published = make_config(
@@ -128,7 +129,7 @@ def test_what_latent_attention_does_not_read_is_refused(values, message):
 @pytest.mark.parametrize("key", [{"sinks": True}, {"qk_norm": "head"}, {"bias": "all"}])
 def test_additions_of_ordinary_attention_are_refused(key):
   with pytest.raises(UserError, match="has no sinks, qk_norm or bias"):
-    AttentionConfig(latent=LATENT, **key)
+    dataclasses.replace(CONFIG, attention=AttentionConfig(latent=LATENT, **key))
 
 
 def test_values_narrower_than_keys_are_padded_for_a_platforms_kernel(monkeypatch):

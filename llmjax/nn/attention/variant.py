@@ -1,0 +1,87 @@
+"""What a model asks of a variant of attention, and the inputs that all its layers get alike."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from llmjax.core.dot import dot
+from llmjax.core.errors import UserError
+from llmjax.nn.attention.mask import Mask
+from llmjax.nn.bias import Bias
+from llmjax.nn.norm import NormConfig
+from llmjax.parallel.rules import shard
+from llmjax.parallel.tensor import row_parallel
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionInputs:
+  """Inputs of attention that are the same for all layers of one kind.
+
+  Attributes:
+    mask: which keys each query attends to; its keys are the cache's slots where there is a cache.
+    rope: (cos, sin) of the positions, or None.
+    bias: position bias added to the scores, or None.
+  """
+
+  mask: Mask
+  rope: tuple | None = None
+  bias: Bias | None = None
+
+
+class AttentionVariant:
+  """A variant of attention; what is not overridden is that of grouped-query attention.
+
+  A variant is a file: its config section (a frozen dataclass derived from this class, which becomes
+  a field of `AttentionConfig`), and the module that `layer` makes.
+  """
+
+  @property
+  def used(self) -> bool:
+    """Whether the section's values select this variant."""
+    return True
+
+  def layer(
+    self, key, dims: dict[str, int], config, norm: NormConfig, layout: str, out_scale: float
+  ) -> nnx.Module:
+    """Makes a layer: a module called as (x_btd, inputs, positions_bt, cache) → (y_btd, cache).
+
+    Args:
+      key: PRNG key of the module.
+      dims: sizes of d, n, k and h.
+      config: `AttentionConfig`.
+      norm: kind and eps of norms inside attention.
+      layout: pairing of the channels that rope rotates.
+      out_scale: factor on the output projection's initial standard deviation.
+    """
+    raise NotImplementedError
+
+  def cache_shapes(self, dims: dict[str, int], batch: int, slots: int) -> tuple:
+    """Shapes of a layer's cache: (that of its keys `bksh`, that of its values or None)."""
+    return ((batch, dims["k"], slots, dims["h"]),) * 2
+
+  def head_dim(self, model) -> int:
+    """Width of a head's queries and keys (h) in a `ModelConfig`."""
+    return model.head_dim or model.width // model.heads
+
+  def rotary_dim(self, model) -> int:
+    """Channels of a head that `model.position.fraction` is a fraction of."""
+    return self.head_dim(model)
+
+  def check(self, model):
+    """Raises a `UserError` where the variant does not fit the rest of a `ModelConfig`."""
+    if not model.head_dim and model.width % model.heads:
+      raise UserError(
+        f"model.width {model.width} is not a multiple of model.heads {model.heads}; set head_dim"
+      )
+
+  def shrunk(self, devices: int, head_dim: int) -> "AttentionVariant":
+    """The section for a tiny model with heads of `head_dim`, divided alike by up to `devices`."""
+    return self
+
+
+def project_out(o_btnh, out_nhd):
+  """Projects all heads' results back into the residual stream: y_btd."""
+  project = lambda o_btnh, weights: dot("btnh,nhd->btd", o_btnh, weights["out_nhd"])  # noqa: E731
+  return row_parallel(project, shard(o_btnh, "btnh"), {"out_nhd": out_nhd}, "btnh")

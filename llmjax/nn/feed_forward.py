@@ -1,0 +1,50 @@
+"""What a model asks of a kind of feed-forward layer."""
+
+from flax import nnx
+
+
+class FeedForward:
+  """A kind of feed-forward layer; what is not overridden is that of the dense layer.
+
+  A kind is a file: its config section (a frozen dataclass derived from this class, which becomes a
+  field of `ModelConfig`), and the module that `layer` makes.
+
+  Attributes:
+    name: of the layer within its block, in paths of parameters.
+    first_k_dense: first layers of a stack that have the dense layer instead.
+  """
+
+  name = "mlp"
+  first_k_dense = 0
+
+  @property
+  def used(self) -> bool:
+    """Whether the section's values select this kind."""
+    return True
+
+  def layer(self, key, model, out_scale: float) -> nnx.Module:
+    """Makes a layer.
+
+    Args:
+      key: PRNG key of the module.
+      model: the `ModelConfig`.
+      out_scale: factor on the output projection's initial standard deviation.
+    """
+    raise NotImplementedError
+
+  def run(self, layer: nnx.Module, x_btd, tokens_bt=None, real_bt=None, key=None) -> tuple:
+    """Runs a layer.
+
+    Args:
+      layer: what `layer` made.
+      x_btd: normed residual stream.
+      tokens_bt: int32 ids, for routers that read them.
+      real_bt: bool, False for padding; None: all are real.
+      key: PRNG key of noisy routers; None draws nothing.
+    Returns:
+      (y_btd, the router's `RouterStats` or None).
+    """
+    return layer(x_btd), None
+
+  def check(self, model):
+    """Raises a `UserError` where the kind does not fit the rest of a `ModelConfig`."""
