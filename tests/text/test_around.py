@@ -13,7 +13,7 @@ from llmjax.text.tokenizer import (
   to_state,
   train_tokenizer,
 )
-from tests.text.test_kinds import EVERY, TRAINED
+from tests.text.test_kinds import EVERY, TRAINED, load_shared
 
 BOS, EOS, PAD = 0, 1, 2  # of the byte-level BPE
 
@@ -90,7 +90,7 @@ def test_a_post_processor_decides_and_then_the_flags(case, tmp_path):
 
 
 def test_smollm2_s_prompts_have_no_bos(shared_data):
-  made = load_tokenizer(shared_data / "smollm2-135m")
+  made = load_shared(shared_data / "smollm2-135m")
   ids = made.encode("The capital of France is")
   assert framed(made, "decoder", ids) == [504, 3575, 282, 4649, 314]  # as transformers gives them
   assert framed(made, "decoder", []) == [1]  # something has to be there
@@ -108,7 +108,7 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_alone_has_what_its_kind_has(name, shared_data):
-  made = load_tokenizer(shared_data / "tokenizers" / name)
+  made = load_shared(shared_data / "tokenizers" / name)
   before, after = FILES[name]
   assert framed(made, "decoder", made.encode("a")) == [*before, *made.encode("a"), *after]
 

@@ -12,7 +12,7 @@ from llmjax.text.fast import Fast
 from llmjax.text.folder import load_tokenizer, save
 from llmjax.text.ranks import GPT2_PATTERN, Tiktoken
 from llmjax.text.tokenizer import fingerprint, to_state
-from tests.text.test_kinds import EVERY, RANKS, TEXTS, TRAINED
+from tests.text.test_kinds import EVERY, RANKS, TEXTS, TRAINED, load_shared
 
 LONG_WORD = "antidisestablishmentarianism"
 # (file, kind, text, ids); the first four texts are those of OpenAI's cookbook, "How to count tokens
@@ -34,7 +34,7 @@ MODELS = [
 
 @pytest.mark.parametrize(("file", "kind", "text", "ids"), PUBLISHED)
 def test_published_ids(file, kind, text, ids, shared_data):
-  tokenizer = load_tokenizer(shared_data / "tokenizers" / file)
+  tokenizer = load_shared(shared_data / "tokenizers" / file)
   assert tokenizer.kind == kind
   assert tokenizer.encode(text) == ids
 
@@ -43,7 +43,7 @@ def test_published_ids(file, kind, text, ids, shared_data):
 def test_models_of_others_encode_and_decode_as_sentencepiece_does(file, shared_data):
   path = shared_data / "tokenizers" / file
   theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
-  ours = load_tokenizer(path)
+  ours = load_shared(path)
   book = (shared_data / "tokenizers" / "sentencepiece_tests" / "botchan.txt").read_text()
   for text in (book, "", " ", "▁ Hello▁world", "  two\n\n 我想 ½", "<s> a </s><unk>[INST]"):
     ids = theirs.encode(text)
@@ -53,7 +53,7 @@ def test_models_of_others_encode_and_decode_as_sentencepiece_does(file, shared_d
 
 
 def test_control_tokens_of_a_model_are_made_only_when_asked_for(shared_data):
-  tokenizer = load_tokenizer(shared_data / "tokenizers" / MODELS[1])
+  tokenizer = load_shared(shared_data / "tokenizers" / MODELS[1])
   assert tokenizer.special_tokens["[INST]"] == 3
   assert 3 not in tokenizer.encode("[INST] Hi")
   assert tokenizer.encode("<s>[INST]Hi", allow_special=True) == [1, 3, *tokenizer.encode("Hi")]
@@ -61,7 +61,7 @@ def test_control_tokens_of_a_model_are_made_only_when_asked_for(shared_data):
 
 def test_smollm2_reads_its_folder(shared_data):
   folder = shared_data / "smollm2-135m"
-  tokenizer = load_tokenizer(folder)
+  tokenizer = load_shared(folder)
   assert (tokenizer.kind, tokenizer.vocab_size) == ("bpe", 49_152)
   assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)  # of config.json
   for want in json.loads((folder / "expected.json").read_text())["texts"][:2]:

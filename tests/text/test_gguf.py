@@ -7,10 +7,9 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from llmjax.core.errors import UserError
 from llmjax.text.cutting import PATTERNS
 from llmjax.text.fast import words
-from llmjax.text.folder import load_tokenizer
 from llmjax.text.gguf import from_gguf
 from llmjax.text.tokenizer import from_state, to_state
-from tests.text.test_kinds import TRAINED
+from tests.text.test_kinds import TRAINED, load_shared
 
 SPACED = {
   "tokenizer.ggml.model": "llama",
@@ -56,7 +55,7 @@ def test_every_string_gives_the_expected_ids(name, kind, shared_data):
 
 @pytest.mark.parametrize(("name", "folder"), [("gpt-2", "gpt2"), ("bert-bge", "bert")])
 def test_the_published_vocabulary_gives_the_same_ids(name, folder, shared_data):
-  tokenizer = load_tokenizer(shared_data / "tokenizers" / folder)
+  tokenizer = load_shared(shared_data / "tokenizers" / folder)
   for text, ids in vectors(shared_data / "tokenizers" / "llamacpp_vectors", name):
     assert tokenizer.encode(text) == ids, text
 

@@ -5,6 +5,7 @@ each other.
 """
 
 import base64
+import functools
 import json
 import random
 
@@ -16,6 +17,7 @@ from llmjax.core.errors import UserError
 from llmjax.text.base import NONE, Settings
 from llmjax.text.export import byte_letters
 from llmjax.text.fast import ByteBPE, WordPiece
+from llmjax.text.folder import load_tokenizer
 from llmjax.text.ranks import GPT2_PATTERN, Tiktoken
 from llmjax.text.raw import Bytes
 from llmjax.text.sentencepiece import SentencePiece, Unigram
@@ -51,6 +53,7 @@ RANKS = Tiktoken(
   rank_file(TRAINED["bpe"]),
   Settings(pattern=GPT2_PATTERN, added={"<|endoftext|>": 317}, eos_id=317),
 )
+load_shared = functools.cache(load_tokenizer)  # large files, which several tests read
 EVERY = {**TRAINED, "bytes": Bytes(), "tiktoken": RANKS}
 EXACT = ["sentencepiece", "unigram", "bpe", "bytes", "tiktoken"]
 
@@ -63,7 +66,7 @@ every = pytest.mark.parametrize("kind", EVERY)
 
 
 @pytest.mark.parametrize("kind", EXACT)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @example("")
 @example("▁ ▁▁ \u2581 x▁")
 @example("  leading, trailing  ")
@@ -84,14 +87,14 @@ def test_a_batch_is_encoded_as_its_texts_are(kind, batch):
 
 
 @every
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(ids=st.lists(st.integers(-3, 400), max_size=30))
 def test_any_ids_decode(kind, ids):
   assert isinstance(EVERY[kind].decode(ids), str)
 
 
 @every
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(text=texts)
 def test_text_becomes_ids_of_the_vocabulary_and_none_that_are_special(kind, text):
   tokenizer = EVERY[kind]
@@ -208,7 +211,7 @@ def test_an_id_outside_the_vocabulary_is_a_user_error():
     Bytes(b"", Settings(eos_id=900))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(texts)
 def test_ranks_and_merges_of_one_vocabulary_give_the_same_tokens(text):
   assert RANKS.encode(text) == [i - 3 for i in TRAINED["bpe"].encode(text)]
