@@ -60,7 +60,7 @@ def route(
     real_bt: bool, False for padding.
     bias_e: added where experts are picked, not where they are weighted.
   Returns:
-    (`Routes`, `Routing`).
+    (`RouterAssignment`, `RouterStats`).
   """
   sigmoid = config.router == "sigmoid"
   scores_bte = jax.nn.sigmoid(logits_bte) if sigmoid else jax.nn.softmax(logits_bte)

@@ -1,8 +1,7 @@
-"""Ring attention: each device keeps its queries while keys and values go round the `context` axis.
+"""Ring attention: each device keeps its queries while keys and values travel along `context`.
 
-A row is cut into twice as many chunks as devices. Under a causal mask device i takes chunks i and
-2c - 1 - i: of the four tiles of a step then two are needed, on every device, and the others are
-skipped, so none idles on the mask. Memory is O(t / c) in both directions.
+A row is split into twice as many chunks as devices, c. Under a causal mask device i takes chunks i
+and 2c - 1 - i, so every device computes two of a step's four tiles. Memory is O(t / c).
 """
 
 import functools
@@ -19,7 +18,7 @@ from llmjax.nn.attention.mask import Mask, MaskSpec
 from llmjax.nn.attention.scores import Scores
 
 _AXIS = "context"
-_CUT, _WHOLE = PartitionSpec(None, _AXIS), PartitionSpec()
+_SHARDED, _REPLICATED = PartitionSpec(None, _AXIS), PartitionSpec()
 _NOTHING = jnp.finfo(jnp.float32).min
 
 
@@ -56,27 +55,27 @@ def _ring(static, qkv, extra, rows):
 
 
 def _ring_forward(static, qkv, extra, rows):
-  out, saved = _on_ring(_forward, static, (_CUT, _CUT))(qkv, extra, rows)
+  out, saved = _on_ring(_forward, static, (_SHARDED, _SHARDED))(qkv, extra, rows)
   return out, (saved, extra)
 
 
 def _ring_backward(static, residuals, grad):
-  return *_on_ring(_backward, static, (_CUT, _WHOLE))(*residuals, grad), None
+  return *_on_ring(_backward, static, (_SHARDED, _REPLICATED))(*residuals, grad), None
 
 
 _ring.defvjp(_ring_forward, _ring_backward)
 
 
 def _on_ring(function, static, out_specs):
-  # By hand along this axis alone: rows and heads stay the compiler's.
+  # Manual along this axis only: batch and heads are left to the compiler.
   return jax.shard_map(
-    functools.partial(function, static), in_specs=(_CUT, _WHOLE, _CUT), out_specs=out_specs,
-    axis_names={_AXIS}, check_vma=False,
+    functools.partial(function, static), in_specs=(_SHARDED, _REPLICATED, _SHARDED),
+    out_specs=out_specs, axis_names={_AXIS}, check_vma=False,
   )
 
 
 def _forward(static, qkv, extra, rows):
-  """One device's part: (o_btnh, what the backward pass reads, in the order of chunks)."""
+  """Runs on one device: (o_btnh, residuals of the backward pass, in the order of chunks)."""
   order = _Order(static.rule, qkv[0].shape[1], rows[2] is not None)
   (q, k, v), rows = order.take((qkv, rows))
   bias, sinks_n = extra
@@ -94,7 +93,7 @@ def _forward(static, qkv, extra, rows):
     return (parts, _pass_on(travelling)), None
 
   travelling = ((k, v), rows)
-  (parts, _), _ = jax.lax.scan(step, (start, travelling), jnp.arange(order.ways))
+  (parts, _), _ = jax.lax.scan(step, (start, travelling), jnp.arange(order.shards))
   o, lse = order.join(parts)
   if sinks_n is not None:
     with_sink = jnp.logaddexp(lse, sinks_n)
@@ -104,7 +103,7 @@ def _forward(static, qkv, extra, rows):
 
 
 def _backward(static, saved, extra, grad):
-  """One device's part of the gradients: ((dq, dk, dv), (bias, sinks))."""
+  """Runs on one device: gradients ((dq, dk, dv), (bias, sinks))."""
   q, k, v, o, lse, *rows = saved
   bias, sinks_n = extra
   order = _Order(static.rule, q.shape[1], rows[2] is not None)
@@ -120,19 +119,19 @@ def _backward(static, saved, extra, grad):
     pull = functools.partial(_pull_tile, static)
     nothing = lambda own, other, bias, _: jax.tree.map(zeros, (own[0], other[0], bias))  # noqa: E731
     for i, j, needed in order.tiles(number):
-      made = jax.lax.cond(needed, pull, nothing, queries[i], keys[j], bias, reads[i])
-      grad_q[i] += made[0]
-      grad_kv[j] = jax.tree.map(jnp.add, grad_kv[j], made[1])
-      grad_bias = jax.tree.map(jnp.add, grad_bias, made[2])
+      grads = jax.lax.cond(needed, pull, nothing, queries[i], keys[j], bias, reads[i])
+      grad_q[i] += grads[0]
+      grad_kv[j] = jax.tree.map(jnp.add, grad_kv[j], grads[1])
+      grad_bias = jax.tree.map(jnp.add, grad_bias, grads[2])
     grad_kv = order.join(grad_kv)
     return (grad_q, grad_bias, _pass_on(grad_kv), _pass_on(travelling)), None
 
   start = ([zeros(own[0]) for own in queries], jax.tree.map(zeros, bias))
   travelling = ((k, v), tuple(rows))
   carry = (*start, jax.tree.map(zeros, (k, v)), travelling)
-  (grad_q, grad_bias, grad_kv, _), _ = jax.lax.scan(step, carry, jnp.arange(order.ways))
+  (grad_q, grad_bias, grad_kv, _), _ = jax.lax.scan(step, carry, jnp.arange(order.shards))
   grads = order.give((order.join(grad_q), *grad_kv))
-  grads = tuple(made.astype(like.dtype) for made, like in zip(grads, (q, k, v), strict=True))
+  grads = tuple(grad.astype(like.dtype) for grad, like in zip(grads, (q, k, v), strict=True))
   grad_sinks = None
   if sinks_n is not None:
     grad_sinks = -jnp.sum(jnp.exp(sinks_n - lse) * own_dot, axis=(0, 1))
@@ -156,18 +155,18 @@ def _pull_tile(static: _Static, own, other, bias, reads):
   tile = lambda q, kv, bias: _tile(static, (q, own[1]), (kv, other[1]), bias)  # noqa: E731
   (o, part_lse), pull = jax.vjp(tile, own[0], other[0], bias)
   weight = jnp.exp(part_lse - lse)
-  made = pull((weight[..., None] * grad, weight * (jnp.sum(grad * o, axis=-1) - own_dot)))
-  return jax.tree.map(lambda a: a.astype(jnp.float32), made)
+  grads = pull((weight[..., None] * grad, weight * (jnp.sum(grad * o, axis=-1) - own_dot)))
+  return jax.tree.map(lambda a: a.astype(jnp.float32), grads)
 
 
 def _no_part(q_btnh, v_bskh):
-  """The part of keys that nobody sees."""
+  """The result over keys that are all masked."""
   shape = q_btnh.shape[:3]
   return jnp.zeros((*shape, v_bskh.shape[-1]), jnp.float32), jnp.full(shape, _NOTHING)
 
 
 def _merge(one, two):
-  """Joins two softmaxes over different keys."""
+  """Combines results over different keys."""
   lse = jnp.logaddexp(one[1], two[1])
   o = sum(o * jnp.exp(part - lse)[..., None] for o, part in (one, two))
   return o, lse
@@ -175,8 +174,8 @@ def _merge(one, two):
 
 def _pass_on(tree):
   """Sends arrays to the next device of the ring."""
-  ways = jax.lax.axis_size(_AXIS)
-  return jax.lax.ppermute(tree, _AXIS, [(i, (i + 1) % ways) for i in range(ways)])
+  shards = jax.lax.axis_size(_AXIS)
+  return jax.lax.ppermute(tree, _AXIS, [(i, (i + 1) % shards) for i in range(shards)])
 
 
 class _Order:
@@ -189,7 +188,7 @@ class _Order:
   """
 
   def __init__(self, rule: MaskSpec, length: int, prefix: bool):
-    self.ways = jax.lax.axis_size(_AXIS)
+    self.shards = jax.lax.axis_size(_AXIS)
     self.index = jax.lax.axis_index(_AXIS)
     self.pieces = 1 if length % 2 else 2
     self.size = length // self.pieces
@@ -199,12 +198,12 @@ class _Order:
   def ids(self, device) -> tuple:
     """Numbers of a device's chunks within the row."""
     if self.balanced:
-      return device, 2 * self.ways - 1 - device
+      return device, 2 * self.shards - 1 - device
     return tuple(self.pieces * device + i for i in range(self.pieces))
 
   def tiles(self, number):
     """Yields (query chunk, key chunk, whether they need to meet) of one step of the ring."""
-    ids, visiting = self.ids(self.index), self.ids((self.index - number) % self.ways)
+    ids, visiting = self.ids(self.index), self.ids((self.index - number) % self.shards)
     for i, j in itertools.product(range(self.pieces), repeat=2):
       yield i, j, self.needed(ids[i], visiting[j])
 
@@ -220,7 +219,7 @@ class _Order:
     return ok
 
   def split(self, tree) -> list:
-    """Takes [b, t, …] arrays apart by chunk."""
+    """Splits [b, t, …] arrays by chunk."""
     cut = lambda i: jax.tree.map(lambda a: a[:, i * self.size : (i + 1) * self.size], tree)  # noqa: E731
     return [cut(i) for i in range(self.pieces)]
 
@@ -244,7 +243,7 @@ class _Order:
     """Chunks of even number go one way and those of odd number another: two permutations."""
     moved = []
     for parity, half in enumerate(halves):
-      owners = [min(n, 2 * self.ways - 1 - n) for n in range(parity, 2 * self.ways, 2)]
+      owners = [min(n, 2 * self.shards - 1 - n) for n in range(parity, 2 * self.shards, 2)]
       pairs = [(owner, i) if back else (i, owner) for i, owner in enumerate(owners)]
       moved.append(jax.lax.ppermute(half, _AXIS, pairs))
     return moved
