@@ -1,8 +1,4 @@
-"""How the vectors of a text's tokens become one, and sentence-transformers' files that say how.
-
-`modules.json` lists what follows the model, `1_Pooling/config.json` says which tokens count, and
-two more files what is done to a text before it is read.
-"""
+"""Pooling token vectors into a text vector; sentence-transformers' files that say how."""
 
 import dataclasses
 from pathlib import Path
@@ -59,16 +55,16 @@ class Pooling:
 
 
 def pool(model, x_btd, real_bt, mode: str, pooled_bt=None):
-  """Makes one vector of a text.
+  """Pools the token vectors of each text.
 
   Args:
-    model: whose projection `pooler` is, BERT's; nothing else is read of it.
+    model: its projection `pooler` (BERT's) is used by mode pooler.
     x_btd: what `features` returns.
-    real_bt: whether a position is one of the text's; none is after one that is not.
+    real_bt: bool, false for padding, which is on the right.
     mode: mean or max over positions; mean_sqrt_len_tokens, the sum divided by √positions;
       weightedmean, position t counted t times; cls, the first; lasttoken; pooler, the first
       projected and tanh.
-    pooled_bt: whether a position counts; None: all of the text do.
+    pooled_bt: bool, the positions that count; None: all of the text.
   Returns:
     x_bd, fp32.
   Raises:
@@ -102,7 +98,7 @@ def pool(model, x_btd, real_bt, mode: str, pooled_bt=None):
 
 
 def from_gguf(kind: int | None) -> Pooling | None:
-  """The pooling that a GGUF file's `pooling_type` names; llama.cpp normalizes what comes out."""
+  """The pooling that a GGUF file's `pooling_type` names; llama.cpp normalizes the vectors."""
   if kind is None:
     return None
   if kind not in _GGUF:
@@ -111,10 +107,7 @@ def from_gguf(kind: int | None) -> Pooling | None:
 
 
 def read(folder: Path) -> Pooling | None:
-  """Reads what a folder says of pooling; None where it says nothing.
-
-  What is not supported makes a `refused` pooling: the model is of use without it.
-  """
+  """Reads a folder's pooling: None without such files, a `refused` one where it is unsupported."""
   if not (folder / "modules.json").is_file() and not (folder / "1_Pooling").is_dir():
     return None
   try:
@@ -124,24 +117,24 @@ def read(folder: Path) -> Pooling | None:
 
 
 def _read(folder: Path) -> Pooling:
-  where, normalize = "1_Pooling", True
+  subfolder, normalize = "1_Pooling", True
   if (folder / "modules.json").is_file():
     modules = read_json(folder / "modules.json", list)
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
     if kinds not in (list(_MODULES), list(_MODULES[:2])):
       raise UserError(f"{folder}/modules.json lists {kinds}; known: {', '.join(_MODULES)}")
-    where, normalize = modules[1]["path"], len(kinds) == 3
-  config = read_json(folder / where / "config.json")
-  said = config.get("pooling_mode")
-  if said is None:
-    usual = {_KEYS["mean"]: True} | config
-    modes = [mode for mode, key in _KEYS.items() if usual.get(key)]
-  else:
-    modes = [said] if isinstance(said, str) else said
+    subfolder, normalize = modules[1]["path"], len(kinds) == 3
+  config = read_json(folder / subfolder / "config.json")
+  modes = config.get("pooling_mode")
+  if modes is None:
+    flags = {_KEYS["mean"]: True} | config
+    modes = [mode for mode, key in _KEYS.items() if flags.get(key)]
+  modes = [modes] if isinstance(modes, str) else modes
   unknown = config.keys() - {*_KEYS.values(), *_SIZES, "pooling_mode", "include_prompt"}
   if not modes or any(config[key] for key in unknown):
-    raise UserError(f"{folder / where}/config.json: no pooling known here is asked for: {config}")
-  main = _maybe(folder / _MAIN)
+    path = folder / subfolder / "config.json"
+    raise UserError(f"{path}: no pooling known here is asked for: {config}")
+  main = _read_or_empty(folder / _MAIN)
   return Pooling(
     tuple(modes),
     normalize,
@@ -153,8 +146,8 @@ def _read(folder: Path) -> Pooling:
 
 
 def _prompt(folder: Path) -> str:
-  said = _maybe(folder / _PROMPTS)
-  name, prompts = said.get("default_prompt_name"), said.get("prompts") or {}
+  config = _read_or_empty(folder / _PROMPTS)
+  name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
   if name is None:
     return ""
   if name not in prompts:
@@ -162,7 +155,7 @@ def _prompt(folder: Path) -> str:
   return prompts[name]
 
 
-def _maybe(file: Path) -> dict:
+def _read_or_empty(file: Path) -> dict:
   return read_json(file) if file.is_file() else {}
 
 

@@ -18,14 +18,14 @@ _CROPPED = _CLIP | {
   "size": {"shortest_edge": 224}, "do_center_crop": True, "default_to_square": False,
   "crop_size": {"height": 224, "width": 224}, "do_convert_rgb": True,
 }
-_WHOLE = _HALF | {"size": {"height": 224, "width": 224}}
+_RESIZED = _HALF | {"size": {"height": 224, "width": 224}}
 # Class → what it sets otherwise than `Processor` does. Numbers of resample are Pillow's.
 _CLASSES = {
   "CLIPImageProcessor": _CROPPED,
   "LlavaImageProcessor": _CROPPED,
-  "ViTImageProcessor": _WHOLE | {"resample": 2},
-  "SiglipImageProcessor": _WHOLE | {"do_convert_rgb": True, "default_to_square": False},
-  "Gemma3ImageProcessor": _WHOLE | {"do_convert_rgb": True, "resample": 2},
+  "ViTImageProcessor": _RESIZED | {"resample": 2},
+  "SiglipImageProcessor": _RESIZED | {"do_convert_rgb": True, "default_to_square": False},
+  "Gemma3ImageProcessor": _RESIZED | {"do_convert_rgb": True, "resample": 2},
 }
 # What changes nothing: names, and how transformers hands arrays over.
 _HARMLESS = (
@@ -82,55 +82,54 @@ def usual(side: int) -> Processor:
 
 
 def read(folder: Path, kind: str) -> Processor | None:
-  """Reads what a folder says of images; None where it says nothing.
+  """Reads a folder's image processor: None without one, a `refused` one where it is unsupported.
 
   Args:
-    kind: of the model, which tells the class where the file does not: vision is a ViT.
-
-  What is not supported makes a `refused` processor: the model is of use without images.
+    kind: of the model, which decides the class where the file does not: vision is a ViT.
   """
-  whole, alone = (folder / name for name in _FILES)
+  combined, separate = (folder / name for name in _FILES)
   default = "ViTImageProcessor" if kind == "vision" else "CLIPImageProcessor"
   try:
-    theirs = read_json(whole).get("image_processor") if whole.is_file() else None
-    if theirs is None and alone.is_file():
-      theirs = read_json(alone)
-    return None if theirs is None else from_dict(theirs, default)
+    config = read_json(combined).get("image_processor") if combined.is_file() else None
+    if config is None and separate.is_file():
+      config = read_json(separate)
+    return None if config is None else from_dict(config, default)
   except UserError as error:
     return Processor(refused=f"{folder}: {error}")
 
 
-def from_dict(theirs: dict, default: str = "CLIPImageProcessor") -> Processor:
+def from_dict(config: dict, default: str = "CLIPImageProcessor") -> Processor:
   """Reads the object of a `preprocessor_config.json`.
 
   Raises:
     UserError: a class, a key or a value that is not known here and changes the result.
   """
-  said = theirs.get("image_processor_type") or theirs.get("feature_extractor_type") or default
-  name = said.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+  kind = config.get("image_processor_type") or config.get("feature_extractor_type") or default
+  name = kind.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
   if name not in _CLASSES:
-    raise UserError(f"image processor {said!r} is not known; {nearest(name, _CLASSES)}")
-  values = _CLASSES[name] | {key: value for key, value in theirs.items() if value is not None}
-  square = values.pop("default_to_square", True)
-  made = {key: values.pop(key) for key in _STEPS if key in values}
+    raise UserError(f"image processor {kind!r} is not known; {nearest(name, _CLASSES)}")
+  values = _CLASSES[name] | {key: value for key, value in config.items() if value is not None}
+  default_square = values.pop("default_to_square", True)
+  settings = {key: values.pop(key) for key in _STEPS if key in values}
   unknown = [key for key, value in values.items() if value and key not in _HARMLESS]
-  if made.get("do_pad") and name != "LlavaImageProcessor":
+  if settings.get("do_pad") and name != "LlavaImageProcessor":
     unknown.append("do_pad")
   if unknown:
-    raise UserError(f"image processor {said}: {', '.join(unknown)} not supported")
-  for key, whole in (("size", square), ("crop_size", True)):
-    if key in made:
-      made[key] = _size(key, made[key], whole)
+    raise UserError(f"image processor {kind}: {', '.join(unknown)} not supported")
+  for key, square in (("size", default_square), ("crop_size", True)):
+    if key in settings:
+      settings[key] = _size(key, settings[key], square)
   for key in ("image_mean", "image_std"):
-    made[key] = tuple(made[key]) if isinstance(made[key], (list, tuple)) else (made[key],) * 3
-  if len(made["image_mean"]) != 3 or len(made["image_std"]) != 3:
-    raise UserError(f"image processor {said}: image_mean and image_std are of three channels")
-  if made.get("do_center_crop") and not made.get("crop_size"):
-    raise UserError(f"image processor {said}: do_center_crop without crop_size")
-  if made.get("resample", 0) not in range(6):
-    raise UserError(f"image processor {said}: resample {made['resample']!r} is not 0 to 5")
-  check_finite("image processor", tuple(made.values()))
-  return Processor(name, **made)
+    value = settings[key]
+    settings[key] = tuple(value) if isinstance(value, (list, tuple)) else (value,) * 3
+  if len(settings["image_mean"]) != 3 or len(settings["image_std"]) != 3:
+    raise UserError(f"image processor {kind}: image_mean and image_std are of three channels")
+  if settings.get("do_center_crop") and not settings.get("crop_size"):
+    raise UserError(f"image processor {kind}: do_center_crop without crop_size")
+  if settings.get("resample", 0) not in range(6):
+    raise UserError(f"image processor {kind}: resample {settings['resample']!r} is not 0 to 5")
+  check_finite("image processor", tuple(settings.values()))
+  return Processor(name, **settings)
 
 
 def _size(key: str, value, square: bool) -> dict:

@@ -42,9 +42,9 @@ class Detokenizer:
       self.ids.append(i)
       self._window.append(i)
       self._unread += 1
-      whole = self._decode(self._window)
-      if not whole.endswith(_BROKEN):
-        self._extend(whole)
+      decoded = self._decode(self._window)
+      if not decoded.endswith(_BROKEN):
+        self._extend(decoded)
       if not self.stopped:
         self._lengths.append(len(self.text))
 
@@ -62,9 +62,9 @@ class Detokenizer:
     self._given += len(piece)
     return piece
 
-  def _extend(self, whole: str):
+  def _extend(self, decoded: str):
     """Adds what the window's text has more than before, and moves the window on."""
-    new = whole[len(os.path.commonprefix([self._before, whole])) :]  # noqa: RUF071
+    new = decoded[len(os.path.commonprefix([self._before, decoded])) :]  # noqa: RUF071
     if not new:
       return  # special tokens alone: the next is still read after the text before them
     searched = len(self.text)

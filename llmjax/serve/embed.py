@@ -16,7 +16,7 @@ from llmjax.models.pooling import Pooling, pool
 from llmjax.serve.prompt import bucket, check_lengths, pad_rows
 from llmjax.text.tokenizer import affixes, framed
 
-_ROWS = 32  # texts a batch
+_BATCH = 32  # texts of a batch
 
 
 def embed(
@@ -48,22 +48,22 @@ def embed(
     raise UserError("this model has no tokenizer")
   how = _chosen(model, pooling, normalize, prompt)
   rows, skipped = _encode(model, texts, how)
-  made = np.zeros((len(rows), model.config.width * len(how.modes)), np.float32)
+  vectors = np.zeros((len(rows), model.config.width * len(how.modes)), np.float32)
   shortest_first = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-  for first in range(0, len(rows), _ROWS):
-    chosen = shortest_first[first : first + _ROWS]
-    empty = [[]] * (bucket(len(chosen), 1) - len(chosen))
-    own = [rows[number] for number in chosen]
-    tokens_bt, inside_bt = pad_rows([*own, *empty], model.config.max_seq_len, 1)
-    batch = Batch(tokens_bt, segments_bt=inside_bt.astype(np.int32))
-    made[chosen] = _pooled(model.parameters, batch, skipped, how.modes)[: len(chosen)]
+  for first in range(0, len(rows), _BATCH):
+    chosen = shortest_first[first : first + _BATCH]
+    padding = [[]] * (bucket(len(chosen), 1) - len(chosen))
+    examples = [*(rows[number] for number in chosen), *padding]
+    tokens_bt, is_token_bt = pad_rows(examples, model.config.max_seq_len, 1)
+    batch = Batch(tokens_bt, segments_bt=is_token_bt.astype(np.int32))
+    vectors[chosen] = _pooled(model.parameters, batch, skipped, how.modes)[: len(chosen)]
   if how.normalize:
-    made /= np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-12)
-  return made
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+  return vectors
 
 
 def _chosen(model: Model, pooling, normalize, prompt) -> Pooling:
-  """What the model says of pooling, with what the caller wants otherwise."""
+  """The model's own pooling, changed as the caller asks."""
   how = model.pooling or Pooling()
   if pooling is not None:
     how = dataclasses.replace(how, modes=tuple(pooling.split("+")), refused="")
@@ -76,11 +76,10 @@ def _chosen(model: Model, pooling, normalize, prompt) -> Pooling:
 
 
 def _encode(model: Model, texts: Sequence[str], how: Pooling) -> tuple[list[list[int]], int]:
-  """The rows, and how many of their first tokens are of a prompt that is not pooled."""
+  """The ids of texts, and how many of their first ones are of a prompt that is not pooled."""
   tokenizer, context, kind = model.tokenizer, model.config.max_seq_len, model.config.kind
-  whole = [how.prompt + text for text in texts]
-  whole = [text.lower() for text in whole] if how.lower else whole
-  rows = [framed(tokenizer, kind, ids) for ids in tokenizer.encode_batch(whole)]
+  prompted = [(how.prompt + text).lower() if how.lower else how.prompt + text for text in texts]
+  rows = [framed(tokenizer, kind, ids) for ids in tokenizer.encode_batch(prompted)]
   check_lengths("text", rows, min(how.longest or context, context), context)
   if how.include_prompt or not how.prompt:
     return rows, 0

@@ -15,7 +15,7 @@ from llmjax.data.batch import Batch
 from llmjax.models.model import Model
 from llmjax.nn.position import PositionConfig
 from llmjax.serve.detokenize import Detokenizer
-from llmjax.serve.prompt import Prompts, bucket, check_room, encode_prompts, end_ids, pad_rows
+from llmjax.serve.prompt import Prompts, bucket, check_prompts, encode_prompts, end_ids, pad_rows
 from llmjax.serve.sample import RowSampling, Sampling
 from llmjax.serve.state import check_chunks, prefill, run_steps
 
@@ -243,7 +243,7 @@ def _check(model: Model, prompts: Prompts, chunk: int | None):
   config = model.config
   if not config.causal:
     raise UserError("this model's attention is bidirectional, so it writes no text")
-  check_room(prompts, config.max_seq_len)
+  check_prompts(prompts, config.max_seq_len)
   if chunk is not None:
     if chunk < 2:
       raise UserError(f"prefill_chunk {chunk} is less than 2")

@@ -59,7 +59,7 @@ def _open(path) -> PIL.Image.Image:
 
 
 def prepare(image: PIL.Image.Image, processor: Processor) -> np.ndarray:
-  """Takes a processor's steps: pixels [height, width, channels], fp32."""
+  """Applies a processor's steps: pixels [height, width, channels], fp32."""
   pixels = np.asarray(_rgb(image) if processor.do_convert_rgb else image)
   if pixels.ndim != 3 or pixels.shape[-1] != 3:
     raise UserError(
@@ -68,12 +68,12 @@ def prepare(image: PIL.Image.Image, processor: Processor) -> np.ndarray:
   image = PIL.Image.fromarray(pixels)
   if processor.do_pad:
     colour = tuple(int(mean * 255) for mean in processor.image_mean)
-    image = _squared(image, colour)
+    image = _pad_to_square(image, colour)
   if processor.do_resize:
     image = image.resize(_resized(image.size, processor.size), processor.resample)
   pixels = np.asarray(image)
   if processor.do_center_crop:
-    pixels = _middle(pixels, processor.crop_size["height"], processor.crop_size["width"])
+    pixels = _center_crop(pixels, processor.crop_size["height"], processor.crop_size["width"])
   if processor.do_rescale:
     pixels = (pixels.astype(np.float64) * processor.rescale_factor).astype(np.float32)
   pixels = pixels.astype(np.float32)
@@ -83,7 +83,7 @@ def prepare(image: PIL.Image.Image, processor: Processor) -> np.ndarray:
 
 
 def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-  """Makes three channels; what is transparent lies over white."""
+  """Converts to RGB; transparent pixels show white."""
   if "A" not in image.getbands() and image.info.get("transparency") is None:
     return image.convert("RGB")
   image = image.convert("RGBA")
@@ -91,28 +91,26 @@ def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
   return PIL.Image.alpha_composite(white, image).convert("RGB")
 
 
-def _squared(image: PIL.Image.Image, colour: tuple[int, ...]) -> PIL.Image.Image:
-  """Puts an image in the middle of a square of its longer side."""
+def _pad_to_square(image: PIL.Image.Image, colour: tuple[int, ...]) -> PIL.Image.Image:
   side = max(image.size)
-  made = PIL.Image.new("RGB", (side, side), colour)
-  made.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-  return made
+  square = PIL.Image.new("RGB", (side, side), colour)
+  square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+  return square
 
 
 def _resized(size: tuple[int, int], wanted: dict) -> tuple[int, int]:
-  """Width and height to scale to: those wanted, or such that the shorter is the wanted one."""
+  """The (width, height) to scale to: as given, or so that the shorter edge is as given."""
   if "shortest_edge" not in wanted:
     return wanted["width"], wanted["height"]
   return tuple(int(wanted["shortest_edge"] * n / min(size)) for n in size)
 
 
-def _middle(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-  """Cuts the middle out, after putting black around what is too small."""
-  for axis, wanted in enumerate((height, width)):
-    there = pixels.shape[axis]
-    around = max(0, wanted - there)
-    pad = [(0, 0)] * pixels.ndim
-    pad[axis] = (around - around // 2, around // 2)
-    first = (there + around - wanted) // 2
-    pixels = np.pad(pixels, pad).take(range(first, first + wanted), axis)
+def _center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+  """Crops around the center, after padding with black where the image is too small."""
+  for axis, size in enumerate((height, width)):
+    missing = max(0, size - pixels.shape[axis])
+    padding = [(0, 0)] * pixels.ndim
+    padding[axis] = (missing - missing // 2, missing // 2)
+    first = (pixels.shape[axis] + missing - size) // 2
+    pixels = np.pad(pixels, padding).take(range(first, first + size), axis)
   return pixels

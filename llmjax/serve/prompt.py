@@ -1,4 +1,4 @@
-"""Prompts as ids: what a model's kind, its tokenizer and the field's habits put around a text.
+"""Prompts as token ids, with what a model's kind, tokenizer and chat template add to a text.
 
 A decoder continues the text itself; an encoder-decoder reads it and begins anew. Each image stands
 in a row as one image token for every patch; chats are rendered with the tokenizer's template.
@@ -21,7 +21,7 @@ _ANSWER = "this is what the assistant says"
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """What is to be continued.
+  """Prompts of a model.
 
   Attributes:
     rows: ids that the decoder begins with, one row a prompt.
@@ -43,7 +43,7 @@ def encode_prompts(
   special: bool = False,
   processor: Processor | None = None,
 ) -> Prompts:
-  """Turns texts into what a model continues.
+  """Encodes texts as prompts.
 
   Args:
     images: for each prompt a sequence of image files or open images; None: no images.
@@ -51,8 +51,7 @@ def encode_prompts(
     special: special tokens that a text spells out become their ids.
     processor: how images are prepared; None: as CLIP's.
   Returns:
-    The prompts as ids, with what the tokenizer puts around a text (`framed`), or in a chat with
-    what the template writes.
+    The prompts as ids, with the tokenizer's affixes (`framed`), or as the chat template has them.
   Raises:
     UserError: a prompt leaves no room in the context, or the model takes no such prompts.
   """
@@ -65,27 +64,23 @@ def encode_prompts(
   images = [()] * len(texts) if images is None else images
   _check_images(config, texts, images)
   pairs = zip(texts, images, strict=True)
-  rows = [_encode(config, tokenizer, text, len(own), chat, special) for text, own in pairs]
+  rows = [_encode(config, tokenizer, text, len(shown), chat, special) for text, shown in pairs]
   if config.kind == "encoder_decoder":
     prompts = _as_sources(config, tokenizer, rows)
   else:
     prompts = Prompts(rows, patches_bsi=_patches(config, images, processor))
-  check_room(prompts, config.max_seq_len)
+  check_prompts(prompts, config.max_seq_len)
   return prompts
 
 
-def check_room(prompts: Prompts, context: int):
-  """Demands at least one id in every row and source, and room for one more in every row.
-
-  Raises:
-    UserError: a prompt is empty or too long.
-  """
+def check_prompts(prompts: Prompts, context: int):
+  """Raises a `UserError` where a prompt or source is empty, or too long to write one more token."""
   check_lengths("prompt", prompts.rows, context - 1, context)
   check_lengths("source", prompts.sources or (), context, context)
 
 
 def check_lengths(name: str, rows: Sequence[Sequence[int]], most: int, context: int):
-  """Demands from 1 to `most` ids in every row; `name` is what a row is called in the error."""
+  """Raises a `UserError` where a row has not 1 to `most` ids; `name` is what it calls the row."""
   for number, row in enumerate(rows):
     if not 0 < len(row) <= most:
       raise UserError(
@@ -95,15 +90,15 @@ def check_lengths(name: str, rows: Sequence[Sequence[int]], most: int, context: 
 
 
 def pad_rows(rows: Sequence[Sequence[int]], context: int, least: int = 16):
-  """Puts rows left-aligned into one array: (ids int32 [b, t], true where a row has an id).
+  """Pads rows on the right: (ids int32 [b, t], bool, true where a row has an id).
 
-  Its width is a `bucket` of at least `least`, at most the context.
+  Their width is a `bucket` of at least `least`, at most the context.
   """
   lengths = np.array([len(row) for row in rows])
-  inside_bt = np.arange(min(bucket(int(lengths.max()), least), context)) < lengths[:, None]
-  ids_bt = np.zeros(inside_bt.shape, np.int32)
-  ids_bt[inside_bt] = [i for row in rows for i in row]
-  return ids_bt, inside_bt
+  is_token_bt = np.arange(min(bucket(int(lengths.max()), least), context)) < lengths[:, None]
+  ids_bt = np.zeros(is_token_bt.shape, np.int32)
+  ids_bt[is_token_bt] = [i for row in rows for i in row]
+  return ids_bt, is_token_bt
 
 
 def bucket(count: int, least: int = 16) -> int:
@@ -130,8 +125,8 @@ def end_ids(tokenizer: Tokenizer, chat: bool = False) -> list[int]:
 def _encode(config, tokenizer, text: str, images: int, chat: bool, special: bool) -> list[int]:
   """One prompt's ids, an image token for every patch."""
   if chat:
-    parts = [{"type": "image"}] * images + [{"type": "text", "text": text}]
-    message = {"role": "user", "content": parts if images else text}
+    content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+    message = {"role": "user", "content": content if images else text}
     ids = encode_chat(tokenizer, [message], add_generation_prompt=True)
   else:
     ids = _with_image_tokens(config, tokenizer, text, images, special)
@@ -154,9 +149,9 @@ def _with_image_tokens(config, tokenizer, text: str, images: int, special: bool)
 
 def _expand(config, ids: list[int], images: int) -> list[int]:
   vision = config.vision
-  there = ids.count(vision.image_token) if vision.image_size else 0
-  if there != images:
-    raise UserError(f"the prompt has {there} image tokens for {images} images")
+  tokens = ids.count(vision.image_token) if vision.image_size else 0
+  if tokens != images:
+    raise UserError(f"the prompt has {tokens} image tokens for {images} images")
   return [i for i in ids for _ in range(vision.patches if i == vision.image_token else 1)]
 
 
@@ -168,16 +163,16 @@ def _check_images(config: ModelConfig, texts, images):
 
 
 def _patches(config: ModelConfig, images, processor) -> np.ndarray | None:
-  """Reads all images; rows with fewer than others are filled up with what no token stands for."""
+  """Reads all images; prompts with fewer than others are padded with zeros."""
   most = max(map(len, images))
   if not most:
     return None
   vision = config.vision
-  made = np.zeros((len(images), most, vision.patches, vision.patch_numbers), np.float32)
-  for row, own in enumerate(images):
-    for number, image in enumerate(own):
-      made[row, number] = read_image(image, vision, processor)
-  return made.reshape(len(images), most * vision.patches, vision.patch_numbers)
+  patches = np.zeros((len(images), most, vision.patches, vision.patch_numbers), np.float32)
+  for prompt, shown in enumerate(images):
+    for number, image in enumerate(shown):
+      patches[prompt, number] = read_image(image, vision, processor)
+  return patches.reshape(len(images), most * vision.patches, vision.patch_numbers)
 
 
 def _as_sources(config: ModelConfig, tokenizer: Tokenizer, rows) -> Prompts:

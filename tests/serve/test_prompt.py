@@ -8,7 +8,7 @@ import pytest
 
 from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig, VisionConfig
-from llmjax.serve.prompt import Prompts, check_room, encode_prompts, end_ids
+from llmjax.serve.prompt import Prompts, check_prompts, encode_prompts, end_ids
 from llmjax.text.base import Settings
 from llmjax.text.sentencepiece import SentencePiece
 
@@ -55,8 +55,8 @@ def test_an_answer_ends_with_eos_or_what_ends_a_turn(tokenizer):
 
 
 def test_room_is_one_more_than_a_prompt():
-  check_room(Prompts([[1] * 9], [[1] * 10]), 10)
+  check_prompts(Prompts([[1] * 9], [[1] * 10]), 10)
   with pytest.raises(UserError, match=r"prompt 1 has 10 tokens .* takes from 1 to 9"):
-    check_room(Prompts([[1], [1] * 10]), 10)
+    check_prompts(Prompts([[1], [1] * 10]), 10)
   with pytest.raises(UserError, match="source 0 has 0 tokens"):
-    check_room(Prompts([[1]], [[]]), 10)
+    check_prompts(Prompts([[1]], [[]]), 10)

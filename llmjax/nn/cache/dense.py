@@ -156,26 +156,19 @@ class Cache:
 
     The last positions are kept where they become fewer. `like` may be abstract.
     """
-    slots = {kind: position_bs.shape[1] for kind, position_bs in like.positions.items()}
-    stays = {kind for kind, old_bs in self.positions.items() if old_bs.shape[1] == slots[kind]}
-
-    def moved(layer: KVCache, kind: str) -> KVCache:
-      if kind in stays:
-        return layer
-      shape = lambda leaf: (*leaf.shape[:2], slots[kind], leaf.shape[3])  # noqa: E731
-      empty = jax.tree.map(lambda leaf: jnp.zeros(shape(leaf), leaf.dtype), layer)
-      return empty.write(layer, self.positions[kind])
-
-    empty = {
-      kind: jnp.full((len(old_bs), slots[kind]), -1, jnp.int32)
-      for kind, old_bs in self.positions.items()
-    }
-    positions = {
-      kind: old_bs if kind in stays else _put_positions(empty[kind], old_bs)
-      for kind, old_bs in self.positions.items()
-    }
-    layers = tuple(moved(*pair) for pair in zip(self.layers, self.kinds, strict=True))
-    return dataclasses.replace(self, layers=layers, positions=positions, slots=like.slots)
+    positions, layers = dict(self.positions), list(self.layers)
+    for kind, old_bs in self.positions.items():
+      slots = like.positions[kind].shape[1]
+      if old_bs.shape[1] == slots:
+        continue
+      positions[kind] = _put_positions(jnp.full((len(old_bs), slots), -1, jnp.int32), old_bs)
+      for number in (n for n, other in enumerate(self.kinds) if other == kind):
+        empty = jax.tree.map(
+          lambda a, slots=slots: jnp.zeros((*a.shape[:2], slots, a.shape[3]), a.dtype),
+          layers[number],
+        )
+        layers[number] = empty.write(layers[number], old_bs)
+    return dataclasses.replace(self, layers=tuple(layers), positions=positions, slots=like.slots)
 
   def truncate(self, length_b) -> "Cache":
     """Drops all keys at positions from `length_b` on, such as those of rejected draft tokens."""
