@@ -159,8 +159,10 @@ def test_window_layers_keep_a_ring_of_their_window(model):
 
 
 def test_prompts_in_chunks_are_the_prompts_at_once(model, alone):
-  found = generate_ids(model, PROMPTS, SAMPLINGS[0], prefill_chunk=3)  # one, one and four chunks
-  assert found == generate_ids(model, PROMPTS, SAMPLINGS[0])
+  # One, three and four chunks; after its own a row reads chunks of nothing but padding.
+  prompts = [PROMPTS[0], PROMPTS[2][:7], PROMPTS[2]]
+  found = generate_ids(model, prompts, SAMPLINGS[0], prefill_chunk=3)
+  assert found == generate_ids(model, prompts, SAMPLINGS[0])
   assert found[0] == alone[0]
   with pytest.raises(UserError, match="prefill_chunk 1 is less than 2"):
     generate_ids(model, PROMPTS, SAMPLINGS[0], prefill_chunk=1)
