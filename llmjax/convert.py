@@ -1,5 +1,6 @@
 """`convert`: any model that `load` reads, written as a Hugging Face folder or a checkpoint."""
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from llmjax.core.choices import check_choice
 from llmjax.core.errors import UserError
 from llmjax.core.files import check_writable
 from llmjax.formats.hf import folder as hf
+from llmjax.models.kinds import merged
 from llmjax.models.model import Model
 from llmjax.run import load
 from llmjax.text.folder import save as save_tokenizer
@@ -73,6 +75,8 @@ def _write(model: Model, folder: Path, format: str, dtype: str, family: str) -> 
   if format == "checkpoint":
     save_model(model, folder)
     return "llmjax"
+  plain = dataclasses.replace(model.config, weights=())
+  model = dataclasses.replace(model, config=plain, parameters=merged(model.parameters))
   hf.save_folder(model, folder, dtype, family)
   if model.tokenizer is not None:
     save_tokenizer(model.tokenizer, folder, affixes(model.tokenizer, model.config.kind))

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmjax.core.tree import flatten
+
 
 @dataclasses.dataclass(frozen=True)
 class ShardSpec:
@@ -271,6 +273,22 @@ def is_kind(leaf) -> bool:
 def summands(w) -> list[tuple]:
   """A weight as a sum, as `Weight.summands` gives it."""
   return w.summands() if is_kind(w) else [w]
+
+
+def fixed_paths(model) -> set[str]:
+  """Paths of arrays that their kind never trains: codes, scales, masks, the base of a LoRA."""
+
+  def inside(path, node, fixed):
+    if not is_kind(node):
+      return {path} if fixed else set()
+    children = {f"{path}/{name}_{node.part_letters(name)}": name for name in node.parts}
+    return set().union(*(
+      inside(child, getattr(node, name), fixed or name in node.fixed)
+      for child, name in children.items() if getattr(node, name) is not None
+    ))
+
+  nodes = flatten(model, is_leaf=is_kind)
+  return set().union(*(inside(path, node, False) for path, node in nodes.items()))
 
 
 def cast(leaf, dtype):

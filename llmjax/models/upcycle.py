@@ -14,6 +14,7 @@ from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
+from llmjax.models.kinds import apply_kinds, merged
 from llmjax.models.model import Model
 from llmjax.nn.mlp import Dense
 
@@ -53,9 +54,15 @@ def init_from(model: Model, config: ModelConfig, fresh: nnx.Module, drop: float,
     UserError: a weight that the model lacks, has in another shape, or that has no place.
   Source: Komatsuzaki et al. 2022, arXiv:2212.05055; Nakamura et al. 2025, arXiv:2502.19261, sec. 3.
   """
-  theirs = {path: np.asarray(leaf) for path, leaf in tree.flatten(model.parameters).items()}
-  ours, kept = tree.flatten(abstract(config)), set()
-  if config.moe.used and not model.config.moe.used:
+  adapted = config.weights != model.config.weights
+  parameters = merged(model.parameters) if adapted else model.parameters
+  theirs = {path: np.asarray(leaf) for path, leaf in tree.flatten(parameters).items()}
+  upcycled = config.moe.used and not model.config.moe.used
+  if upcycled and config.weights:
+    raise UserError("model.weights cannot change experts that are made of a dense model's layers")
+  plain = abstract(dataclasses.replace(config, weights=())) if adapted else abstract(config)
+  ours, kept = tree.flatten(plain), set()
+  if upcycled:
     theirs = _with_experts(theirs, config, drop, np.random.default_rng(seed))
     layer = f"{config.kind}/blocks/{config.moe.name}/"
     kept = {path for path in ours if path.startswith(layer)} - theirs.keys()
@@ -65,12 +72,18 @@ def init_from(model: Model, config: ModelConfig, fresh: nnx.Module, drop: float,
   if left:
     raise UserError(f"init.checkpoint has weights that the model lacks: {', '.join(left[:3])}")
 
+  for path, leaf in ours.items():
+    if path not in kept and (path not in theirs or theirs[path].shape != leaf.shape):
+      there = f"of shape {theirs[path].shape}" if path in theirs else "not there"
+      raise UserError(f"{path!r} is {leaf.shape} here and {there} in init.checkpoint")
+  if adapted:
+    change = jax.jit(apply_kinds, static_argnums=1)
+    changed = change(tree.unflatten(plain, theirs), config.weights, jax.random.key(seed))
+    theirs = {path: np.asarray(leaf) for path, leaf in tree.flatten(changed).items()}
+
   def take(path, leaf):
     if path in kept:
       return leaf
-    if path not in theirs or theirs[path].shape != leaf.shape:
-      there = f"of shape {theirs[path].shape}" if path in theirs else "not there"
-      raise UserError(f"{path!r} is {leaf.shape} here and {there} in init.checkpoint")
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, theirs[path].__getitem__)
 
   return tree.map_with_path(take, fresh)

@@ -169,11 +169,15 @@ def _device_grads(config, trained, head, x_btd, targets_bt, weights_bt):
   if not any(map(_is_sharded, nodes.values())):
     return sums, (grads, grad_x)
   batch_axes = ("data", "expert", "context")
+  specs = tree.flatten(weight_specs(head), is_leaf=_is_sharded)
 
   def summed(path, grad):
-    if not _is_sharded(nodes[path]):
-      return jax.lax.psum(grad, ("fsdp", *batch_axes))
-    return jax.lax.psum(nodes[path].pull(grad, nodes[path]), batch_axes)
+    node, own_spec = nodes[path], specs[path]
+    # Each device of `tensor` has logits of its own tokens: what they share is summed over it too.
+    shared = () if "tensor" in (own_spec.array if _is_sharded(node) else own_spec) else ("tensor",)
+    if not _is_sharded(node):
+      return jax.lax.psum(grad, ("fsdp", *batch_axes, *shared))
+    return jax.lax.psum(node.pull(grad, node), (*batch_axes, *shared))
 
   sums = jax.lax.psum(sums, ("fsdp", *batch_axes))
   grads = {path: summed(path, grad) for path, grad in grads.items()}

@@ -4,25 +4,19 @@ import dataclasses
 import fnmatch
 import math
 
-import jax.numpy as jnp
 import optax
 
 from llmjax.core import tree
 from llmjax.core.choices import check_choice, check_finite
+from llmjax.core.config import Options
 from llmjax.core.dims import letters_of
 from llmjax.core.errors import UserError, nearest
+from llmjax.core.weight import fixed_paths
 from llmjax.nn.param import roles
 
 KINDS = ("adamw", "muon", "adafactor")
 _OPTIONS = ("rate", "decay", "kind")
 _NOT_DECAYED = ("scale", "bias", "router_bias")
-
-
-class Options(dict):
-  """How the parameters of a group are trained: a dict that a frozen config may hold."""
-
-  def __hash__(self):
-    return hash(tuple(sorted(self.items())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +98,13 @@ def assign(groups, model) -> dict[str, Options | None]:
     groups: rows of an `OptimConfig`.
     model: the model or its abstract tree.
   Returns:
-    Options by path, for every parameter.
+    Options by path, for every parameter; None too for what weight kinds never train: codes,
+    scales, masks and the base of a LoRA.
   Raises:
-    UserError: a pattern without a parameter, a parameter without a row, integers that would be
-      trained, or no parameter that is.
+    UserError: a pattern without a parameter or with none that its weight kind trains, a parameter
+      without a row, or no parameter that is trained.
   """
-  leaves, found = tree.flatten(model), {}
+  leaves, found, fixed = tree.flatten(model), {}, fixed_paths(model)
   for pattern, options in groups:
     matching = fnmatch.filter(leaves, pattern)
     if not matching:
@@ -122,16 +117,17 @@ def assign(groups, model) -> dict[str, Options | None]:
         f"optim.groups: pattern {pattern!r} matches only parameters that earlier rows match, "
         f"such as {matching[0]!r}"
       )
+    if options is not None and taken.keys() <= fixed:
+      raise UserError(
+        f"optim.groups: pattern {pattern!r} matches only what its weight kind never trains, "
+        f"such as {matching[0]!r}"
+      )
     found |= taken
-  for path, leaf in leaves.items():
+  for path in leaves:
     if path not in found:
       near = nearest(path, [pattern for pattern, _ in groups])
       raise UserError(f"no row of optim.groups matches parameter {path!r}; {near}")
-    if found[path] is not None and not jnp.issubdtype(leaf.dtype, jnp.floating):
-      raise UserError(
-        f"optim.groups: {path!r} is of {leaf.dtype}, which has no gradient; freeze it by a row "
-        f"before: ({path!r}, None)"
-      )
+  found |= dict.fromkeys(fixed)
   if not any(options is not None for options in found.values()):
     raise UserError("optim.groups freezes all parameters, so there is nothing to train")
   return {path: found[path] for path in leaves}

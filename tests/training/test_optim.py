@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose
 
 from llmjax.core import tree
 from llmjax.core.errors import UserError
+from llmjax.core.weight import LoRA, Quantized
 from llmjax.training.optim import OptimConfig, assign, make_optimizer, make_schedule
 from tests.reference import optim as reference
 
@@ -132,12 +133,17 @@ def test_groups_that_do_not_fit_are_user_errors(groups, says):
     make_optimizer(dataclasses.replace(CONFIG, groups=groups), 10, WEIGHTS, ROLES)
 
 
-def test_integers_cannot_be_trained():
-  weights = WEIGHTS | {"codes_df": jnp.zeros((5, 7), jnp.int8)}
-  with pytest.raises(UserError, match=r"'codes_df' is of int8, which has no gradient; freeze it"):
-    assign(OptimConfig().groups, weights)
-  rows = assign(OptimConfig(groups=(("codes*", None), ("*", {}))).groups, weights)
-  assert [path for path, row in rows.items() if row is None] == ["codes_df"]
+def test_what_a_weight_kind_never_trains_is_frozen():
+  codes = Quantized(jnp.zeros((5, 7), jnp.int8), jnp.ones(7), None, "int8", "df")
+  lora = LoRA(codes, jnp.ones((5, 2)), jnp.ones((2, 7)), 1.0, "df")
+  weights = WEIGHTS | {"gate_df": codes, "other_df": lora}
+  rows = assign(OptimConfig().groups, weights)
+  assert [path for path, row in rows.items() if row is None] == [
+    "gate_df/codes_df", "gate_df/scale_f", "other_df/base_df/codes_df", "other_df/base_df/scale_f"
+  ]
+  config = OptimConfig(groups=(("gate*", {"rate": 2.0}), ("*", {})))
+  with pytest.raises(UserError, match=r"'gate\*' matches only what its weight kind never trains"):
+    assign(config.groups, weights)
 
 
 def test_the_default_spares_every_norm_of_the_decoder_and_nothing_else(tiny_decoder):
