@@ -21,7 +21,7 @@ class TrainConfig:
   """The loop.
 
   Attributes:
-    steps: optimizer steps of the whole run.
+    steps: optimizer steps of the run.
     grad_accum_steps: micro-batches a step.
     log_every: steps between lines of metrics.
     zero_stage: what mesh axis `fsdp` shards: 1 optimizer state; 2 gradients too; 3 weights too.

@@ -181,7 +181,7 @@ def _device_grads(config, trained, head, x_btd, targets_bt, weights_bt):
 
   sums = jax.lax.psum(sums, ("fsdp", *batch_axes))
   grads = {path: summed(path, grad) for path, grad in grads.items()}
-  # Together, or the compiler would keep the whole gradient until the model's backward pass is done.
+  # Together, or the compiler would keep the full gradient until the model's backward pass is done.
   return sums, jax.lax.optimization_barrier((grads, jax.lax.psum(grad_x, "tensor")))
 
 

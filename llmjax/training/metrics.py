@@ -161,7 +161,7 @@ class Reporter:
 
   Args:
     workdir: folder of the run.
-    steps: steps of the whole run.
+    steps: steps of the run.
     done: steps already done.
     every: steps between lines of metrics.
     flops_per_step: model FLOPs of one step, forward and backward.

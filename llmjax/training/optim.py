@@ -212,11 +212,11 @@ def _adamw(config: OptimConfig) -> optax.GradientTransformation:
 
 def _muon(config: OptimConfig) -> optax.GradientTransformation:
   def scale(path, update):
-    """√max(1, outputs / inputs): of two matrices that make one vector alike, the same change."""
-    reduced, made = (
+    """Scales by √max(1, outputs / inputs)."""
+    inputs, outputs = (
       math.prod(update.shape[axis] for axis in axes) for axes in _sides(path, update)
     )
-    return update * math.sqrt(max(1.0, made / reduced))
+    return update * math.sqrt(max(1.0, outputs / inputs))
 
   return optax.chain(
     optax.contrib.scale_by_muon(

@@ -1,4 +1,4 @@
-"""Trainable and frozen parameters: `TrainState` holds both by path, made already sharded."""
+"""Trainable and frozen parameters: `TrainState` holds both by path."""
 
 import dataclasses
 

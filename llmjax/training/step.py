@@ -44,7 +44,7 @@ def loss_and_grad(
 ):
   """Computes the mean of an objective over a batch and its gradient, a micro-batch at a time.
 
-  Sums are taken over micro-batches and divided once by the batch's whole count, so any
+  Sums are taken over micro-batches and divided once by the batch's total count, so any
   `accumulation` gives the gradient of the full batch.
 
   Args:

@@ -134,6 +134,7 @@ def test_a_frozen_parameter_has_no_gradient_and_the_others_theirs(given):
   assert some.keys() == trainable.keys()
   for path, one in some.items():
     assert_allclose(one, every[path], rtol=0, atol=5e-6 * float(np.abs(every[path]).max()))
+    assert np.any(one), path
 
 
 def test_every_task_has_an_objective():
