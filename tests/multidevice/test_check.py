@@ -71,7 +71,7 @@ def test_a_doubled_gradient_is_caught(monkeypatch):
     twice = 1 if jax.sharding.get_abstract_mesh().empty else 2
     return jax.tree.map(lambda leaf: twice * leaf, right(weights, table))
 
-  monkeypatch.setattr(steps, "lay_out", doubled)
+  monkeypatch.setattr(steps, "constrain", doubled)
   found = row({"data": 2, "fsdp": 4})
   assert not found["ok"] and found["worst_rel"] > 0.5
 
