@@ -21,6 +21,7 @@ from llmjax.core.errors import UserError
 from llmjax.formats.presets import preset
 from llmjax.models.build import count_parameters
 from llmjax.parallel.mesh import AXES, axis_sizes
+from llmjax.planning.cost import memory
 from llmjax.planning.formulas import roofline
 from llmjax.training.config import Config
 from llmjax.training.parameters import abstract_state
@@ -111,14 +112,14 @@ def test_formulas_answer_for_a_published_model_and_find_compute_to_be_the_bound(
   flops = line.model_s * chips.chip.peak("bfloat16") * chips.chips
   # 6 for each weight and token, without the look-up, with attention: from 0.98 to 1.25 of it.
   assert 0.98 < flops / (6 * PUBLISHED[name][1] * tokens) < 1.25
-  assert line.bound == "compute" and 0.7 < line.mfu <= 1
+  # Of DeepSeek-V3's latent attention the kernel pads values from 128 to the keys' 192 channels.
+  assert line.bound == "compute" and 0.68 < line.mfu <= 1
 
 
 @published
 def test_a_published_model_fits_its_chips_by_formula(name):
-  memory = pytest.importorskip("llmjax.planning.memory")
   config, chips, mesh = _experiment(name)
-  needed = memory.memory(config, dict(mesh.shape), chips.chip).peak
+  needed = memory(config, dict(mesh.shape), chips.chip).peak
   assert needed < chips.chip.hbm_bytes / chips.chip.devices
 
 

@@ -12,8 +12,7 @@ from llmjax.core.memory import give_back, settle
 from llmjax.data import loader
 from llmjax.parallel.mesh import axis_sizes, make_mesh
 from llmjax.parallel.rules import batch_sharding
-from llmjax.planning.formulas import step_flops
-from llmjax.planning.memory import memory
+from llmjax.planning.cost import memory, step_flops
 from llmjax.training.config import Config
 from llmjax.training.parameters import abstract_state, init_sharded
 from llmjax.training.shrink import made_up_batch
@@ -71,13 +70,13 @@ def _row(changes: str, rate: float, repeat: int) -> dict:
     spent_s.append(timeit.default_timer() - began_s)
     if number == 0:  # a later step on a busy machine may begin before this one's memory is free
       grown = _status("VmHWM") - before
-  said = compiled.memory_analysis()
+  said, sizes = compiled.memory_analysis(), axis_sizes(config.mesh, 1)
   return {
     "config": changes,
-    "formula_bytes": memory(config, axis_sizes(config.mesh, 1)).peak,
+    "formula_bytes": memory(config, sizes).peak,
     "program_bytes": said.argument_size_in_bytes + said.temp_size_in_bytes,
     "grown_bytes": grown,
-    "formula_s": sum(step_flops(config)) / rate,
+    "formula_s": sum(step_flops(config, sizes, "cpu")) / rate,
     "seconds_per_step": min(spent_s[1:]),
   }
 

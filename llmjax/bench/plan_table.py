@@ -13,8 +13,7 @@ from llmjax.core.chips import topology
 from llmjax.core.config import override
 from llmjax.core.errors import UserError
 from llmjax.parallel.mesh import axis_sizes
-from llmjax.planning.formulas import step_flops
-from llmjax.planning.memory import memory
+from llmjax.planning.cost import memory, step_flops
 from llmjax.planning.plan import plan
 from llmjax.training.config import Config
 
@@ -94,8 +93,9 @@ def compiled_row(where: str, changes: str) -> dict:
 def planned_row(row: dict) -> dict:
   """Adds what the formulas say, and formula ÷ program."""
   config, chips = config_of(row["config"]), topology(row["topology"])
-  tflops = sum(step_flops(config)) / chips.devices / 1e12
-  size_bytes = memory(config, axis_sizes(config.mesh, chips.devices), chips.chip).peak
+  sizes = axis_sizes(config.mesh, chips.devices)
+  tflops = sum(step_flops(config, sizes)) / chips.devices / 1e12
+  size_bytes = memory(config, sizes, chips.chip).peak
   return row | {
     "formula_tflops": tflops, "flops_ratio": tflops / row["program_tflops"],
     "formula_bytes": size_bytes, "bytes_ratio": size_bytes / row["program_bytes"],
@@ -132,7 +132,7 @@ def measure(options) -> dict:
     f"of {len(rows)}: {near['flops']} within 3 % of the program's FLOPs, {near['bytes']} within "
     f"15 % of the compiler's peak; {PICTURE}",
     "exceptions in FLOPs: of a pipeline (stage) the program's are those of the longest branch in "
-    "every tick; a rotation of positions, some 1 %, and what Muon multiplies are in no formula",
+    "every tick; what Muon multiplies is not counted",
   ]
   title = "formulas and the TPU's compiler, a device's"
   cpu = {"title": "formulas and this CPU", "rows": cpu_rows(options.rounds)}

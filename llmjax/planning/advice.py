@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from llmjax.core.chips import GIB, Topology
 from llmjax.core.config import override
 from llmjax.parallel.mesh import axis_sizes
-from llmjax.planning.memory import memory
+from llmjax.planning.cost import memory
 from llmjax.training.config import Config
 
 

@@ -14,18 +14,25 @@ from jax.sharding import AbstractMesh
 from llmjax.core.chips import Topology
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
-from llmjax.models.config import ModelConfig
 from llmjax.models.formulas import forward_flops_per_token
+from llmjax.nn.attention.platform_kernels import splash_tile
 from llmjax.parallel.mesh import AXES
 from llmjax.parallel.rules import WEIGHTS, ZERO, check_layout, weight_shardings
 from llmjax.parallel.schedules import make_schedule
-from llmjax.planning.arrays import dispatched_bytes
-from llmjax.planning.formulas import roofline, sent_s, slow_axes, tile_of
-from llmjax.planning.traffic import CollectiveBytes, traffic
+from llmjax.planning.cost import (
+  CollectiveBytes,
+  collective_bytes,
+  layer_bytes,
+  micro_batch_tokens,
+  stacked_layers,
+)
+from llmjax.planning.formulas import roofline, sent_s, slow_axes
 from llmjax.training.config import Config
 from llmjax.training.runnable import unread
 
-_TENSOR, _PARTS, _POSITIONS = 16, 64, 1024  # most ways, most micro-batches, least of a device
+_TENSOR = 16  # most devices that heads are sharded over
+_MICRO_BATCHES = 64  # most of them
+_POSITIONS = 1024  # least of a device
 # gpipe has the bubble of 1f1b and keeps more; offload's link to the host is in no table.
 _SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb_h1", 1))
 _REMAT = (
@@ -39,9 +46,7 @@ _VMEM_MIB = (32, 48)  # of fast memory for a fusion: no formula knows what it ga
 _SHARE = 0.92  # of the peak that large products reach, with the elementwise work between them;
 _TOKENS = 500  # half of it where a device has so many tokens of a micro-batch
 _TILE_STEP_S = 0.35e-6  # of a kernel's step over one tile, whatever it holds
-# What goes through memory of the rows of experts, in times of each array: where tokens are, of the
-# room where experts are, of what is as wide as an expert; and at what share of memory's rate.
-_PASSES, _PASS_SHARE = (16, 9, 12), 0.35
+_PASSES = 16  # times that arrays of experts' tokens go through memory
 _HIDDEN = 0.9  # share of sending that work hides, but all wait
 _AWAITED = ("tensor", "expert")  # along these axes
 _SUMS = ("reduce-scatter", "all-reduce")  # and for sums of gradients
@@ -69,8 +74,14 @@ def change(config, changes: dict):
   own = {key: value for key, value in changes.items() if "." not in key}
   for section in {key.partition(".")[0] for key in changes if "." in key}:
     inner = {k.partition(".")[2]: v for k, v in changes.items() if k.startswith(f"{section}.")}
-    own[section] = change(getattr(config, section), inner)
+    own[section] = _changed(getattr(config, section), tuple(inner.items()))
   return dataclasses.replace(config, **own)
+
+
+@functools.lru_cache(maxsize=4096)
+def _changed(section, changes: tuple):
+  """Checks a section's values once, however many candidates share them."""
+  return change(section, dict(changes))
 
 
 def meshes(config: Config, chips: Topology) -> Iterator[dict[str, int]]:
@@ -95,13 +106,13 @@ def meshes(config: Config, chips: Topology) -> Iterator[dict[str, int]]:
           yield sizes | {"across": across}
 
 
-def _splits(number: int, parts: int) -> Iterator[tuple]:
+def _splits(number: int, factors: int) -> Iterator[tuple]:
   """All ways to write a number as an ordered product."""
-  if parts == 1:
+  if factors == 1:
     yield (number,)
     return
   for first in _divisors(number):
-    yield from ((first, *rest) for rest in _splits(number // first, parts - 1))
+    yield from ((first, *rest) for rest in _splits(number // first, factors - 1))
 
 
 @functools.cache
@@ -117,13 +128,9 @@ def _sensible(config: Config, sizes: dict[str, int]) -> bool:
     and model.max_seq_len % context == 0
     and (context == 1 or model.max_seq_len // context >= _POSITIONS)
     and (stages == 1 or model.kind in ("decoder", "encoder"))
-    and math.ceil(_stacked(model) / stages) * stages <= 1.125 * _stacked(model)
+    and math.ceil(stacked_layers(model) / stages) * stages <= 1.125 * stacked_layers(model)
     and config.data.batch_size % (sizes["data"] * sizes["fsdp"] * sizes["expert"]) == 0
   )
-
-
-def _stacked(model: ModelConfig) -> int:
-  return model.layers - (model.moe.first_k_dense if model.moe.experts else 0)
 
 
 def _divides(weights, sizes: dict[str, int]) -> bool:
@@ -156,20 +163,20 @@ def candidates(config: Config, chips: Topology) -> Iterator[Candidate]:
 
 def _knobs(config: Config, sizes: dict[str, int]) -> Iterator[dict]:
   stages = sizes["stage"]
-  rows = config.data.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
-  for parts in _divisors(rows):
-    if (stages > 1 and parts < stages) or parts > max(_PARTS, 4 * stages):
+  sequences = config.data.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+  for times in _divisors(sequences):
+    if (stages > 1 and times < stages) or times > max(_MICRO_BATCHES, 4 * stages):
       continue
     for zero in ZERO if sizes["fsdp"] > 1 else (3,):
       for remat in _REMAT:
-        knobs = {"train.grad_accum_steps": parts, "train.zero_stage": zero, "model.remat": remat}
+        knobs = {"train.grad_accum_steps": times, "train.zero_stage": zero, "model.remat": remat}
         summed = zero == 3 and sizes["fsdp"] > 1
         knobs["train.grad_reduce_dtype"] = config.train.grad_reduce_dtype if summed else "float32"
         if stages == 1:
           yield knobs
           continue
         for schedule, chunks in _SCHEDULES:
-          rounds = parts % stages == 0 and _stacked(config.model) % (stages * chunks) == 0
+          rounds = times % stages == 0 and stacked_layers(config.model) % (stages * chunks) == 0
           if chunks == 1 or rounds:
             yield knobs | {"pipeline.schedule": schedule, "pipeline.chunks": chunks}
 
@@ -182,8 +189,7 @@ def refined(one: Candidate) -> Iterator[Candidate]:
   config, local = one.config, one.config.model.max_seq_len // one.sizes["context"]
   tiles = {}
   for block in (config.model.attention.block, *_BLOCKS):
-    attention = dataclasses.replace(config.model.attention, block=block)
-    tiles.setdefault(tile_of(dataclasses.replace(config.model, attention=attention)), block)
+    tiles.setdefault(splash_tile(block, config.model.max_seq_len), block)
   chunks = {config.loss.chunk, *(size for size in _CHUNKS if size <= local)}
   saved = {config.model.remat}
   if not saved & {"none", "dots", "offload"}:
@@ -219,29 +225,29 @@ class Estimate:
 def estimate(one: Candidate) -> Estimate:
   """Estimates a step's seconds, to put candidates in order; never below the roofline.
 
-  Assumed: products reach 0.92 of peak, less where a device's part of the feed-forward width is
-  narrow or its tokens are few; attention does whole tiles, and each costs 0.35 µs more; what
-  `roofline` has pass through memory comes on top, the head's gradient with each chunk of logits,
-  and elementwise work on the rooms for experts' rows; stages wait for the fullest, and the last has
-  the head. Of what is sent, work hides 0.9, of streams between `tensor`'s halves, rows on their way
-  to experts and sums of gradients nothing, as the compiler's programs have it (docs/LOG.md).
+  Assumed: products reach 0.92 of peak, less where a device's share of the feed-forward width is
+  narrow or its tokens are few; a masked tile of attention is computed whole, and each tile costs
+  0.35 µs more; what `roofline` has pass through memory comes on top, the head's gradient with each
+  chunk of logits, and elementwise work on experts' tokens; stages wait for the fullest, and the
+  last has the head. Work hides 0.9 of what is sent; of streams between `tensor`'s halves, tokens on
+  their way to experts and sums of gradients nothing, as the compiler's programs have it
+  (docs/LOG.md).
   """
   config, sizes, model = one.config, one.sizes, one.config.model
   line, stages, chunks = roofline(config, one.chips, sizes), sizes["stage"], config.pipeline.chunks
   width = (model.moe.width or model.mlp_width) / sizes["tensor"]
   head = 2 * model.width * model.vocab_size / forward_flops_per_token(model, model.max_seq_len)
-  each = math.ceil(_stacked(model) / (stages * chunks)) * stages * chunks / _stacked(model)
-  ways = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert", "context"))
-  tokens = config.data.batch_size * model.max_seq_len / ways / config.train.grad_accum_steps
-  few = (1 + 128 / width) * (1 + _TOKENS / tokens)
-  busy_s = line.compute_s / _SHARE * few * (each + head * (stages - 1))
+  stacked = stacked_layers(model)
+  fullest = math.ceil(stacked / (stages * chunks)) * stages * chunks / stacked
+  few = (1 + 128 / width) * (1 + _TOKENS / micro_batch_tokens(config, sizes))
+  busy_s = line.compute_s / _SHARE * few * (fullest + head * (stages - 1))
   busy_s += _tiles_s(one, line.compute_s / line.model_s)
   idle = _bubble(config.pipeline.schedule, stages, config.train.grad_accum_steps, chunks)
-  work_s = busy_s / (1 - idle) + line.hbm_s + _head_s(one) + _rows_s(one)
+  work_s = busy_s / (1 - idle) + line.hbm_s + _elementwise_s(one)
   slow = slow_axes(config, one.chips, sizes)
-  sending = [(_hidden(sent), sent_s(sent, one.chips.chip, slow)) for sent in traffic(config, sizes)]
-  hidden_s = sum(share * seconds for share, seconds in sending)
-  step_s = work_s + sum(seconds for _, seconds in sending) - min(hidden_s, work_s)
+  sent = [(_hidden(x), sent_s(x, one.chips.chip, slow)) for x in collective_bytes(config, sizes)]
+  hidden_s = sum(share * seconds for share, seconds in sent)
+  step_s = work_s + sum(seconds for _, seconds in sent) - min(hidden_s, work_s)
   return Estimate(step_s, line.model_s / step_s)
 
 
@@ -250,40 +256,33 @@ def _hidden(sent: CollectiveBytes) -> float:
   return 0.0 if sent.axis in _AWAITED or sent.kind in _SUMS else _HIDDEN
 
 
-def _head_s(one: Candidate) -> float:
-  """Reading and writing the sum of the head's gradient, fp32, for every chunk but the first."""
-  model, chip = one.config.model, one.chips.chip
-  local = model.max_seq_len / one.sizes["context"]
-  chunks = math.ceil(local / min(one.config.loss.chunk or local, local))
+def _elementwise_s(one: Candidate) -> float:
+  """Summing the head's gradient, fp32, for every chunk but the first; what experts' tokens take."""
+  config, model, chip = one.config, one.config.model, one.chips.chip
+  local, times = model.max_seq_len / one.sizes["context"], config.train.grad_accum_steps
+  chunks = math.ceil(local / min(config.loss.chunk or local, local))
   table = 4 * model.width * model.vocab_size / one.sizes["tensor"]
-  again = one.config.train.grad_accum_steps * (chunks - 1)
-  return again * 2 * table * chip.devices / chip.hbm_rate
-
-
-def _rows_s(one: Candidate) -> float:
-  """Elementwise work on rows of experts, which goes over the whole room for them."""
-  config, chip = one.config, one.chips.chip
-  if not config.model.moe.experts:
-    return 0.0
-  layers = _stacked(config.model) / one.sizes["stage"] * config.train.grad_accum_steps
-  arrays = zip(_PASSES, dispatched_bytes(config, one.sizes), strict=True)
-  moved = layers * sum(times * size for times, size in arrays)
-  return moved * chip.devices / chip.hbm_rate / _PASS_SHARE
+  moved = times * (chunks - 1) * 2 * table
+  if model.moe.experts:
+    layers = stacked_layers(model) / one.sizes["stage"] * times
+    moved += layers * _PASSES * layer_bytes(config, one.sizes)
+  return moved * chip.devices / chip.hbm_rate
 
 
 def _tiles_s(one: Candidate, again: float) -> float:
   """What attention costs beyond its products: masked halves of tiles, and a step for each tile."""
-  model, tile = one.config.model, tile_of(one.config.model)
-  rows, t = one.config.data.batch_size / one.chips.chips, model.max_seq_len
+  model, t = one.config.model, one.config.model.max_seq_len
+  tile, sequences = splash_tile(model.attention.block, t), one.config.data.batch_size
   masked = t * tile / 2 if model.causal else 0
   tiles = (t * t / 2 + masked if model.causal else t * t) / tile**2
   one_s = 4 * model.dims["h"] * masked / one.chips.chip.peak(model.dtype) + tiles * _TILE_STEP_S
-  return 3 * again * rows * model.layers * model.heads * one_s
+  return 3 * again * sequences / one.chips.chips * model.layers * model.heads * one_s
 
 
 @functools.cache
-def _bubble(kind: str, stages: int, parts: int, chunks: int) -> float:
+def _bubble(kind: str, stages: int, micro_batches: int, chunks: int) -> float:
   """Idle share of the stages; the gradient by the input takes two, as the forward is done again."""
   if stages == 1:
     return 0.0
-  return make_schedule(kind, stages, parts, chunks).bubble_fraction(forward=1, backward=2, weight=1)
+  schedule = make_schedule(kind, stages, micro_batches, chunks)
+  return schedule.bubble_fraction(forward=1, backward=2, weight=1)

@@ -1,31 +1,22 @@
-"""What a run needs and costs by arithmetic alone: FLOPs, seconds, dollars, tokens of a cache.
-
-Sums that textbooks print, and the roofline that a plan starts from; no compiler, no devices. FLOPs
-count a multiply-add as two and causal attention by the keys a query sees, not by the square.
-"""
+"""The arithmetic that textbooks print: 6 · N · D, chip hours, dollars, rooflines, decoding."""
 
 import dataclasses
 
 from llmjax.core.chips import Chip, Topology
 from llmjax.models.build import count_parameters
 from llmjax.models.config import ModelConfig
-from llmjax.models.formulas import (
-  cache_bytes_per_token,
-  forward_flops_per_token,
-  scores_flops_per_token,
-)
-from llmjax.nn.attention.platform_kernels import splash_tile
-from llmjax.nn.mlp import GATED
+from llmjax.models.formulas import cache_bytes_per_token, forward_flops_per_token
 from llmjax.parallel.mesh import AXES
-from llmjax.planning.memory import memory
-from llmjax.planning.traffic import DTYPE_BYTES, CollectiveBytes, traffic
+from llmjax.planning.cost import (
+  DTYPE_BYTES,
+  CollectiveBytes,
+  collective_bytes,
+  memory,
+  step_flops,
+)
 from llmjax.training.config import Config
 
 HOUR_S, DAY_S = 3600, 86_400
-# Going back, splash attention's two kernels work out scores and their gradients each for itself:
-# seven products, in units of the two of the forward pass. Tiles that a mask touches are done whole.
-_BACK = 7 / 2
-_BACK_BLOCKS = 5 / 2  # blockwise: scores again, then four products
 
 
 def training_flops(weights: float, tokens: float) -> float:
@@ -37,9 +28,9 @@ def training_flops(weights: float, tokens: float) -> float:
   return 6 * weights * tokens
 
 
-def steps_for(tokens: float, rows: int, length: int) -> int:
-  """Counts the steps that read `tokens` in batches of `rows` × `length`."""
-  return round(tokens / (rows * length))
+def steps_for(tokens: float, batch_size: int, length: int) -> int:
+  """Counts the steps that read `tokens` in batches of `batch_size` sequences of `length`."""
+  return round(tokens / (batch_size * length))
 
 
 def chip_hours(flops: float, chip: Chip, dtype: str = "bfloat16", mfu: float = 1.0) -> float:
@@ -76,66 +67,6 @@ def bill(topology: Topology, tokens: float, tokens_per_s: float, usd_per_hour: f
     hours * HOUR_S / DAY_S, rent_usd(topology.chip, topology.chips, hours, usd_per_hour),
     topology.chip.watts * topology.chips * hours / 1000, tokens_per_s * DAY_S,
   )
-
-
-def step_flops(config: Config) -> tuple[float, float]:
-  """Counts a step's FLOPs on all chips.
-
-  Returns:
-    (those of the model: forward, and twice as many backward; those beyond: what remat and a
-    pipeline's stages do again, what attention's kernels do again or need not do).
-  """
-  model = config.model
-  tokens = config.data.batch_size * model.max_seq_len
-  forward = forward_flops_per_token(model, model.max_seq_len)
-  scores = scores_flops_per_token(model, model.max_seq_len)
-  gathered = config.mesh.context > 1 and model.attention.context_parallel == "gather"
-  tile = model.max_seq_len if gathered else tile_of(model)  # a device's queries may stand anywhere
-  tiled = scores_flops_per_token(model, model.max_seq_len, tile)
-  layers = forward - 2 * model.width * model.vocab_size - scores + tiled
-  again = _again(model, layers, tiled)
-  if config.mesh.stage > 1:  # each computes its chunk again for the gradient, then what remat says
-    again = layers + (again if config.pipeline.schedule != "zb_h1" else 0)
-  again += (1 + (_BACK_BLOCKS if gathered else _BACK)) * tiled - 3 * scores
-  return 3 * forward * tokens, again * tokens
-
-
-def tile_of(model: ModelConfig) -> int:
-  """Positions of a side of splash attention's tiles."""
-  return splash_tile(model.attention.block, model.max_seq_len)
-
-
-def _again(model: ModelConfig, layers: float, scores: float) -> float:
-  """FLOPs of one token that `model.remat` does again, of the `layers`' and their `scores`' forward.
-
-  A product whose result is only added to the stream is not done again, since no gradient reads it;
-  what saves products does not save kernels' results: attention's, and experts'. Saved by name,
-  attention's is, as splash's own backward pass reads it; other kernels take their scores again.
-  """
-  moe, dims = model.moe, model.dims
-  sparse = model.layers - moe.first_k_dense if moe.experts else 0
-  width = moe.width or model.mlp_width
-  inputs = 2 if model.activation in GATED else 1
-  experts = sparse * 2 * (inputs + 1) * model.width * moe.top_k * width
-  out = 2 * model.layers * dims["n"] * (model.attention.latent.value_dim or dims["h"]) * model.width
-  down = 2 * model.width * (
-    (model.layers - sparse) * model.mlp_width + sparse * moe.shared * width
-  )
-  alone = model.norm.place == "pre"  # else a norm reads it
-  beside = alone and model.block != "sequential"
-  one = 2 * model.width
-  made = dict.fromkeys(("gate", "up"), one * (model.layers - sparse) * model.mlp_width)
-  heads = {"query": dims["n"], "key": dims["k"], "value": dims["k"]}
-  made |= {name: one * model.layers * dims["h"] * number for name, number in heads.items()}
-  made["attention"] = scores
-  return {
-    "none": 0.0,
-    "dots": scores + experts,
-    "save_projections": experts + (not beside) * out,
-    "offload": experts + (not beside) * out,
-  }.get(model.remat, layers - alone * down - beside * out - sum(
-    made.get(name, 0) for name in model.remat.split("+")
-  ))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,12 +116,12 @@ def roofline(config: Config, topology: Topology, sizes: dict[str, int]) -> Roofl
   Source: Austin et al. 2025, "How to Scale Your Model", ch. 3 and 5.
   """
   chip = topology.chip
-  model_flops, recomputed = step_flops(config)
+  model_flops, recomputed = step_flops(config, sizes)
   rate = chip.peak(config.model.dtype) * topology.chips
-  held, parts = memory(config, sizes, chip), config.train.grad_accum_steps
+  held, times = memory(config, sizes, chip), config.train.grad_accum_steps
   moved = 2 * (held.weights + held.optimizer)
-  moved += 2 * parts * (held.weights + held.gradients + held.sums + held.activations)
-  sent = traffic(config, sizes)
+  moved += 2 * times * (held.weights + held.gradients + held.sums + held.activations)
+  sent = collective_bytes(config, sizes)
   slow = slow_axes(config, topology, sizes)
   return Roofline(
     compute_s=(model_flops + recomputed) / rate,
@@ -226,44 +157,39 @@ def sent_s(sent: CollectiveBytes, chip: Chip, slow: set[str]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
-  """What writing text costs, weights and cache being read once a token.
+  """What writing text costs at least: weights and cache are read once for each token.
 
   Attributes:
-    prefill_s: one batch of prompts.
-    token_s: one token of every row.
-    tokens_per_s: of all rows.
-    cache_bytes: of all rows, whole.
+    prefill_s: seconds of one batch of prompts.
+    token_s: seconds of one token of every sequence.
+    cache_bytes: of all sequences, on all devices.
     device_bytes: weights and cache of one device.
-    usd_per_mtokens: dollars a million tokens written.
   """
 
   prefill_s: float
   token_s: float
-  tokens_per_s: float
   cache_bytes: float
   device_bytes: float
-  usd_per_mtokens: float
 
 
-def serving(model: ModelConfig, topology: Topology, rows: int, prompt: int, length: int) -> Serving:
+def serving(
+  model: ModelConfig, topology: Topology, batch_size: int, prompt: int, length: int
+) -> Serving:
   """Bounds prefill and decoding from below.
 
   Args:
     model: architecture; its dtype is that of weights and cache.
     topology: chips, over which weights and cache are spread evenly.
-    rows: sequences at once.
+    batch_size: sequences at once.
     prompt: tokens of each prompt.
-    length: tokens in the cache of a row, on average over what is written.
+    length: tokens in the cache of a sequence, on average over what is written.
   Source: Pope et al. 2022, arXiv:2211.05102, sec. 2.
   """
   chip, size = topology.chip, DTYPE_BYTES[model.dtype]
   rate, read_rate = chip.peak(model.dtype) * topology.chips, chip.hbm_rate * topology.chips
-  cache = cache_bytes_per_token(model, size) * length * rows
+  cache = cache_bytes_per_token(model, size) * length * batch_size
   held = count_parameters(model) * size + cache
   read_s = held / read_rate
-  token_s = max(read_s, rows * forward_flops_per_token(model, length) / rate)
-  prefill_s = rows * prompt * forward_flops_per_token(model, prompt) / rate
-  per_s = rows / token_s
-  usd = rent_usd(chip, topology.chips, 1 / HOUR_S) / per_s * 1e6
-  one = held / topology.devices
-  return Serving(max(prefill_s, read_s), token_s, per_s, cache, one, usd)
+  token_s = max(read_s, batch_size * forward_flops_per_token(model, length) / rate)
+  prefill_s = batch_size * prompt * forward_flops_per_token(model, prompt) / rate
+  return Serving(max(prefill_s, read_s), token_s, cache, held / topology.devices)

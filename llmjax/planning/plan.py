@@ -14,12 +14,11 @@ from llmjax.parallel.collectives import collectives
 from llmjax.parallel.mesh import AXES, abstract_mesh
 from llmjax.planning.advice import changes
 from llmjax.planning.ahead import Compiled, compile_ahead, has_compiler
+from llmjax.planning.cost import collective_bytes, memory
 from llmjax.planning.decode import check_decodes
 from llmjax.planning.formulas import bill, roofline, serving
 from llmjax.planning.limits import above_zero
-from llmjax.planning.memory import memory
 from llmjax.planning.recount import estimate_from_hlo
-from llmjax.planning.traffic import traffic
 from llmjax.training.config import Config
 from llmjax.training.runnable import check_run, with_vocab
 
@@ -111,7 +110,7 @@ def _trained(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
     "tokens_per_step": tokens,
     "model_flops_per_step": line.model_s * _peak(config, chips),
     "repeated_flops_per_step": (line.compute_s - line.model_s) * _peak(config, chips),
-    "sends_by_formula": [dataclasses.asdict(one) for one in traffic(config, sizes)],
+    "sends_by_formula": [dataclasses.asdict(one) for one in collective_bytes(config, sizes)],
     "roofline": dataclasses.asdict(line),
     "bound": line.bound,
     "ideal_step_s": line.step_s,

@@ -19,9 +19,9 @@ from llmjax.planning.candidates import (
   refined,
   with_vmem,
 )
+from llmjax.planning.cost import memory
 from llmjax.planning.formulas import DAY_S, rent_usd
 from llmjax.planning.limits import Limits
-from llmjax.planning.memory import memory
 from llmjax.planning.pareto_plot import pareto
 from llmjax.planning.plan import plan
 from llmjax.planning.search_report import says, show_row

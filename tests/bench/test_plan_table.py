@@ -1,32 +1,35 @@
 """The bench of plans: its cases are sound, and it goes on where it was stopped."""
 
+import json
 import math
 from types import SimpleNamespace
 
-import jax
 import pytest
 
 from llmjax.bench import plan_cpu, plan_table
-from llmjax.core.chips import topology
 from llmjax.core.errors import UserError
-from llmjax.models.build import abstract
-from llmjax.parallel.mesh import AXES, axis_sizes
-from llmjax.parallel.rules import weight_shardings
-from llmjax.training.step import compile_step
+
+ROWS = [json.loads(line) for line in plan_table.ROWS.read_text().splitlines()]
+# Of a pipeline the program's FLOPs are those of the longest branch in every tick, bubbles included;
+# the products of Muon's own update are not counted.
+NOT_COUNTED = ("mesh.stage", "optim.kind=muon")
 
 
-@pytest.mark.parametrize("case", plan_table.CASES, ids=lambda case: f"{case[0]} {case[1]}"[:60])
-def test_every_case_fits_its_topology(case):
-  where, changes = case
-  config, chips = plan_table.config_of(changes), topology(where)
-  sizes = axis_sizes(config.mesh, chips.devices)
-  mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), AXES)
-  weight_shardings(mesh, abstract(config.model))
-  compile_step(config, mesh)  # refuses rows and positions that do not divide
-  row = {"topology": where, "config": changes, "program_tflops": 1.0, "program_bytes": 2**30}
+@pytest.mark.parametrize(
+  "row",
+  [pytest.param(row, marks=[pytest.mark.slow] * (i % 6 != 0)) for i, row in enumerate(ROWS)],
+  ids=lambda row: f"{row['topology']} {row['config']}"[:60],
+)
+def test_traces_and_shardings_agree_with_what_the_compiler_said(row):
   planned = plan_table.planned_row(row)
-  assert 0.1 < planned["formula_tflops"] < 1000
-  assert planned["formula_bytes"] < chips.chip.hbm_bytes, "would not fit"
+  if not any(name in row["config"] for name in NOT_COUNTED):
+    assert planned["flops_ratio"] == pytest.approx(1, abs=0.03)
+  # What lives at once is the compiler's choice.
+  assert planned["bytes_ratio"] == pytest.approx(1, abs=0.15)
+
+
+def test_every_case_was_compiled():
+  assert [(row["topology"], row["config"]) for row in ROWS] == list(plan_table.CASES)
 
 
 def test_there_are_thirty_different_cases():

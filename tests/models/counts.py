@@ -1,7 +1,6 @@
 """How many weights a config has, in closed form."""
 
 from llmjax.models.config import ModelConfig
-from llmjax.models.formulas import _projections
 from llmjax.models.vision import tower_config
 from llmjax.nn.mlp import GATED
 
@@ -70,3 +69,14 @@ def _mlp_parameters(config: ModelConfig, dense: bool) -> int:
     return (inputs + 1) * d * f + (inputs * f + d) * config.mlp_bias
   router = d * ((moe.router != "hash") + moe.noisy) + moe.bias
   return router * moe.experts + (inputs + 1) * d * (moe.width or f) * (moe.experts + moe.shared)
+
+
+def _projections(config: ModelConfig) -> int:
+  """Weights of attention's products with the stream and with latents."""
+  d, n, k, h = (config.dims[letter] for letter in "dnkh")
+  latent = config.attention.latent
+  if not latent.kv_rank:
+    return 2 * d * h * (n + k)
+  r, low, value = latent.kv_rank, latent.query_rank, latent.value_dim
+  queries = low * (d + n * h) if low else d * n * h
+  return queries + d * (r + latent.rope_dim) + r * n * (latent.nope_dim + value) + n * value * d

@@ -10,7 +10,7 @@ from llmjax.data.batch import Batch
 from llmjax.models.build import abstract, build, count_parameters
 from llmjax.models.config import ModelConfig
 from llmjax.models.formulas import (
-  _keys_seen,
+  _seen,
   cache_bytes_per_token,
   filled_share,
   forward_flops_per_token,
@@ -147,7 +147,7 @@ def test_keys_seen_are_those_of_the_mask(name, length):
     for query in range(length)
     for key in range(length)
   )
-  assert _keys_seen(config, layer, length) == pytest.approx(seen / length, rel=1e-12)
+  assert _seen(config, layer, length) * length == pytest.approx(seen / length, rel=1e-12)
 
 
 def test_flops_add_up_the_pattern():

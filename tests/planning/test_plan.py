@@ -77,7 +77,10 @@ def test_gpus_are_planned_by_formula_alone(plan):
   # the whole square of scores, of which the kernels take 2 products forward, twice, and 7 back.
   products = 2 * 2 * (4 * 256**2 + 2 * 256 * 512)
   square, seen = (2 * 4 * 256 * keys for keys in (512, 513 / 2))
-  again = products + (2 + 7 / 2) * square - 3 * seen
+  # A product with a permutation of a head's 128 channels turns queries and keys, forward, again and
+  # back, and before the backward kernels attention's results are multiplied with their gradients.
+  turned = 3 * 2 * 2 * 128 * 2 * 256 + 2 * 2 * 256
+  again = products + (2 + 7 / 2) * square - 3 * seen + turned
   assert said["repeated_flops_per_step"] == pytest.approx(8 * 512 * again)
 
 
