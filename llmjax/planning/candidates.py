@@ -19,14 +19,9 @@ from llmjax.nn.attention.platform_kernels import splash_tile
 from llmjax.parallel.mesh import AXES
 from llmjax.parallel.rules import WEIGHTS, ZERO, check_layout, weight_shardings
 from llmjax.parallel.schedules import make_schedule
-from llmjax.planning.cost import (
-  CollectiveBytes,
-  collective_bytes,
-  layer_bytes,
-  micro_batch_tokens,
-  stacked_layers,
-)
+from llmjax.planning.cost import layer_bytes, micro_batch_tokens, stacked_layers
 from llmjax.planning.formulas import roofline, sent_s, slow_axes
+from llmjax.planning.traffic import CollectiveBytes, collective_bytes
 from llmjax.training.config import Config
 from llmjax.training.runnable import unread
 

@@ -7,13 +7,9 @@ from llmjax.models.build import count_parameters
 from llmjax.models.config import ModelConfig
 from llmjax.models.formulas import cache_bytes_per_token, forward_flops_per_token
 from llmjax.parallel.mesh import AXES
-from llmjax.planning.cost import (
-  DTYPE_BYTES,
-  CollectiveBytes,
-  collective_bytes,
-  memory,
-  step_flops,
-)
+from llmjax.planning.cost import memory, step_flops
+from llmjax.planning.trace import DTYPE_BYTES
+from llmjax.planning.traffic import CollectiveBytes, collective_bytes
 from llmjax.training.config import Config
 
 HOUR_S, DAY_S = 3600, 86_400

@@ -9,7 +9,7 @@ from llmjax.models.build import count_parameters
 from llmjax.models.config import ModelConfig
 from llmjax.models.formulas import cache_bytes_per_token
 from llmjax.parallel.mesh import AXES
-from llmjax.planning.cost import collective_bytes, step_flops
+from llmjax.planning.cost import step_flops
 from llmjax.planning.formulas import (
   bill,
   chip_hours,
@@ -20,6 +20,7 @@ from llmjax.planning.formulas import (
   steps_for,
   training_flops,
 )
+from llmjax.planning.traffic import collective_bytes
 from llmjax.training.config import Config
 
 LLAMA_7B = ModelConfig(

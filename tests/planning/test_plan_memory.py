@@ -5,7 +5,8 @@ import pytest
 from llmjax.core.chips import CHIPS
 from llmjax.core.config import override
 from llmjax.parallel.mesh import AXES
-from llmjax.planning.cost import memory, trace_layers
+from llmjax.planning.cost import memory
+from llmjax.planning.trace import trace_layers
 from llmjax.training.config import Config
 
 
