@@ -14,7 +14,7 @@ from llmjax.data.tasks import Task
 from llmjax.nn.moe import MoeConfig
 from llmjax.training.config import Config
 
-_HEAD = 8  # width of a head: even, with channels for every scaling of rope
+_HEAD, _BLOCK = 8, 4  # width of a head: even, with channels for every scaling of rope
 
 
 def shrink(config: Config, devices: int) -> Config:
@@ -51,6 +51,7 @@ def shrink(config: Config, devices: int) -> Config:
     max_seq_len=8 * devices,
     dtype="float32",
     attention=attention,
+    weights=tuple((pattern, _small_blocks(kind)) for pattern, kind in model.weights),
   )
   rows = 2 * devices * config.train.grad_accum_steps
   return dataclasses.replace(
@@ -60,6 +61,13 @@ def shrink(config: Config, devices: int) -> Config:
     loss=dataclasses.replace(config.loss, chunk=min(config.loss.chunk, 4) or 0),
     optim=dataclasses.replace(config.optim, warmup=min(config.optim.warmup, 1)),
   )
+
+
+def _small_blocks(kind: dict) -> dict:
+  """A row of `model.weights` whose blocks of codes are few enough numbers for any mesh."""
+  small = {"block": _BLOCK} if "block" in kind else {}
+  base = {"base": _small_blocks(kind["base"])} if kind.get("base") else {}
+  return dict(kind) | small | base
 
 
 def _few(moe: MoeConfig, devices: int) -> MoeConfig:

@@ -10,6 +10,7 @@ import functools
 import jax
 import pytest
 
+from llmjax.core import tree
 from llmjax.core.config import override
 from llmjax.models.build import abstract
 from llmjax.parallel.collectives import collectives, summary
@@ -74,6 +75,20 @@ def test_zero_3_gathers_layers_twice_the_head_once_and_no_table():
   assert took(found, "all-gather") == near(2 * BLOCKS + TABLE)
   assert took(found, "all-reduce", "reduce-scatter") == near(ALL - TABLE)
   assert took(found, "all-to-all") == near(2 * STREAM // 8)  # vectors looked up, and gradients
+  nothing_else(found)
+
+
+def test_int8_weights_are_gathered_as_bytes():
+  """A quarter of what fp32 weights send, twice a layer, and no gradient of them."""
+  weights = (("*/blocks/*", {"kind": "int8"}),)
+  config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, weights=weights))
+  leaves = tree.flatten(abstract(config.model).decoder)
+  codes = sum(leaf.size for path, leaf in leaves.items() if "codes" in path)
+  found = dict(traffic(config=config, fsdp=8))
+  assert 4 * codes == near(BLOCKS)
+  assert took(found, "all-gather") == near(2 * codes + TABLE)
+  assert took(found, "all-reduce", "reduce-scatter") == near(TABLE)
+  assert took(found, "all-to-all") == near(2 * STREAM // 8)
   nothing_else(found)
 
 

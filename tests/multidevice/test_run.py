@@ -1,4 +1,4 @@
-"""A whole run on a 2×2×2 mesh: trained, resumed on another mesh, evaluated on all devices."""
+"""A run with QLoRA leaves on a 2×2×2 mesh: trained, resumed on another mesh, evaluated on all."""
 
 import json
 import shutil
@@ -12,6 +12,8 @@ from llmjax.training.stored import load_model
 from tests.runs import tiny, write_text
 
 MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+QLORA = {"kind": "lora", "rank": 3, "base": {"kind": "nf4", "block": 8}}
+ADAPTED = {"model__weights": (("*/mlp/*", QLORA),)}  # codes and adapters move between meshes too
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,7 @@ def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("mesh")
   text = write_text(folder / "text")
   workdir = folder / "run"
-  return text, workdir, llmjax.train(tiny(text, **MESH), workdir)
+  return text, workdir, llmjax.train(tiny(text, **MESH, **ADAPTED), workdir)
 
 
 def _losses(workdir):
@@ -29,7 +31,7 @@ def _losses(workdir):
 
 def test_a_run_on_a_mesh_is_the_run_on_one_axis(run, tmp_path):
   text, workdir, result = run
-  made = llmjax.train(tiny(text), tmp_path / "data8")
+  made = llmjax.train(tiny(text, **ADAPTED), tmp_path / "data8")
   # fp32 sums in another order, over 12 steps of Adam at a high rate.
   assert _losses(tmp_path / "data8") == pytest.approx(_losses(workdir), rel=1e-3)
   assert made["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=2e-3)
@@ -46,7 +48,7 @@ def test_a_checkpoint_goes_on_on_another_mesh_with_the_same_data(other, run, tmp
   text, workdir, result = run
   shutil.copytree(workdir, tmp_path / "moved")
   shutil.rmtree(tmp_path / "moved/checkpoints/12")
-  made = llmjax.train(tiny(text, **other), tmp_path / "moved")
+  made = llmjax.train(tiny(text, **other, **ADAPTED), tmp_path / "moved")
   assert _losses(tmp_path / "moved") == pytest.approx(_losses(workdir), rel=1e-4)
   assert made["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=1e-4)
 

@@ -13,8 +13,8 @@ from tests.multidevice.test_step import named, prove
 LORA = "model.weights=(('*',{'kind':'lora','rank':3,'alpha':6.0}),)"  # no mesh divides a rank of 3
 INT8 = "model.weights=(('*/blocks/*',{'kind':'int8'}),)"
 QLORA = (
-  "model.weights=(('*/blocks/*',{'kind':'lora','rank':3,'base':{'kind':'nf4','block':4}}),"
-  "('embed/*',{'kind':'lora','rank':2,'base':{'kind':'int4','block':4}}))"
+  "model.weights=(('*/blocks/*',{'kind':'lora','rank':3,'base':{'kind':'nf4'}}),"
+  "('embed/*',{'kind':'lora','rank':2,'base':{'kind':'int4'}}))"
 )
 TIED = "model.tie_embeddings=True"
 EXPERTS = (

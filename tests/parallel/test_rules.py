@@ -158,3 +158,13 @@ def test_batches_are_cut_along_rows():
   assert batch_sharding(mesh) == NamedSharding(mesh, P(("data", "fsdp", "expert")))
   placed = jax.device_put(np.zeros((2, 3)), batch_sharding(mesh))
   assert placed.shape == (2, 3)
+
+
+def test_the_scales_of_a_weight_of_one_block_are_replicated():
+  """A width of one is not sharded; other sizes that the mesh does not divide are refused."""
+  mesh = abstract_mesh(1, 2, 2)
+  made = weight_shardings(mesh, {"scale_df": jnp.zeros((1, 6)), "codes_df": jnp.zeros((8, 6))})
+  assert made["scale_df"].spec == P(None, "tensor")
+  assert made["codes_df"].spec == P("fsdp", "tensor")
+  with pytest.raises(UserError, match="'scale_df' has 3 residual width"):
+    weight_shardings(mesh, {"scale_df": jnp.zeros((3, 6))})
