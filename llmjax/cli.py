@@ -107,9 +107,7 @@ def _generate(args, overrides) -> dict:
   pieces = stream(model, args.prompt, sampling, args.image, args.chat, args.special, stride)
   continues = not args.chat and model.config.kind != "encoder_decoder"
   written = _print_pieces(args.prompt if continues else "", pieces)
-  return {
-    "prompt": args.prompt, "text": written.text, "ids": written.ids, "finish": written.finish
-  }
+  return {"prompt": args.prompt, **dataclasses.asdict(written)}
 
 
 def _print_pieces(first: str, pieces) -> Completion:

@@ -63,6 +63,7 @@ def test_generate_continues_a_prompt_the_same_way_twice(setup, capsys):
     lines = capsys.readouterr().out
     made = json.loads(lines.splitlines()[-1])
     assert lines.startswith("ka lo" + made["text"])
+    assert len(made["logprobs"]) == len(made["ids"]) > 0 > max(made["logprobs"])
     texts.append(made["text"])
   assert texts[0] == texts[1]
   assert texts[2] == texts[3] == texts[4], "greedy, the one best and a tiny nucleus are the same"

@@ -159,6 +159,11 @@ class LoRA(Weight):
   def dtype(self):
     return self.base.dtype
 
+  def cast(self, dtype):
+    return dataclasses.replace(
+      self, base=cast(self.base, dtype), a=cast(self.a, dtype), b=cast(self.b, dtype)
+    )
+
   def summands(self):
     letters = self.part_letters("a"), self.part_letters("b")
     return [*summands(self.base), (self.scale, (self.a, self.b), letters)]

@@ -10,12 +10,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from llmjax.core import tree
 from llmjax.core.errors import UserError
+from llmjax.core.weight import cast, is_kind
 from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
 from llmjax.models.depth import unstack_layers, views
 from llmjax.models.pooling import Pooling
 from llmjax.models.processor import Processor
-from llmjax.nn.param import roles
+from llmjax.nn.param import fp32_weights, roles
 from llmjax.parallel.rules import weight_shardings
 from llmjax.text.tokenizer import Tokenizer
 
@@ -101,19 +102,17 @@ class Model:
 
 
 def cast_weights(model: nnx.Module, dtype) -> nnx.Module:
-  """Casts the weights that every product casts anyway, which changes no result.
+  """Casts the matrices and tables that every product casts anyway, which changes no result.
 
-  Routers and tables of relative positions are read in fp32, as are scales and biases.
+  Those that their module reads in fp32 stay fp32, and the codes of quantized ones stay codes.
   """
-  role_of = roles(model)
+  role_of, read_in_fp32 = roles(model), fp32_weights(model)
 
-  def cast(path, leaf):
-    read_in_fp32 = path.rsplit("_", 1)[-1] in ("de", "in")
-    if read_in_fp32 or role_of.get(path) not in ("matrix", "table") or leaf.dtype == dtype:
-      return leaf
-    return leaf.astype(dtype)
+  def cast_leaf(path, leaf):
+    read_low = role_of[path] in ("matrix", "table") and path not in read_in_fp32
+    return cast(leaf, dtype) if read_low else leaf
 
-  return tree.map_with_path(cast, model)
+  return tree.map_with_path(cast_leaf, model, is_leaf=is_kind)
 
 
 @jax.jit

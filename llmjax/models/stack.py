@@ -32,6 +32,8 @@ class Stack(nnx.Module):
     cross: the blocks have cross attention.
   """
 
+  fp32 = ("relative_in",)  # added to fp32 scores
+
   def __init__(
     self, key, config: ModelConfig, causal: bool, layers: int | None = None, cross: bool = False
   ):

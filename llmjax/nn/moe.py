@@ -139,6 +139,8 @@ class Moe(nnx.Module):
     arXiv:2401.06066, sec. 3.
   """
 
+  fp32 = ("router_de", "noise_de")  # scores are computed in fp32
+
   def __init__(self, key, dims, config: MoeConfig, activation: str, out_scale: float):
     dims = dims | {"e": config.experts, "f": config.width or dims["f"]}
     self.config = config

@@ -74,11 +74,24 @@ def roles(model) -> dict[str, str]:
     Path of the weight → one of `ROLES`. Where the weight is no plain array (`core/weight.py`), the
     paths of its leaves begin with that path.
   """
-  if isinstance(model, tuple):
-    children, found = {str(i): child for i, child in enumerate(model)}, {}
-  else:
-    children, found = vars(model), dict(getattr(model, "roles", ()))
-  for name, child in children.items():
+  return {
+    prefix + name: role for prefix, module in _modules(model)
+    for name, role in getattr(module, "roles", ())
+  }
+
+
+def fp32_weights(model) -> set[str]:
+  """Paths of the matrices and tables that their module reads in fp32, as its `fp32` names them."""
+  return {
+    prefix + name for prefix, module in _modules(model) for name in getattr(module, "fp32", ())
+  }
+
+
+def _modules(model, prefix: str = ""):
+  """Yields (path up to a weight's name, module) of a model and of every module in it."""
+  children = enumerate(model) if isinstance(model, tuple) else vars(model).items()
+  if not isinstance(model, tuple):
+    yield prefix, model
+  for name, child in children:
     if isinstance(child, (nnx.Module, tuple)):
-      found |= {f"{name}/{path}": role for path, role in roles(child).items()}
-  return found
+      yield from _modules(child, f"{prefix}{name}/")

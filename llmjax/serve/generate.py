@@ -169,7 +169,8 @@ def generate_ids(
   sampling: Sampling,
   ends: Sequence[int] = (),
   prefill_chunk: int | None = None,
-) -> list[list[int]]:
+  logprobs: bool = False,
+) -> list[list[int]] | list[tuple[list[int], list[float]]]:
   """Continues rows of token ids; `generate` without a tokenizer.
 
   Args:
@@ -177,8 +178,9 @@ def generate_ids(
     prompts: rows, each with at least one id; as `Prompts` where there are sources or images.
     ends: each ends a row, and is kept as its last id.
     prefill_chunk: as of `generate`.
+    logprobs: whether the log-probability of every new id is returned too, as in `Completion`.
   Returns:
-    The new ids of each row.
+    The new ids of each row; with `logprobs` (ids, log-probabilities) of each.
   Raises:
     UserError: a prompt is empty, or leaves no room in the context; or there are stop texts.
   """
@@ -186,11 +188,12 @@ def generate_ids(
     raise UserError("stop texts are found in text: generate_ids takes ends")
   if not isinstance(prompts, Prompts):
     prompts = Prompts(prompts)
-  written = [[] for _ in prompts.rows]
+  written = [([], []) for _ in prompts.rows]
   for new in _steps(model, prompts, sampling, ends, prefill_chunk):
-    for row, (ids, _) in zip(written, new, strict=True):
-      row += ids
-  return written
+    for (ids, scores), (new_ids, new_scores) in zip(written, new, strict=True):
+      ids += new_ids
+      scores += new_scores
+  return written if logprobs else [ids for ids, _ in written]
 
 
 def _steps(

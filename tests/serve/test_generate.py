@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
@@ -74,6 +75,19 @@ def test_greedy_generation_is_the_naive_loop_token_for_token(model, expected):
 def test_prompts_of_unequal_lengths_in_one_batch_are_as_each_alone(model, expected):
   assert generate_ids(model, PROMPTS, GREEDY) == expected
   assert generate_ids(model, PROMPTS[::-1], GREEDY) == expected[::-1]
+
+
+def test_prompts_read_in_chunks_are_as_read_at_once(model, expected):
+  """With the log-probabilities of the new ids, where they are asked for."""
+  found = generate_ids(model, PROMPTS, GREEDY, prefill_chunk=3, logprobs=True)
+  assert [ids for ids, _ in found] == expected
+  for prompt, (ids, logprobs) in zip(PROMPTS, found, strict=True):
+    row = prompt + ids
+    scores_btv = jax.nn.log_softmax(model.logits([row + [0] * (CONTEXT - len(row))]), axis=-1)
+    want = np.asarray(scores_btv)[0, len(prompt) - 1 : len(row) - 1].max(axis=-1)
+    assert_allclose(logprobs, want, atol=1e-5)  # fp32, sums in another order
+  with pytest.raises(UserError, match="prefill_chunk 1 is less than 2"):
+    generate_ids(model, PROMPTS, GREEDY, prefill_chunk=1)
 
 
 def test_the_same_seed_writes_the_same_and_another_something_else(model):
