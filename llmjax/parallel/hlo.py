@@ -87,16 +87,26 @@ def walk(hlo_text: str) -> Iterator[Run]:
   Raises:
     UserError: the text has no entry computation.
   """
-  computations, entry, body = {}, None, {}
+  bodies, entry = computations(hlo_text)
+  yield from _visit(bodies, entry, 1, "", itertools.count())
+
+
+def computations(hlo_text: str) -> tuple[dict[str, dict[str, Op]], str]:
+  """Parses a program's text: (by a computation's name its instructions by name, the entry's name).
+
+  Raises:
+    UserError: the text has no entry computation.
+  """
+  found, entry, body = {}, None, {}
   for line in re.sub(r'\n(?="|}})', "", hlo_text).splitlines():  # a kernel's notes have lines
     if head := _COMPUTATION.match(line):
-      body = computations[head[2]] = {}
+      body = found[head[2]] = {}
       entry = head[2] if head[1] else entry
     elif op := _OP.match(line):
       body[op[2]] = Op(bool(op[1]), *op.groups("")[1:])
   if entry is None:
     raise UserError("a compiled program's text was expected, with an ENTRY computation; none there")
-  yield from _visit(computations, entry, 1, "", itertools.count())
+  return found, entry
 
 
 def _visit(computations, name, count, source, visits, path=(), fusion=None) -> Iterator[Run]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from llmjax.core.chips import Topology
 from llmjax.core.config import to_dict
 from llmjax.core.errors import UserError
-from llmjax.planning.buffers import Buffer
+from llmjax.parallel.hlo_arrays import Buffer
 from llmjax.training.config import Config
 from llmjax.training.executable import source_hash
 

@@ -15,9 +15,9 @@ import jax
 
 from llmjax.core.config import freeze
 from llmjax.core.errors import UserError
+from llmjax.parallel.hlo_arrays import MOST, Buffer, largest_buffers
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import batch_sharding
-from llmjax.planning.buffers import MOST, Buffer, largest_buffers
 from llmjax.planning.decode import serving_program
 from llmjax.training import executable
 from llmjax.training.config import Config

@@ -16,9 +16,9 @@ from llmjax.planning.advice import changes
 from llmjax.planning.ahead import Compiled, compile_ahead, has_compiler
 from llmjax.planning.cost import memory
 from llmjax.planning.decode import check_decodes
+from llmjax.planning.estimate_from_hlo import estimate_from_hlo
 from llmjax.planning.formulas import bill, roofline, serving
 from llmjax.planning.limits import above_zero
-from llmjax.planning.recount import estimate_from_hlo
 from llmjax.planning.traffic import collective_bytes
 from llmjax.training.config import Config
 from llmjax.training.runnable import check_run, with_vocab

@@ -18,9 +18,9 @@ from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.data.loader import place
 from llmjax.parallel.collectives import collectives, describe
+from llmjax.parallel.hlo_arrays import compile_and_watch
 from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from llmjax.parallel.rules import ACTIVATIONS, LayoutError, axes_of, batch_sharding
-from llmjax.parallel.whole import compile_and_watch
 from llmjax.training.config import Config, TrainConfig
 from llmjax.training.parameters import TrainState, abstract_state, init_state
 from llmjax.training.runnable import check_config, check_mesh

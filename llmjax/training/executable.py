@@ -29,7 +29,7 @@ def save(path: str | Path, compiled, config: Config, mesh: Mesh):
   Args:
     path: file, overwritten.
     compiled: of `compile_step(config, mesh).lower(…).compile()`; on a CPU not from jax's cache
-      (`no_cache` in `llmjax/parallel/whole.py`).
+      (`no_cache` in `llmjax/parallel/hlo_arrays.py`).
     config: the experiment, `model.vocab_size` filled in.
     mesh: what it was compiled for.
   """

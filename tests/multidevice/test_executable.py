@@ -9,9 +9,9 @@ import pytest
 
 from llmjax.core.config import override
 from llmjax.core.errors import UserError
+from llmjax.parallel.hlo_arrays import no_cache
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import batch_sharding
-from llmjax.parallel.whole import no_cache
 from llmjax.run import train
 from llmjax.training import executable
 from llmjax.training.config import Config

@@ -11,8 +11,8 @@ from llmjax.cli import main
 from llmjax.core import chips
 from llmjax.core.config import override
 from llmjax.core.errors import UserError
+from llmjax.parallel.hlo_arrays import Buffer, largest_buffers
 from llmjax.planning import advice, ahead, compiler
-from llmjax.planning.buffers import Buffer, largest_buffers
 from llmjax.training.config import Config
 
 CONFIG = """

@@ -7,22 +7,19 @@ seconds from the chip's peak. None of this is a measurement.
 
 import collections
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 
 from llmjax.core.chips import Chip
+from llmjax.models.formulas import kernel_flops
 from llmjax.parallel.collectives import Collective
-from llmjax.parallel.hlo import Run, dims, product_flops, walk
+from llmjax.parallel.hlo import Run, dims, numbers, product_flops, walk
 
 _NONE = 2**63 - 1  # where the compiler has no estimate
-# Products over (queries' and keys' width, values' width) of a pair of a query and a key. The fused
-# backward kernel computes scores, and gradients of weights, values, keys and queries.
-_ATTENTION = {"fwd": (1, 1), "dkv": (2, 2), "dkv and dq": (3, 2), "dq": (2, 1)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Recount:
+class Estimate:
   """Estimated seconds of one run of a program on one device.
 
   Attributes:
@@ -56,7 +53,7 @@ def estimate_from_hlo(
   *,
   seen: Callable[[int, int], float] = lambda length, block: 1.0,
   filled: float = 1.0,
-) -> Recount:
+) -> Estimate:
   """Adds up a program's text.
 
   Splash attention computes whole blocks, those that its mask touches: what share they are is asked
@@ -76,7 +73,7 @@ def estimate_from_hlo(
   rate = chip.peak("bfloat16") / chip.devices
   total, kernels, runs = collections.Counter(), collections.Counter(), list(walk(hlo_text))
   fused_s = [_fusion_s(run, chip) for run in runs]
-  kernel = [_is_kernel(run) and kernel_flops(run, seen, filled) * run.count for run in runs]
+  kernel = [_is_kernel(run) and _kernel(run, seen, filled) * run.count for run in runs]
   work_s = [fusion + flops / rate for fusion, flops in zip(fused_s, kernel, strict=True)]
   taken = _taken(runs, work_s)
   for place in sorted(taken):
@@ -88,7 +85,7 @@ def estimate_from_hlo(
   found = [one for one in found if one.start in taken]
   links = {dcn: sum(link_s(one, chip) for one in found if one.dcn == dcn) for dcn in (False, True)}
   work_s = [seconds * (place in taken) for place, seconds in enumerate(work_s)]
-  return Recount(
+  return Estimate(
     total["fusions_s"], total["kernels_s"], dict(kernels), total["flops"], links[False],
     links[True], _waited(work_s, found, chip),
   )
@@ -126,33 +123,12 @@ def _name(run: Run) -> str:
   return re.sub(r"(\.clone|\.\d+)+$", "", run.op.name)
 
 
-def kernel_flops(run: Run, seen: Callable[[int, int], float], filled: float) -> float:
-  """Counts the FLOPs of one execution of a kernel by its operands' shapes; 0 if it is not known.
-
-  Attention reads a table of blocks by queries and keys first, of which the side that is never cut
-  short tells the block's size; then queries, keys and values. Grouped products read rows before
-  weights or other rows, and the width they make is the last of their result.
-
-  Args:
-    run: a kernel's call.
-    seen: as `recount` takes.
-    filled: as `recount` takes.
-  """
+def _kernel(run: Run, seen: Callable[[int, int], float], filled: float) -> float:
+  """FLOPs of one execution of a kernel by its operands' shapes."""
   shapes = [run.body[name].shape for name in run.op.operands]
-  arrays = [dims(shape) for shape in shapes if re.match(r"(bf|f)\d", shape)]
-  kernel = re.search(r"splash_m\wa_(fwd|dkv|dq)|(gmm)", _name(run))
-  if kernel and kernel[2]:
-    return 2 * filled * math.prod(arrays[0]) * dims(run.op.shape)[-1]
-  if not kernel:
-    return 0.0
-  query, key, value = arrays[:3]
-  made = [len(numbers.split(",")) for numbers in re.findall(r"\[([\d,]+)\]", run.op.shape)]
-  kind = "dkv and dq" if kernel[1] == "dkv" and max(made) > len(query) else kernel[1]
-  blocks = dims(shapes[0])
-  block = key[-2] // blocks[-1] if kernel[1] == "dkv" else query[-2] // blocks[-2]
-  score, weigh = _ATTENTION[kind]
-  width = score * query[-1] + weigh * value[-1]
-  return 2 * math.prod(query[:-1]) * key[-2] * width * seen(key[-2], block)
+  operands = [("f" if re.match(r"(bf|f)\d", shape) else "i", dims(shape)) for shape in shapes]
+  made = [numbers(sizes) for sizes in re.findall(r"\[([\d,]+)\]", run.op.shape)]
+  return kernel_flops(_name(run), operands, made, seen, filled)
 
 
 def link_s(one: Collective, chip: Chip) -> float:

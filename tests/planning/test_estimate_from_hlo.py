@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 from llmjax.core.chips import CHIPS
 from llmjax.parallel.collectives import Collective, collectives
 from llmjax.parallel.hlo import product_flops, walk
-from llmjax.planning.recount import estimate_from_hlo, link_s
+from llmjax.planning.estimate_from_hlo import estimate_from_hlo, link_s
 
 # A cycle a second, a byte a second on each of four links, half of one between slices.
 ROUND = dataclasses.replace(
