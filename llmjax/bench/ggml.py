@@ -9,9 +9,16 @@ import llama_cpp as api
 import numpy as np
 from safetensors.numpy import load_file
 
-from llmjax.bench.peers import Spec
-from llmjax.bench.sizes import NEW_TOKENS, NORM_EPS, PROMPT_TOKENS, ROPE_THETA, SIZES, Size
-from llmjax.bench.timing import prepare_decode
+from llmjax.bench.sizes import (
+  NEW_TOKENS,
+  NORM_EPS,
+  PROMPT_TOKENS,
+  ROPE_THETA,
+  SIZES,
+  Size,
+  prepare_decode,
+)
+from llmjax.bench.workers import Spec
 
 _SEQUENCES = 8
 

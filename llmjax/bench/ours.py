@@ -14,9 +14,16 @@ import jax
 import numpy as np
 
 from llmjax import run
-from llmjax.bench.peers import Spec
-from llmjax.bench.sizes import ADAMW, SIZES, hf_config, token_batches
-from llmjax.bench.timing import prepare_decode, prepare_steps, timed_steps
+from llmjax.bench.sizes import (
+  ADAMW,
+  SIZES,
+  hf_config,
+  prepare_decode,
+  prepare_steps,
+  timed_steps,
+  token_batches,
+)
+from llmjax.bench.workers import Spec
 from llmjax.core.config import override
 from llmjax.core.memory import give_back, settle, tune_allocator
 from llmjax.data import loader

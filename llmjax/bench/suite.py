@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmjax.bench import attention, plan_table
-from llmjax.bench.harness import Worker, interleave, say
-from llmjax.bench.peers import PEERS, Spec, pick
 from llmjax.bench.report import compare, cores, machine, ratio, table
 from llmjax.bench.sizes import NEW_TOKENS, PROMPT_TOKENS, SIZES, write_weights
+from llmjax.bench.workers import PEERS, Spec, Worker, interleave, pick, say
 from llmjax.core.config import override
 from llmjax.core.errors import UserError, nearest
 from llmjax.models.config import DTYPES

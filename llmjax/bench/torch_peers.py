@@ -1,4 +1,4 @@
-"""transformers as a peer of training and of decoding; the torch step that litgpt shares.
+"""transformers as a peer of training and of decoding, litgpt as one of training.
 
 All train the same step: forward, mean cross-entropy in fp32, backward, AdamW (the fused one,
 torch's fastest); bf16 means autocast over fp32 weights.
@@ -6,14 +6,22 @@ torch's fastest); bf16 means autocast over fp32 weights.
 
 import functools
 import itertools
+from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from llmjax.bench.peers import Spec
-from llmjax.bench.sizes import ADAMW, SIZES, token_batches
-from llmjax.bench.timing import prepare_decode, prepare_steps
+from llmjax.bench.sizes import (
+  ADAMW,
+  NORM_EPS,
+  ROPE_THETA,
+  SIZES,
+  prepare_decode,
+  prepare_steps,
+  token_batches,
+)
+from llmjax.bench.workers import Spec
 
 
 def train(spec: Spec, compiled: bool = False):
@@ -76,3 +84,30 @@ def decode(spec: Spec, **options):
 
 
 decode_static = functools.partial(decode, cache_implementation="static")
+
+
+def train_litgpt(spec: Spec):
+  """Prepares litgpt's `GPT` of the same architecture, with the same weights."""
+  from litgpt.config import Config
+  from litgpt.model import GPT
+  from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
+  from safetensors.torch import load_file
+
+  size = SIZES[spec.size]
+  config = Config.from_name(
+    "Llama-2-7b-hf",
+    block_size=size.length,
+    vocab_size=size.vocab_size,
+    padded_vocab_size=size.vocab_size,
+    n_layer=size.layers,
+    n_head=size.heads,
+    n_embd=size.width,
+    norm_eps=NORM_EPS,
+    intermediate_size=size.mlp_width,
+    rope_base=int(ROPE_THETA),
+  )
+  weights = {}
+  copy_weights_hf_llama(config, {}, weights, load_file(Path(spec.folder, "model.safetensors")))
+  model = GPT(config)
+  model.load_state_dict(weights)
+  return prepare_step(spec, model, model)

@@ -1,21 +1,21 @@
 """`llmjax plan`: its flags, and what it does with them."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 from llmjax.core import config as configs
 from llmjax.core.chips import topology
 from llmjax.core.errors import UserError
-from llmjax.planning import report, search_report
+from llmjax.planning import report
 from llmjax.planning.candidates import change
-from llmjax.planning.limits import Limits, above_zero, amount
-from llmjax.planning.pareto_plot import plot_pareto
 from llmjax.planning.patch import patch
-from llmjax.planning.plan import plan
-from llmjax.planning.search import search
+from llmjax.planning.plan import above_zero, plan
+from llmjax.planning.search import Limits, search
 from llmjax.training.config import Config
 
+_UNITS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _ALONE = ("decode", "keep_hlo", "keep_executable")
 _SEARCHING = ("tokens", "budget", "max_days", "patch", "plot")
 
@@ -73,10 +73,23 @@ def _search(args, config: Config) -> dict:
   limits = Limits(tokens, budget, args.max_days or 0.0, args.price or 0.0)
   tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
   result = search(config, places, limits, args.compile, args.jobs, report=tell)
-  print(search_report.show(result))
+  print(report.show_search(result))
   if args.plot:
-    plot_pareto(result, Path(args.plot))
+    report.plot_pareto(result, Path(args.plot))
   if args.patch and result["winner"]:
     winning = change(config, result["winner"]["changes"])
     Path(args.patch).write_text(patch(args.config, winning))
   return result
+
+
+def amount(text: str, flag: str, example: str) -> float:
+  """Reads `20B`, `1.5T`, `$2,500` or `2e10`; "" is 0.
+
+  Raises:
+    UserError: another form, told with the example.
+  """
+  found = re.fullmatch(r"\$?([\d,]*\.?\d+(?:e\d+)?)([kKMBT]?)", text.strip() or "0")
+  value = float(found[1].replace(",", "")) * _UNITS[found[2]] if found else 0
+  if text.strip() and not value:
+    raise UserError(f"{flag}={text} is not an amount above 0, such as {flag}={example}")
+  return value

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 from jax.sharding import AbstractMesh
@@ -18,7 +19,6 @@ from llmjax.planning.cost import memory
 from llmjax.planning.decode import check_decodes
 from llmjax.planning.estimate_from_hlo import estimate_from_hlo
 from llmjax.planning.formulas import bill, roofline, serving
-from llmjax.planning.limits import above_zero
 from llmjax.planning.traffic import collective_bytes
 from llmjax.training.config import Config
 from llmjax.training.runnable import check_run, with_vocab
@@ -84,6 +84,12 @@ def plan(
     said = _said("train", config, chips, sizes, flops, keep_hlo, keep_executable)
   steps = 0 if decode else config.train.steps
   return result | said | _costs(chips, said.get("est_step_s"), result["tokens_per_step"], steps)
+
+
+def above_zero(flag: str, value: float | None):
+  """Raises a `UserError` where a number was given and is not a finite one above 0."""
+  if value is not None and not 0 < value < math.inf:
+    raise UserError(f"{flag}={value} is not a number above 0")
 
 
 def _lacking(chips: Topology) -> str:
@@ -201,7 +207,7 @@ def _read(config: Config, chips: Topology, sizes, compiled: Compiled, flops: flo
   return {
     "peak_bytes": compiled.memory["peak"],
     "memory": compiled.memory,
-    "recount": dataclasses.asdict(count),
+    "estimate": dataclasses.asdict(count),
     "est_step_s": count.step_s,
     "mfu": flops / _peak(config, chips) / count.step_s,
     "collectives": [

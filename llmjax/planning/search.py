@@ -4,6 +4,7 @@ Formulas put thousands of candidates in order in seconds; the compiler has the l
 that they like best. Neither is a measurement.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,10 +22,8 @@ from llmjax.planning.candidates import (
 )
 from llmjax.planning.cost import memory
 from llmjax.planning.formulas import DAY_S, rent_usd
-from llmjax.planning.limits import Limits
-from llmjax.planning.pareto_plot import pareto
-from llmjax.planning.plan import plan
-from llmjax.planning.search_report import says, show_row
+from llmjax.planning.plan import above_zero, plan
+from llmjax.planning.report import pareto, says, show_row
 from llmjax.training.config import Config
 from llmjax.training.runnable import check_config
 
@@ -33,6 +32,29 @@ _NEAR = 1.15  # times a device's memory, by formula, is still shown to the compi
 _REFINED = 4  # meshes whose best candidates are varied further,
 _FULL = (1.0, 0.9)  # to fill these shares of a device's memory, as formulas err to both sides
 _SHOWN = 20  # rows by formula alone, of each topology, beside those of the Pareto front
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What a run may take; 0 leaves each open.
+
+  Attributes:
+    tokens: of the whole run.
+    budget_usd: for them.
+    max_days: for them.
+    usd_per_hour: of a chip, instead of the list price.
+  """
+
+  tokens: float = 0.0
+  budget_usd: float = 0.0
+  max_days: float = 0.0
+  usd_per_hour: float = 0.0
+
+  def __post_init__(self):
+    for name, value in vars(self).items():
+      above_zero(name, value or None)
+    if not self.tokens and (self.budget_usd or self.max_days):
+      raise UserError("--budget and --max-days need --tokens, such as --tokens=20B")
 
 
 def search(

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmjax.bench.harness import Worker, WorkerError, interleave
-from llmjax.bench.peers import Spec
+from llmjax.bench.workers import Spec, Worker, WorkerError, interleave
 
 ROOT = str(Path(__file__).parents[2])
 

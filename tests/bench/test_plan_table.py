@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmjax.bench import plan_cpu, plan_table
+from llmjax.bench import plan_table
 from llmjax.core.errors import UserError
 
 ROWS = [json.loads(line) for line in plan_table.ROWS.read_text().splitlines()]
@@ -66,10 +66,9 @@ def test_what_is_compiled_is_kept(tmp_path, monkeypatch):
 
 
 def test_a_cpu_case_is_planned_set_aside_used_and_timed(monkeypatch):
-  monkeypatch.setattr(
-    plan_cpu, "CASES", ("layers=2 width=64 heads=2 mlp_width=96 vocab_size=256 max_seq_len=64",)
-  )
-  (row,) = plan_cpu.cpu_rows(2)
+  case = "layers=2 width=64 heads=2 mlp_width=96 vocab_size=256 max_seq_len=64"
+  monkeypatch.setattr(plan_table, "CPU_CASES", (case,))
+  (row,) = plan_table.cpu_rows(2)
   assert row["formula_bytes"] > 12 * 2 * (4 * 64**2 + 3 * 64 * 96)  # state alone is more
   # Both count the same arrays; which of them live at once is the compiler's choice.
   assert row["program_bytes"] / 3 < row["formula_bytes"] < 3 * row["program_bytes"]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from llmjax.bench import attention, peers, timing
+from llmjax.bench import attention, sizes, workers
 from llmjax.bench.ours import make_config
 from llmjax.bench.sizes import SIZES, token_batches, write_weights
 from llmjax.bench.suite import Options, bench, show
@@ -35,10 +35,9 @@ def test_mistakes_are_one_line(argv, message, capsys):
 
 
 def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys):
-  monkeypatch.setitem(
-    peers.PEERS, "train", {"llmjax": peers.Peer("a:b"), "ghost": peers.Peer("c:d", ("no_such",))}
-  )
-  assert list(peers.pick("train")) == ["llmjax"]
+  peers = {"llmjax": workers.Peer("a:b"), "ghost": workers.Peer("c:d", ("no_such",))}
+  monkeypatch.setitem(workers.PEERS, "train", peers)
+  assert list(workers.pick("train")) == ["llmjax"]
   said = capsys.readouterr().err
   assert "ghost is left out, no_such is not installed; see requirements-bench.txt" in said
   assert main(["bench", "train", "--size=tiny", "--peers=ghost"]) == 2
@@ -64,7 +63,7 @@ def test_weights_and_tokens_are_the_same_every_time(tmp_path):
 
 
 def test_steps_fill_the_time_asked_for():
-  made = timing.timed_steps(iter([3.0, 2.0] + [1.0] * 10**6).__next__, 10, 0.01)
+  made = sizes.timed_steps(iter([3.0, 2.0] + [1.0] * 10**6).__next__, 10, 0.01)
   assert made["losses"][:2] == [3.0, 2.0] and made["seconds"] >= 0.01
   assert made["tokens"] == 10 * len(made["losses"])
   assert made["tokens_per_s"] == made["tokens"] / made["seconds"]

@@ -271,7 +271,7 @@ def test_two_slices_run_one_program_each(plan):
   status, said, _ = plan(*ON_FOUR[:1], "--slices=2", "--config.mesh.data=2", "--config.mesh.fsdp=4")
   assert status == 0 and said["fits"] and said["chips"] == 8
   assert {"fsdp", "data"} <= {one["axis"] for one in said["collectives"]}
-  assert said["recount"]["dcn_s"] > 0
+  assert said["estimate"]["dcn_s"] > 0
 
 
 @needs_compiler

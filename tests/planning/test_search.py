@@ -14,13 +14,12 @@ from llmjax.core.config import flat, load, override
 from llmjax.core.errors import UserError
 from llmjax.parallel.mesh import AXES
 from llmjax.planning.candidates import candidates, change, estimate, meshes, refined
+from llmjax.planning.command import amount
 from llmjax.planning.cost import memory
 from llmjax.planning.formulas import roofline
-from llmjax.planning.limits import Limits, amount
-from llmjax.planning.pareto_plot import pareto, plot_pareto
 from llmjax.planning.patch import patch
-from llmjax.planning.search import search
-from llmjax.planning.search_report import show
+from llmjax.planning.report import pareto, plot_pareto, show_search
+from llmjax.planning.search import Limits, search
 from llmjax.training.config import Config
 
 CHANGES = (
@@ -183,7 +182,7 @@ def test_a_refused_candidate_is_a_row_with_its_reason():
   assert errors and all(row["error"] == "the compiler would not" for row in errors)
   assert result["rows"][-len(errors) :] == errors
   assert result["winner"]["by"] == "compiler" and result["winner"]["mesh"]["data"] > 1
-  assert "would not" in show(result, 1000)
+  assert "would not" in show_search(result, 1000)
 
 
 def test_what_the_compiler_says_does_not_fit_is_followed_by_what_takes_less():
