@@ -36,13 +36,14 @@ CHOICES = {
 }
 # Kernels of other machines, of which tests/nn compares what can run here; what several devices do
 # (tests/multidevice/test_context.py); what only generation reads
-# (tests/serve/test_generate_kinds.py).
+# (tests/serve/test_generate_kinds.py); weight kinds (tests/core/test_weight.py).
 ELSEWHERE = {
   ("attention.kernel", "splash"),
   ("attention.kernel", "cudnn"),
   ("attention.context_parallel", "gather"),
   ("attention.context_parallel", "all_to_all"),
   ("embed.start_token", "another"),
+  ("weights", "another"),
 }
 
 
