@@ -15,7 +15,7 @@ from llmjax.core.weight import cast, decode, grad_dtype, pull, summands
 
 KERNELS = ("auto", "blocks", "ragged", "megablox")
 BLOCKS = (256, 64)  # rows of one product on a CPU; a run wastes half a small one on average
-TILE = (512, 1024, 1024)  # rows, summed over, made: of one step of the TPU's kernel
+TILE = (512, 1024, 1024)  # rows, inputs, outputs: of one step of the TPU's kernel
 
 
 def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
@@ -78,10 +78,10 @@ def _ragged(x_td, w_edf, sizes_e, transposed: bool = False):
 def _ragged_outer(x_td, grad_tf, sizes_e, dtype):
   """As `_outer`: the rows are what is summed over."""
   rows = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-  made = jax.lax.ragged_dot_general(
+  grad_edf = jax.lax.ragged_dot_general(
     x_td, grad_tf, sizes_e, rows, preferred_element_type=jnp.float32
   )
-  return made.astype(dtype)
+  return grad_edf.astype(dtype)
 
 
 def _megablox(x_td, w_edf, sizes_e, transposed: bool = False):
@@ -105,15 +105,15 @@ def _megablox_outer(x_td, grad_tf, sizes_e, dtype):
   return tgmm(padded_td.T, grad_tf, sizes_e, jnp.dtype(dtype), tiling, interpret=interpret)
 
 
-def _tiles(x_td, width: int, made):
+def _tiles(x_td, width: int, dtype):
   """(x with rows added to fill the last tile, the tile's sizes, whether to interpret).
 
-  Tiles of wide numbers, of dtype `made`, are narrower: two of all and a sum share 16 MiB.
+  Tiles of wide numbers, of dtype `dtype`, are narrower: two of all and a sum share 16 MiB.
   """
   t, d = x_td.shape
   rows = min(TILE[0], _ceil(t, 128) * 128)
   padded_td = jnp.pad(x_td, ((0, -t % rows), (0, 0)))
-  most = TILE[2] * 2 // jnp.dtype(made).itemsize
+  most = TILE[2] * 2 // jnp.dtype(dtype).itemsize
   return padded_td, (rows, min(TILE[1], d), min(most, width)), platform() != "tpu"
 
 
@@ -125,11 +125,11 @@ def _multiply(x_td, w_edf, sizes_e, transposed: bool = False):
     w_df, start, size = given
 
     def step(y_tf, at, block, mine_t):
-      made = jnp.einsum(eq, _rows(x_td, at, block), w_df, preferred_element_type=jnp.float32)
-      made = made.astype(y_tf.dtype)
+      new_tf = jnp.einsum(eq, _rows(x_td, at, block), w_df, preferred_element_type=jnp.float32)
+      new_tf = new_tf.astype(y_tf.dtype)
       if mine_t is not None:
-        made = jnp.where(mine_t[:, None], made, _rows(y_tf, at, block))
-      return jax.lax.dynamic_update_slice_in_dim(y_tf, made, at, 0)
+        new_tf = jnp.where(mine_t[:, None], new_tf, _rows(y_tf, at, block))
+      return jax.lax.dynamic_update_slice_in_dim(y_tf, new_tf, at, 0)
 
     return _over_blocks(step, y_tf, start, size, len(x_td)), None
 
@@ -168,17 +168,17 @@ def _over_blocks(step, carry, start, size, t: int):
   """
   blocks = [block for block in BLOCKS if block <= t] or [t]
   for block in blocks:
-    whole = block > blocks[-1]
+    is_full = block > blocks[-1]
 
-    def body(number, carry, block=block, whole=whole, start=start, end=start + size):
+    def body(number, carry, block=block, is_full=is_full, start=start, end=start + size):
       at = start + number * block
-      if whole:
+      if is_full:
         return step(carry, at, block, None)
       first = jnp.minimum(at, t - block)
       row_t = first + jnp.arange(block)
       return step(carry, first, block, (row_t >= at) & (row_t < end))
 
-    count = size // block if whole else _ceil(size, block)
+    count = size // block if is_full else _ceil(size, block)
     carry = jax.lax.fori_loop(0, count, body, carry)
     start, size = start + count * block, size - count * block
   return carry
