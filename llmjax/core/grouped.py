@@ -1,8 +1,7 @@
-"""`grouped_dot`: rows in runs, each run times the weight of its own group.
+"""`grouped_dot`: a grouped matrix product of rows sorted by group, one weight per group.
 
-What `core.dot` is for one weight, this is for a stack of experts. A TPU has a kernel for it. On a
-CPU it goes through each run in blocks of rows: XLA has `ragged_dot` there as a product with every
-expert's weight.
+It is to a stack of experts what `core.dot` is to one weight. A TPU has a kernel for it. On a CPU
+each group's rows are multiplied in blocks: XLA's `ragged_dot` multiplies by every weight there.
 """
 
 import functools
@@ -14,12 +13,12 @@ from llmjax.core.platform import platform
 from llmjax.core.weight import cast, decode, grad_dtype, pull, summands
 
 KERNELS = ("auto", "blocks", "ragged", "megablox")
-BLOCKS = (256, 64)  # rows of one product on a CPU; a run wastes half a small one on average
-TILE = (512, 1024, 1024)  # rows, inputs, outputs: of one step of the TPU's kernel
+BLOCKS = (256, 64)  # rows of one product on a CPU; a group wastes half a small one on average
+TILE = (512, 1024, 1024)  # rows, contracted and output channels of one step of the TPU's kernel
 
 
 def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
-  """Multiplies each run of rows with its group's weight.
+  """Multiplies each group of rows with the group's weight.
 
   Args:
     x_td: rows, those of group 0 first.
@@ -28,8 +27,8 @@ def grouped_dot(x_td, w_edf, sizes_e, kernel: str = "auto"):
     kernel: blocks; ragged (`jax.lax.ragged_dot`); megablox (Pallas, TPU; interpreted elsewhere);
       auto is blocks on CPU, megablox on TPU, ragged on GPU.
   Returns:
-    y_tf in the dtype of `x_td`, summed in fp32. Rows that are of no group hold anything: so that
-    nothing goes over them all, and neither they nor their gradients reach a weight.
+    y_tf in the dtype of `x_td`, summed in fp32. Rows beyond the last group are undefined, so that
+    no pass over all rows is needed; neither they nor their gradients reach a weight.
   """
   if kernel == "auto":
     kernel = {"cpu": "blocks", "tpu": "megablox"}.get(platform(), "ragged")
@@ -105,31 +104,30 @@ def _megablox_outer(x_td, grad_tf, sizes_e, dtype):
   return tgmm(padded_td.T, grad_tf, sizes_e, jnp.dtype(dtype), tiling, interpret=interpret)
 
 
-def _tiles(x_td, width: int, dtype):
-  """(x with rows added to fill the last tile, the tile's sizes, whether to interpret).
+def _tiles(x_td, width: int, out_dtype):
+  """(x padded to a multiple of the tile's rows, the tile's sizes, whether to interpret).
 
-  Tiles of wide numbers, of dtype `dtype`, are narrower: two of all and a sum share 16 MiB.
+  Tiles of a wide `out_dtype` are narrower: two of each operand and a sum share 16 MiB of VMEM.
   """
   t, d = x_td.shape
   rows = min(TILE[0], _ceil(t, 128) * 128)
   padded_td = jnp.pad(x_td, ((0, -t % rows), (0, 0)))
-  most = TILE[2] * 2 // jnp.dtype(dtype).itemsize
+  most = TILE[2] * 2 // jnp.dtype(out_dtype).itemsize
   return padded_td, (rows, min(TILE[1], d), min(most, width)), platform() != "tpu"
 
 
 def _multiply(x_td, w_edf, sizes_e, transposed: bool = False):
-  """Writes each block of rows in its place."""
   eq = "td,fd->tf" if transposed else "td,df->tf"
 
   def group(y_tf, given):
     w_df, start, size = given
 
-    def step(y_tf, at, block, mine_t):
-      new_tf = jnp.einsum(eq, _rows(x_td, at, block), w_df, preferred_element_type=jnp.float32)
-      new_tf = new_tf.astype(y_tf.dtype)
-      if mine_t is not None:
-        new_tf = jnp.where(mine_t[:, None], new_tf, _rows(y_tf, at, block))
-      return jax.lax.dynamic_update_slice_in_dim(y_tf, new_tf, at, 0)
+    def step(y_tf, at, block, in_group_t):
+      out = jnp.einsum(eq, _rows(x_td, at, block), w_df, preferred_element_type=jnp.float32)
+      out = out.astype(y_tf.dtype)
+      if in_group_t is not None:
+        out = jnp.where(in_group_t[:, None], out, _rows(y_tf, at, block))
+      return jax.lax.dynamic_update_slice_in_dim(y_tf, out, at, 0)
 
     return _over_blocks(step, y_tf, start, size, len(x_td)), None
 
@@ -138,16 +136,16 @@ def _multiply(x_td, w_edf, sizes_e, transposed: bool = False):
 
 
 def _outer(x_td, grad_tf, sizes_e, dtype):
-  """Sums x ⊗ grad over each run in fp32: the weights' gradient [e, d, f]."""
-  x_dt = jax.lax.optimization_barrier(x_td.T)  # else each block's product turns its own, slowly
+  """Sums x ⊗ grad over each group in fp32: the weights' gradient [e, d, f]."""
+  x_dt = jax.lax.optimization_barrier(x_td.T)  # else each block's product transposes its own rows
 
   def group(_, given):
     start, size = given
 
-    def step(total_df, at, block, mine_t):
+    def step(total_df, at, block, in_group_t):
       pair = jax.lax.dynamic_slice_in_dim(x_dt, at, block, axis=1), _rows(grad_tf, at, block)
-      if mine_t is not None:
-        pair = jnp.where(mine_t, pair[0], 0), jnp.where(mine_t[:, None], pair[1], 0)
+      if in_group_t is not None:
+        pair = jnp.where(in_group_t, pair[0], 0), jnp.where(in_group_t[:, None], pair[1], 0)
       return total_df + jnp.einsum("dt,tf->df", *pair, preferred_element_type=jnp.float32)
 
     zeros_df = jnp.zeros((len(x_dt), grad_tf.shape[1]), jnp.float32)
@@ -157,28 +155,28 @@ def _outer(x_td, grad_tf, sizes_e, dtype):
 
 
 def _over_blocks(step, carry, start, size, t: int):
-  """Goes through a run in large blocks, then small ones, of which the last is not filled.
+  """Loops over a group in large blocks, then small ones, of which the last may be partly filled.
 
   Args:
-    step: (carry, first row, rows, bool for those of this step; None: all are) → carry.
-    carry: what steps pass on.
-    start: the run's first row.
+    step: (carry, first row, rows, bool for those of the group; None: all are) → carry.
+    carry: state of the loop.
+    start: the group's first row.
     size: its rows.
-    t: rows of all runs; a block at their end begins sooner.
+    t: rows of all groups; a block that would reach beyond them begins earlier.
   """
   blocks = [block for block in BLOCKS if block <= t] or [t]
   for block in blocks:
-    is_full = block > blocks[-1]
+    filled = block > blocks[-1]
 
-    def body(number, carry, block=block, is_full=is_full, start=start, end=start + size):
+    def body(number, carry, block=block, filled=filled, start=start, end=start + size):
       at = start + number * block
-      if is_full:
+      if filled:
         return step(carry, at, block, None)
       first = jnp.minimum(at, t - block)
       row_t = first + jnp.arange(block)
       return step(carry, first, block, (row_t >= at) & (row_t < end))
 
-    count = size // block if is_full else _ceil(size, block)
+    count = size // block if filled else _ceil(size, block)
     carry = jax.lax.fori_loop(0, count, body, carry)
     start, size = start + count * block, size - count * block
   return carry

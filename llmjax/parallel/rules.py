@@ -1,7 +1,7 @@
 """The two tables that turn letters into partition specs; the only place that knows both.
 
 Model code writes `shard(x_btd, "btd")` and names its weights `up_df`; which mesh axis a letter is
-cut along is decided here alone.
+sharded over is decided here.
 """
 
 import dataclasses
@@ -36,19 +36,18 @@ ACTIVATIONS = {
   "e": "expert",
 }
 REPLICATED = {letter: axis for letter, axis in WEIGHTS.items() if axis != "fsdp"}
-WHOLE_BYTES = 64_000_000  # a weight larger than this must be cut where anything is
-ZERO = (1, 2, 3)  # what fsdp cuts: optimizer state; and gradients; and weights
-
+REPLICATED_BYTES = 64_000_000  # a larger weight must be sharded on a mesh that shards any
+ZERO = (1, 2, 3)  # what fsdp shards: optimizer state; and gradients; and weights
 
 
 class LayoutError(UserError):
-  """The rules do not cut what the mesh says they should."""
+  """The rules do not shard what the mesh says they should."""
 
 
 def spec(letters: str, table: dict) -> PartitionSpec:
   """Looks letters up in a table: `spec("df", WEIGHTS)` is `P("fsdp", "tensor")`.
 
-  An axis cuts the first letter that names it: `spec("dr", WEIGHTS)` is `P("fsdp", None)`.
+  An axis shards the first letter that names it: `spec("dr", WEIGHTS)` is `P("fsdp", None)`.
   """
   entries, taken = [], set()
   for letter in letters:
@@ -66,7 +65,7 @@ def shard(x, letters: str):
   Args:
     x: activation, one letter a dimension.
   Raises:
-    UserError: a dimension is not a multiple of the mesh axes it is cut along.
+    UserError: a dimension is not a multiple of the mesh axes it is sharded over.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or inside("fsdp"):
@@ -76,10 +75,10 @@ def shard(x, letters: str):
 
 
 def shard_stream(x_btd):
-  """Constrains the residual stream between blocks: positions are cut along `tensor` as well.
+  """Constrains the residual stream between blocks: positions are sharded over `tensor` as well.
 
   Norms, dropout and sums of the stream are then done once, and the all-reduce after a block's half
-  becomes a reduce-scatter. Where `tensor` does not divide the positions they stay whole on it.
+  becomes a reduce-scatter. Positions that `tensor` does not divide are replicated over it.
 
   Source: sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198, sec. 4.2.
   """
@@ -91,13 +90,13 @@ def shard_stream(x_btd):
 def stream_spec(positions: int) -> PartitionSpec:
   """How the residual stream of rows of so many positions lies on the mesh in scope."""
   mesh = jax.sharding.get_abstract_mesh()
-  whole = positions % (shards("t", ACTIVATIONS) * mesh.shape["tensor"])
-  t = "context" if whole else ("context", "tensor")
+  uneven = positions % (shards("t", ACTIVATIONS) * mesh.shape["tensor"])
+  t = "context" if uneven else ("context", "tensor")
   return spec("btd", ACTIVATIONS | {"t": t})
 
 
 def shards(letter: str, table: dict) -> int:
-  """Counts the devices that a letter is cut over, on the mesh in scope; 1 without one.
+  """Counts the shards of a letter's dimension on the mesh in scope; 1 without one.
 
   Axes of a `shard_map` that this is inside of do not count.
   """
@@ -112,21 +111,21 @@ def inside(axis: str) -> bool:
 
 
 def axes_of(letter: str, table: dict) -> tuple[str, ...]:
-  """Names the mesh axes that a letter is cut along."""
+  """Names the mesh axes that a letter is sharded over."""
   axes = table.get(letter) or ()
   return (axes,) if isinstance(axes, str) else axes
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Where a batch's arrays [b, …] live: rows alone are cut, positions only inside the step."""
+  """Sharding of a batch's arrays [b, …]: examples only; positions are sharded inside the step."""
   return NamedSharding(mesh, spec("b", ACTIVATIONS))
 
 
 def weight_shardings(mesh: Mesh, model, table: dict = WEIGHTS):
   """Gives every leaf of a tree of weights (or of anything named like them) its sharding.
 
-  Layers that `stage` does not divide are cut along the residual width instead, so that each device
-  still holds its share.
+  Layers that `stage` does not divide are sharded along the residual width instead, so that each
+  device still holds its share.
 
   Args:
     model: tree of arrays or `ShapeDtypeStruct`s whose paths end in `_letters`.
@@ -134,7 +133,7 @@ def weight_shardings(mesh: Mesh, model, table: dict = WEIGHTS):
   Returns:
     The tree with a `NamedSharding` at every leaf.
   Raises:
-    UserError: a dimension is not a multiple of the mesh axes it is cut along.
+    UserError: a dimension is not a multiple of the mesh axes it is sharded over.
   """
 
   def sharding(path, leaf):
@@ -253,32 +252,35 @@ def _letters_kept(path: str, shape, moment_shape) -> str | None:
 
 
 def check_layout(mesh: Mesh, model, table: dict):
-  """Refuses a mesh axis that cuts nothing, and large weights that no axis cuts.
+  """Refuses a mesh axis that shards nothing, and large weights that no axis shards.
 
   Raises:
     LayoutError: names the axis and its letters, or the array, its letters and its size.
   """
   weights = tree.flatten(model)
   letters = {path: letters_of(path, len(leaf.shape)) for path, leaf in weights.items()}
-  cut = {path: {axis for a in text for axis in axes_of(a, table)} for path, text in letters.items()}
-  ways_of = {axis: mesh.shape[axis] for axis in ("fsdp", "stage", "tensor") if mesh.shape[axis] > 1}
+  axes = {
+    path: {axis for letter in text for axis in axes_of(letter, table)}
+    for path, text in letters.items()
+  }
+  sizes = {axis: mesh.shape[axis] for axis in ("fsdp", "stage", "tensor") if mesh.shape[axis] > 1}
   if table is REPLICATED:
-    ways_of.pop("fsdp", None)
+    sizes.pop("fsdp", None)
   for axis in ("data", "expert", "context"):
     size = mesh.shape[axis]
     if size > 1 and not any(axis in axes_of(letter, ACTIVATIONS) for letter in "bt"):
-      raise LayoutError(f"mesh axis {axis} {size} cuts neither rows (b) nor positions (t)")
-  for axis, size in ways_of.items():
-    if not any(axis in axes for axes in cut.values()):
+      raise LayoutError(f"mesh axis {axis} {size} shards neither rows (b) nor positions (t)")
+  for axis, size in sizes.items():
+    if not any(axis in own for own in axes.values()):
       rule = ", ".join(letter for letter in table if axis in axes_of(letter, table)) or "no letter"
-      raise LayoutError(f"mesh axis {axis} {size} cuts no weight: the rule is {rule} → {axis}")
-  inside_a_layer = ways_of.keys() - {"stage"}  # what is not of a layer is whole on every stage
+      raise LayoutError(f"mesh axis {axis} {size} shards no weight: the rule is {rule} → {axis}")
+  within_layer = sizes.keys() - {"stage"}  # what is outside the layers is replicated over stages
   for path, leaf in weights.items():
     size_bytes = math.prod(leaf.shape) * leaf.dtype.itemsize
-    if inside_a_layer and size_bytes > WHOLE_BYTES and not inside_a_layer & cut[path]:
+    if within_layer and size_bytes > REPLICATED_BYTES and not within_layer & axes[path]:
       raise LayoutError(
-        f"{path!r} ({letters[path]}) of {size_bytes / 1e6:.0f} MB would live whole on each device: "
-        f"no rule cuts it along {', '.join(sorted(inside_a_layer))}"
+        f"{path!r} ({letters[path]}) of {size_bytes / 1e6:.0f} MB would be replicated: no rule "
+        f"shards it over {', '.join(sorted(within_layer))}"
       )
 
 

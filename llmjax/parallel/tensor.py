@@ -1,4 +1,4 @@
-"""Megatron's two halves of a block on `tensor`: products into cut columns, and out of cut rows.
+"""Megatron's column-parallel and row-parallel products on mesh axis `tensor`.
 
 By hand, because a compiler left to itself adds up each product's part by itself: one sum for each
 of query, key, value, gate and up going back, where one for all of them is enough. Here a half costs
@@ -23,7 +23,7 @@ from llmjax.parallel.rules import (
 
 
 def column_parallel(project: Callable, x_btd, weights: dict, letters: tuple[str, ...]):
-  """Multiplies the residual stream with weights that are cut by columns.
+  """Multiplies the residual stream with weights whose columns are sharded over `tensor`.
 
   Args:
     project: (x_btd, weights) → a tuple of arrays, each device's own columns.
@@ -31,7 +31,7 @@ def column_parallel(project: Callable, x_btd, weights: dict, letters: tuple[str,
     weights: by name; the name ends in the letters.
     letters: of what `project` returns.
   Returns:
-    What `project` returns, cut over `tensor`.
+    What `project` returns, sharded over `tensor`.
   Source: Shoeybi et al. 2019, arXiv:1909.08053, sec. 3; with positions cut: Korthikanti et al.
     2022, arXiv:2205.05198, sec. 4.2.
   """
@@ -53,7 +53,7 @@ def column_parallel(project: Callable, x_btd, weights: dict, letters: tuple[str,
 
 
 def row_parallel(project: Callable, x, weights: dict, letters: str):
-  """Multiplies what is cut over `tensor` with weights cut by rows, back into the residual stream.
+  """Multiplies an activation sharded over `tensor` with a weight whose rows are, and sums.
 
   Args:
     project: (x, weights) → y_btd, each device's part of a sum.

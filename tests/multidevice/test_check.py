@@ -80,7 +80,7 @@ def test_an_unmatched_rule_is_an_error_that_names_it(monkeypatch):
   for letter in [letter for letter, axis in rules.WEIGHTS.items() if axis == "tensor"]:
     monkeypatch.delitem(rules.WEIGHTS, letter)
   found = row({"tensor": 4, "data": 2})
-  assert not found["ok"] and "mesh axis tensor 4 cuts no weight" in found["error"]
+  assert not found["ok"] and "mesh axis tensor 4 shards no weight" in found["error"]
 
 
 def test_an_activation_that_lives_whole_is_an_error_that_names_its_line(monkeypatch):

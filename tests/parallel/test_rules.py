@@ -100,15 +100,15 @@ def test_without_zero_3_weights_are_whole_on_fsdp(tiny_config):
 def test_a_large_weight_that_nothing_cuts_is_named(monkeypatch, tiny_config):
   shapes = abstract(tiny_config)
   check_layout(abstract_mesh(1, 2, 2), shapes, WEIGHTS)
-  monkeypatch.setattr(rules, "WHOLE_BYTES", 100)
+  monkeypatch.setattr(rules, "REPLICATED_BYTES", 100)
   check_layout(abstract_mesh(8, 1, 1), shapes, WEIGHTS)  # whole copies are what data means
-  with pytest.raises(UserError, match=r"scale_d' \(ld\) of 0 MB would live whole.*along tensor"):
+  with pytest.raises(UserError, match=r"scale_d' \(ld\) of 0 MB would be replicated.*over tensor"):
     check_layout(abstract_mesh(1, 1, 2), shapes, WEIGHTS)
 
 
 def test_a_mesh_axis_that_cuts_no_activation_is_named(monkeypatch, tiny_config):
   monkeypatch.setitem(ACTIVATIONS, "b", ("fsdp", "expert"))
-  with pytest.raises(UserError, match=r"axis data 8 cuts neither rows \(b\) nor positions \(t\)"):
+  with pytest.raises(UserError, match=r"axis data 8 shards neither rows \(b\) nor positions \(t\)"):
     check_layout(abstract_mesh(8, 1, 1), abstract(tiny_config), WEIGHTS)
 
 
