@@ -25,7 +25,7 @@ from llmjax.planning.cost import memory
 from llmjax.planning.formulas import roofline
 from llmjax.training.config import Config
 from llmjax.training.parameters import abstract_state
-from llmjax.training.shrink import made_up_batch
+from llmjax.training.shrink import made_up_batch, shrink
 from llmjax.training.step import compile_step
 
 FILES = sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))
@@ -164,3 +164,9 @@ def test_the_quickstart_shrunk_runs_on_the_standard_library(tmp_path, monkeypatc
   result = llmjax.train(config, tmp_path / "run")
   assert 0 < result["xz_bits_per_byte"] < result["gzip_bits_per_byte"] < 8
   assert 0 < result["bits_per_byte"] < 8
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_check_can_shrink_every_experiment(path):
+  config = shrink(load(str(path), [], Config), 8)
+  assert config.model.max_seq_len == 64 and len(made_up_batch(config).tokens_bt) % 8 == 0

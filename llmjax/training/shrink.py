@@ -58,6 +58,7 @@ def shrink(config: Config, devices: int) -> Config:
     config,
     model=small,
     data=dataclasses.replace(config.data, batch_size=rows),
+    eval=dataclasses.replace(config.eval, stride=0),
     loss=dataclasses.replace(config.loss, chunk=min(config.loss.chunk, 4) or 0),
     optim=dataclasses.replace(config.optim, warmup=min(config.optim.warmup, 1)),
   )
