@@ -107,8 +107,13 @@ def test_the_page_of_the_letters_explains_every_letter():
   assert set(explained) >= set(LETTERS), f"not explained: {set(LETTERS) - set(explained)}"
 
 
-@every_page
-def test_python_runs(page, tmp_path, monkeypatch, quick_compile):
+@pytest.mark.parametrize(
+  "page",
+  # What the quickstart trains and samples, tests/test_run.py does as well.
+  [pytest.param(p, marks=[pytest.mark.slow] * (p.name == "quickstart.md")) for p in PAGES],
+  ids=[path.relative_to(ROOT).as_posix() for path in PAGES],
+)
+def test_python_runs(page, tmp_path, monkeypatch):
   """A page's python blocks run one after another, in one namespace and an empty folder."""
   text = page.read_text()
   source = ""

@@ -52,8 +52,17 @@ def plain():
   return loss_and_grad(*of(CONFIG), KEY)
 
 
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("remat", [*REMAT, "query+gate"])
+@pytest.mark.parametrize(
+  ("scan", "remat"),
+  [
+    *((True, remat) for remat in (*REMAT, "query+gate") if remat != "none"),
+    *((False, remat) for remat in ("none", "full")),
+    *(
+      pytest.param(False, remat, marks=pytest.mark.slow)
+      for remat in (*REMAT, "query+gate") if remat not in ("none", "full")
+    ),
+  ],
+)
 def test_loss_and_gradients_are_those_of_scan_without_remat(plain, scan, remat):
   assert_same(loss_and_grad(*of(CONFIG, scan=scan, remat=remat), KEY), plain)
 

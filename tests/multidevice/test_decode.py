@@ -72,8 +72,8 @@ def expected(model):
 @pytest.mark.parametrize(
   "sizes",
   [
-    {"fsdp": 2}, {"context": 2}, {"tensor": 2}, {"fsdp": 2, "tensor": 2},
-    {"data": 2, "stage": 2, "context": 2},
+    {"fsdp": 2, "tensor": 2}, {"data": 2, "stage": 2, "context": 2},
+    *(pytest.param({axis: 2}, marks=pytest.mark.slow) for axis in ("fsdp", "context", "tensor")),
   ],
   ids=named,
 )

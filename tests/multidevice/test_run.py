@@ -29,6 +29,7 @@ def _losses(workdir):
   return [line["loss"] for line in read_metrics(workdir) if "loss" in line]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_is_the_run_on_one_axis(run, tmp_path):
   text, workdir, result = run
   made = llmjax.train(tiny(text, **ADAPTED), tmp_path / "data8")
@@ -38,7 +39,7 @@ def test_a_run_on_a_mesh_is_the_run_on_one_axis(run, tmp_path):
 
 
 OTHERS = (
-  {"mesh__data": 1, "mesh__fsdp": 8},
+  pytest.param({"mesh__data": 1, "mesh__fsdp": 8}, marks=pytest.mark.slow),
   {"mesh__data": 1, "mesh__stage": 2, "mesh__context": 2, "mesh__tensor": 2},
 )
 

@@ -42,12 +42,12 @@ def adapters_that_do_something(monkeypatch):
 @pytest.mark.parametrize(
   ("sizes", "changes"),
   [
-    ({"fsdp": 8}, (LORA, TIED)),
     ({"fsdp": 2, "tensor": 2, "context": 2}, (LORA, TIED)),
     ({"stage": 2, "fsdp": 2, "tensor": 2}, (QLORA,)),
-    ({"fsdp": 2, "tensor": 2, "context": 2}, (QLORA, TIED)),
     ({"fsdp": 4, "stage": 2}, (INT8,)),
     ({"expert": 2, "fsdp": 2, "tensor": 2}, (*EXPERTS, QLORA)),
+    pytest.param({"fsdp": 8}, (LORA, TIED), marks=pytest.mark.slow),
+    pytest.param({"fsdp": 2, "tensor": 2, "context": 2}, (QLORA, TIED), marks=pytest.mark.slow),
     pytest.param({"fsdp": 2, "tensor": 4}, (INT8,), marks=pytest.mark.slow),
     pytest.param({"expert": 4, "stage": 2}, (*EXPERTS, LORA), marks=pytest.mark.slow),
     pytest.param({"data": 2, "context": 4}, (QLORA,), marks=pytest.mark.slow),
