@@ -1,5 +1,6 @@
 """`llmjax check` passes what is right and names the leaf of what is wrong: four bugs put in."""
 
+import dataclasses
 import functools
 import json
 
@@ -114,10 +115,16 @@ def test_a_leaf_that_is_out_is_named_and_the_status_is_1(tmp_path, capsys, monke
   assert json.loads(out.splitlines()[-1])["ok"] is False
 
 
+def only_rows(monkeypatch):
+  """Every mesh that can run gives what one device gave: a step of another config."""
+  seen = dataclasses.replace(truth(shrink(config(), 8)), peak_bytes=1)
+  monkeypatch.setattr(checks, "on_mesh", lambda *_, **__: seen)
+  monkeypatch.setattr(checks, "on_one_device", lambda *_: seen)
+
+
 def test_a_mesh_that_cannot_run_proves_nothing_and_is_counted_apart(monkeypatch):
   small = override(config(), ["--config.model.kv_heads=2", "--config.model.heads=8"])
-  seen = truth(shrink(small, 8))
-  monkeypatch.setattr(checks, "on_mesh", lambda *_, **__: seen)
+  only_rows(monkeypatch)
   meshes = [{"data": 8}, {"tensor": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2}]
   found = checks.check(small, 8, meshes)
   assert [row["ok"] for row in found["meshes"]] == [True, None, True, None]
@@ -128,7 +135,8 @@ def test_a_mesh_that_cannot_run_proves_nothing_and_is_counted_apart(monkeypatch)
     checks.check(small, 8, [{"tensor": 8}])
 
 
-def test_the_command_prints_a_table_and_one_object(tmp_path, capsys):
+def test_the_command_prints_a_table_and_one_object(tmp_path, capsys, monkeypatch):
+  only_rows(monkeypatch)
   path = tmp_path / "config.py"
   path.write_text(
     "from llmjax.core.config import defaults\n"

@@ -112,10 +112,12 @@ def test_the_ragged_exchange_gives_the_same(sizes, ragged):
   prove(sizes, *ROUTED)
 
 
+@pytest.mark.slow
 def test_the_ragged_exchange_takes_all_tokens_to_one_device(ragged, lopsided):
   prove({"expert": 8}, *ALL_TO_ONE)
 
 
+@pytest.mark.slow
 def test_nothing_but_stages_permutes_in_a_pipeline():
   """Devices of two stages that wait in permutes of different branches wait for ever."""
   config, batch = experiment(*ROUTED), made_up_batch(experiment(*ROUTED))

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from numpy.testing import assert_allclose
 
 from llmjax.core import tree
@@ -67,11 +68,18 @@ def test_logprobs_and_gradients_on_fsdp_tensor_and_context_equal_one_devices():
 FROZEN = "optim.groups=(('*/mlp/*',None),('embed/*',None),('*/scale_d',{'rate':0.5}),('*',{}))"
 
 
-def test_frozen_parameters_in_a_pipeline_and_under_fsdp():
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    {"stage": 2, "fsdp": 2, "tensor": 2},
+    pytest.param({"fsdp": 4, "context": 2}, marks=pytest.mark.slow),
+  ],
+  ids=["pipeline", "fsdp"],
+)
+def test_frozen_parameters_in_a_pipeline_and_under_fsdp(sizes):
   config = experiment(FROZEN, "model.layers=2", "train.grad_accum_steps=2")
   batch = made_up_batch(config)
   want = on_one_device(config, batch)
   assert not any("/mlp/" in path or "embed" in path for path in want.grads)
-  for sizes_of in ({"stage": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}):
-    row = compare(on_mesh(config, make_mesh(MeshConfig(data=1, **sizes_of)), batch), want)
-    assert row["ok"], (sizes_of, row)
+  row = compare(on_mesh(config, make_mesh(MeshConfig(data=1, **sizes)), batch), want)
+  assert row["ok"], row

@@ -16,6 +16,7 @@ QLORA = (
   "model.weights=(('*/blocks/*',{'kind':'lora','rank':3,'base':{'kind':'nf4'}}),"
   "('embed/*',{'kind':'lora','rank':2,'base':{'kind':'int4'}}))"
 )
+MIXED = INT8.replace("/blocks/", "/mlp/").removesuffix(")") + QLORA.removeprefix("model.weights=(")
 TIED = "model.tie_embeddings=True"
 EXPERTS = (
   "model.layers=3", "model.heads=8", "model.attention.pattern=('full',)", "model.remat=none",
@@ -43,9 +44,10 @@ def adapters_that_do_something(monkeypatch):
   ("sizes", "changes"),
   [
     ({"fsdp": 2, "tensor": 2, "context": 2}, (LORA, TIED)),
-    ({"stage": 2, "fsdp": 2, "tensor": 2}, (QLORA,)),
-    ({"fsdp": 4, "stage": 2}, (INT8,)),
+    ({"stage": 2, "fsdp": 2, "tensor": 2}, (MIXED,)),
     ({"expert": 2, "fsdp": 2, "tensor": 2}, (*EXPERTS, QLORA)),
+    pytest.param({"fsdp": 4, "stage": 2}, (INT8,), marks=pytest.mark.slow),
+    pytest.param({"stage": 2, "fsdp": 2, "tensor": 2}, (QLORA,), marks=pytest.mark.slow),
     pytest.param({"fsdp": 8}, (LORA, TIED), marks=pytest.mark.slow),
     pytest.param({"fsdp": 2, "tensor": 2, "context": 2}, (QLORA, TIED), marks=pytest.mark.slow),
     pytest.param({"fsdp": 2, "tensor": 4}, (INT8,), marks=pytest.mark.slow),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llmjax.core import tree
 from llmjax.core.errors import RunFailed, UserError
 from llmjax.core.files import report_full_disk
 from llmjax.data.prepare import prepare
@@ -140,9 +141,11 @@ def small_files(limit: int):
 def test_a_disk_that_fills_up_while_saving_is_one_line_and_the_one_before_stays(tmp_path, capfd):
   checkpoints = Checkpoints(tmp_path, keep=2)
   checkpoints.save(state(1), {}, wait=True)
+  large = state(2, 70_000)
+  checksums(tree.flatten(large))  # compiled now: the compilation cache could not be written below
   with small_files(20_000):
     with pytest.raises(RunFailed, match=r"a checkpoint could not be written \(File too large\)"):
-      checkpoints.save(state(2, 70_000), {}, wait=True)
+      checkpoints.save(large, {}, wait=True)
     assert checkpoints.standing() == "the checkpoint of step 1 stands"
   assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
   same(restore(tmp_path)[0], state(1))
