@@ -69,6 +69,7 @@ def test_steps_fill_the_time_asked_for():
   assert made["tokens_per_s"] == made["tokens"] / made["seconds"]
 
 
+@pytest.mark.slow
 def test_train_and_decode_alone(capsys):
   argv = ["--size=tiny", "--peers=llmjax", "--rounds=2", "--seconds=0.01", "--json"]
   assert main(["bench", "train", *argv]) == 0
