@@ -1,8 +1,4 @@
-"""Positions: rotary angles and their scalings, and sinusoids.
-
-Learned tables live in `nn/embed.py`, biases by distance in `nn/bias.py`; what is here follows from
-the config and the positions alone.
-"""
+"""Rotary position embeddings with their scalings for longer contexts, and sinusoidal positions."""
 
 import dataclasses
 import functools
@@ -20,36 +16,36 @@ SINUSOIDS = ("sinusoidal", "sinusoidal_halves", "sinusoidal_t2t")
 KINDS = ("rope", "learned", *SINUSOIDS, "alibi", "relative", "none")
 LAYOUTS = ("half", "interleaved")
 SCALINGS = ("none", "linear", "ntk", "yarn", "llama3", "longrope")
+_LEAST_CONTEXT = {"yarn": 1, "llama3": 1, "longrope": 2}  # least original_context of a scaling
 
 
 @dataclasses.dataclass(frozen=True)
 class PositionConfig:
-  """How a model knows where a token stands.
+  """The kind of position embedding.
 
   Attributes:
-    kind: rope; learned (a table of `model.max_seq_len` rows); sinusoidal (sines and cosines in
-      turn), sinusoidal_halves (all sines, then all cosines: Marian), sinusoidal_t2t (likewise, the
-      last wavelength exactly theta times the first: Tensor2Tensor, OpenNMT, fairseq); alibi;
+    kind: rope; learned (a table of `model.max_seq_len` rows); sinusoidal (sines and cosines
+      alternate), sinusoidal_halves (all sines, then all cosines: Marian), sinusoidal_t2t (likewise,
+      the last wavelength exactly theta times the first: Tensor2Tensor, OpenNMT, fairseq); alibi;
       relative (T5's learned bias by distance); none.
-    first: number of a document's first position, for sinusoids: OpenNMT's is 1, fairseq's 2.
+    first: a document's first position, for sinusoids: 1 in OpenNMT, 2 in fairseq.
     theta: base of the rotary angles, and of sinusoids.
     local_theta: base in the window layers of `model.attention.pattern`, unscaled; 0 means theta.
-    fraction: share of a head's channels that rope turns, from its first on; where that is an odd
-      number of channels, one more turns.
-    layout: rope turns channels i and i + r/2 (half), or 2i and 2i + 1 (interleaved).
-    scaling: stretch of rope to longer texts: none, linear, ntk, yarn, llama3, longrope.
+    fraction: share of a head's channels that are rotated, rounded up to an even number of channels.
+    layout: rope pairs channels i and i + r/2 (half), or 2i and 2i + 1 (interleaved).
+    scaling: extension of rope to longer contexts: none, linear, ntk, yarn, llama3, longrope.
     factor: how many times longer.
-    original_context: positions before the stretch; yarn, llama3 and longrope.
-    low_freq_factor: llama3: turns within the original context below which a channel is stretched.
-    high_freq_factor: llama3: turns above which it is left alone.
-    beta_fast: yarn: turns above which a channel is left alone.
-    beta_slow: yarn: turns below which it is stretched.
+    original_context: positions before the extension; yarn, llama3 and longrope.
+    low_freq_factor: llama3: channels with fewer rotations in the original context are interpolated.
+    high_freq_factor: llama3: channels with more rotations are unchanged.
+    beta_fast: yarn: channels with more rotations in the original context are unchanged.
+    beta_slow: yarn: channels with fewer rotations are interpolated.
     attention_factor: yarn and longrope: factor on the angles' cosine and sine; 0 means
       0.1 ln(factor) + 1 for yarn and √(1 + ln(factor) / ln(original_context)) for longrope.
-    divisors: longrope: what divides each channel pair's angle, first for documents of at most
+    divisors: longrope: divisor of each channel pair's angle, first for documents of at most
       `original_context` positions, then as many for longer ones.
     buckets: relative: rows of the table.
-    max_distance: relative: distance from which on all share the last bucket.
+    max_distance: relative: all distances from here on share the last bucket.
   """
 
   kind: str = "rope"
@@ -76,9 +72,8 @@ class PositionConfig:
     check_choice("model.position.scaling", self.scaling, SCALINGS)
     check_least(
       "model.position", self, factor=1, attention_factor=0, original_context=0, buckets=4,
-      max_distance=self.buckets // 2 + 1,
+      max_distance=self.buckets // 2 + 1, first=0,
     )
-    check_least("model.position", self, first=0)
     if self.first and self.kind not in SINUSOIDS:
       raise UserError(
         f"model.position.first {self.first} changes nothing with model.position.kind={self.kind}"
@@ -89,8 +84,7 @@ class PositionConfig:
       raise UserError(f"model.position.local_theta {self.local_theta} is neither 0 nor above 1")
     if not 0 < self.fraction <= 1:
       raise UserError(f"model.position.fraction {self.fraction} is not in (0, 1]")
-    least = {"yarn": 1, "llama3": 1, "longrope": 2}.get(self.scaling, 0)
-    if self.original_context < least:
+    if self.original_context < _LEAST_CONTEXT.get(self.scaling, 0):
       raise UserError(f"model.position.scaling={self.scaling} needs original_context")
     if not all(type(each) in (int, float) and each > 0 for each in self.divisors):
       raise UserError(f"model.position.divisors {self.divisors} are not all positive numbers")
@@ -107,26 +101,22 @@ class PositionConfig:
 
   def check(self, head_dim: int):
     """Raises a `UserError` where rope does not fit heads of this width."""
-    r = self.rotary_width(head_dim)
+    r, scaling = self.rotary_width(head_dim), f"model.position.scaling={self.scaling}"
     if not r:
       raise UserError(f"model.position.fraction {self.fraction} of {head_dim} turns nothing")
     if self.rotary_dim(head_dim) > head_dim:
       raise UserError(f"head width {head_dim} is odd; rotary positions on all of it need it even")
     if self.scaling == "ntk" and r < 3:
-      raise UserError(
-        f"model.position.scaling=ntk needs more than 2 rotary channels a head, not {r}"
-      )
+      raise UserError(f"{scaling} needs more than 2 rotary channels a head, not {r}")
     if self.scaling in ("yarn", "longrope") and r % 2:
-      raise UserError(
-        f"model.position.scaling={self.scaling} needs an even number of rotary channels, not {r}"
-      )
+      raise UserError(f"{scaling} needs an even number of rotary channels, not {r}")
     if self.scaling == "longrope" and len(self.divisors) != r:
       raise UserError(
         f"model.position.divisors are {len(self.divisors)}, not twice {r // 2} channel pairs"
       )
 
   def rotary_dim(self, head_dim: int) -> int:
-    """Channels of a head that rope turns, an even number."""
+    """Channels of a head that are rotated, an even number."""
     return 2 * math.ceil(self.rotary_width(head_dim) / 2)
 
   def rotary_width(self, head_dim: int) -> int:
@@ -147,7 +137,7 @@ class PositionConfig:
 def rope_frequencies(
   config: PositionConfig, head_dim: int, local: bool = False, long: bool = False
 ) -> np.ndarray:
-  """Computes the angle each channel pair turns by per position: theta^(-2i/r), scaled.
+  """Computes each channel pair's rotation per position: theta^(-2i/r), scaled.
 
   Args:
     config: base, fraction and scaling.
@@ -155,9 +145,7 @@ def rope_frequencies(
     local: of a window layer: `local_theta`, where there is one, and no scaling.
     long: longrope: of a document longer than `original_context`.
   Returns:
-    float64 [r/2], rounded up, radians a position.
-  Raises:
-    UserError: ntk where a single pair turns, whose angle does not depend on the base.
+    float64 [⌈r/2⌉], radians per position.
   Source: Su et al. 2021, arXiv:2104.09864, sec. 3.2.2; linear: Chen et al. 2023,
     arXiv:2306.15595; ntk and yarn: Peng et al. 2023, arXiv:2309.00071, sec. 3; llama3: Llama team
     2024, arXiv:2407.21783, and the scaling its release computes; longrope: Ding et al. 2024,
@@ -171,29 +159,24 @@ def rope_frequencies(
   if config.scaling == "linear":
     return frequencies / config.factor
   if config.scaling == "ntk":
-    if r == 2:
-      raise UserError("model.position.scaling=ntk needs more than 2 channels of a head to turn")
     return (config.theta * config.factor ** (r / (r - 2))) ** -exponents
-  if config.scaling == "yarn":
-    return _blend(frequencies, config.factor, _yarn_kept(config, r))
-  if config.scaling == "llama3":
-    turns = config.original_context * frequencies / (2 * math.pi)
-    low, high = config.low_freq_factor, config.high_freq_factor
-    return _blend(frequencies, config.factor, np.clip((turns - low) / (high - low), 0, 1))
   if config.scaling == "longrope":
     return frequencies / np.split(np.array(config.divisors), 2)[int(long)]
-  return frequencies
+  if config.scaling == "none":
+    return frequencies
+  unchanged = {"yarn": _yarn_ramp, "llama3": _llama3_ramp}[config.scaling](config, r, frequencies)
+  return frequencies * unchanged + frequencies / config.factor * (1 - unchanged)
 
 
-def _blend(frequencies, factor, kept):
-  return frequencies * kept + frequencies / factor * (1 - kept)
+def _llama3_ramp(config: PositionConfig, r: int, frequencies):
+  rotations = config.original_context * frequencies / (2 * math.pi)
+  low, high = config.low_freq_factor, config.high_freq_factor
+  return np.clip((rotations - low) / (high - low), 0, 1)
 
 
-def _yarn_kept(config: PositionConfig, r: int):
-  """How far each pair is left alone: a ramp between the channels that turn beta times."""
-
-  def channel(turns):
-    ratio = config.original_context / (turns * 2 * math.pi)
+def _yarn_ramp(config: PositionConfig, r: int, frequencies):
+  def channel(rotations):
+    ratio = config.original_context / (rotations * 2 * math.pi)
     return r * math.log(ratio) / (2 * math.log(config.theta))
 
   low = max(math.floor(channel(config.beta_fast)), 0)
@@ -213,19 +196,18 @@ def rope_angles(
   Returns:
     (cos, sin), fp32 [b, t, r/2].
   """
-  own_base = bool(local and config.local_theta)
+  unscaled = bool(local and config.local_theta)
   frequencies = jnp.asarray(rope_frequencies(config, head_dim, local), jnp.float32)
-  if config.scaling == "longrope" and not own_base:
+  if config.scaling == "longrope" and not unscaled:
     long = jnp.asarray(rope_frequencies(config, head_dim, long=True), jnp.float32)
     is_long_bt = _last_position(positions_bt, segments_bt) >= config.original_context
     frequencies = jnp.where(is_long_bt[..., None], long, frequencies)
   angles = positions_bt[..., None].astype(jnp.float32) * frequencies
-  factor = 1.0 if own_base else config.amplitude
+  factor = 1.0 if unscaled else config.amplitude
   return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def _last_position(positions_bt, segments_bt):
-  """The last position of the document that each token belongs to, [b, t]."""
   if segments_bt is None:
     return jnp.broadcast_to(positions_bt.max(1, keepdims=True), positions_bt.shape)
   count = segments_bt.shape[1] + 1
@@ -234,12 +216,11 @@ def _last_position(positions_bt, segments_bt):
 
 
 def rotate(x_btnh, cos, sin, layout: str = "half"):
-  """Turns channel pairs of a head by their position's angle, in fp32; channels past r stay.
+  """Rotates channel pairs of a head by their position's angle, in fp32; channels past r stay.
 
   Args:
     x_btnh: queries or keys.
-    cos: [b, t, r/2] from `rope_angles`.
-    sin: likewise.
+    cos: [b, t, r/2] from `rope_angles`; `sin` likewise.
     layout: half pairs i with i + r/2, interleaved 2i with 2i + 1.
   Returns:
     y_btnh, dtype of `x_btnh`.
@@ -251,32 +232,32 @@ def rotate(x_btnh, cos, sin, layout: str = "half"):
   else:
     cos = jnp.repeat(cos, 2, axis=-1)
     sin = jnp.stack([-sin, sin], axis=-1).reshape(cos.shape)
-  turned = _turn(layout, x_btnh[..., :r], cos[:, :, None], sin[:, :, None])
+  rotated = _rotate(layout, x_btnh[..., :r], cos[:, :, None], sin[:, :, None])
   if r == x_btnh.shape[-1]:
-    return turned
-  return jnp.concatenate([turned, x_btnh[..., r:]], axis=-1)
+    return rotated
+  return jnp.concatenate([rotated, x_btnh[..., r:]], axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _turn(layout, x, cos, sin):
-  """x · cos + (x with each pair swapped) · sin; back, the same with the other sign.
+def _rotate(layout, x, cos, sin):
+  """x · cos + (x with each pair swapped) · sin; the gradient is the same with the other sign.
 
-  Tables of full width, and one product of each: XLA's CPU backend then keeps the tables; halves
-  that are concatenated after the products have it work out every angle for each head anew.
+  The tables have full width: XLA's CPU backend recomputes the angles for every head where halves
+  are concatenated after the products.
   """
   return (x.astype(jnp.float32) * cos + _swapped(layout, x) * sin).astype(x.dtype)
 
 
-_turn.defvjp(
-  lambda layout, x, cos, sin: (_turn(layout, x, cos, sin), (cos, sin)),
-  lambda layout, tables, grad: (_turn(layout, grad, tables[0], -tables[1]), None, None),
+_rotate.defvjp(
+  lambda layout, x, cos, sin: (_rotate(layout, x, cos, sin), (cos, sin)),
+  lambda layout, tables, grad: (_rotate(layout, grad, tables[0], -tables[1]), None, None),
 )
 
 
 def _swapped(layout, x):
   """x, fp32, with the channels of each pair swapped.
 
-  On a TPU as a product with a permutation, which is exact: there halves of a head are slow to move.
+  On a TPU by an (exact) product with a permutation, since halves of a head are slow to move there.
   """
   r = x.shape[-1]
   if platform() == "tpu":
@@ -296,8 +277,8 @@ def sinusoids(positions_bt, width: int, config: PositionConfig):
   """Computes fixed position vectors: sin and cos of position · theta^(-2i/width).
 
   Args:
-    positions_bt: int32 places within the document, from 0; `config.first` is added.
-    width: d; odd ones only where sines and cosines stand in turn.
+    positions_bt: int32 positions within the document, from 0; `config.first` is added.
+    width: d; odd only where sines and cosines alternate.
     config: its kind decides the order of channels, and whether exponents are 2i/width or, as in
       sinusoidal_t2t, i / (width/2 - 1).
   Returns:

@@ -138,8 +138,8 @@ def test_ntk_leaves_the_first_pair_and_stretches_the_last_by_the_factor():
   scaled = rope_frequencies(PositionConfig(scaling="ntk", factor=4.0), 64)
   assert scaled[0] == plain[0]
   assert_allclose(scaled[-1], plain[-1] / 4, **FLOAT64)
-  with pytest.raises(UserError, match="ntk needs more than 2 channels"):
-    rope_frequencies(PositionConfig(scaling="ntk", factor=4.0, fraction=0.25), 8)
+  with pytest.raises(UserError, match="ntk needs more than 2 rotary channels"):
+    PositionConfig(scaling="ntk", factor=4.0, fraction=0.25).check(8)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(0.0, 0.1 * np.log(4) + 1), (1.5, 1.5)])
