@@ -1,4 +1,4 @@
-"""One transformer block: attention and feed-forward layer, with their norms, on the stream."""
+"""One transformer block: attention and feed-forward layer, with their norms."""
 
 import dataclasses
 import functools
@@ -22,11 +22,11 @@ class LayerInputs:
 
   Attributes:
     attention: the inputs of attention, by kind of layer.
-    positions_bt: cache slots that new keys and values are written to.
-    cross_attention: the inputs of cross attention; None without it.
-    memory_bsd: what cross attention attends to, where its keys and values are not in a cache.
+    positions_bt: positions that new keys and values are written to the cache with.
+    cross_attention: the inputs of cross-attention, or None.
+    memory_bsd: what cross-attention attends to, where its keys and values are not in a cache.
     key: PRNG key of dropout and of noisy routers; None draws nothing.
-    tokens_bt: int32 ids; None where there are none.
+    tokens_bt: int32 ids, or None.
     real_bt: bool, False for padding; None: all are real.
   """
 
@@ -46,18 +46,15 @@ class Block(nnx.Module):
     key: PRNG key of this block.
     config: the architecture.
     feed_forward: the kind of its feed-forward layer.
-    cross: it has cross attention too.
+    cross: it has cross-attention too.
   """
 
   def __init__(self, key, config: ModelConfig, feed_forward: FeedForward, cross: bool = False):
     dims, attention, norm = config.dims, config.attention, config.norm
     keys = iter(jax.random.split(key, 12))
-    sublayers = 3 if cross else 2
-    out_scale = (sublayers * config.layers) ** -0.5  # keeps the stream's variance near one
+    out_scale = ((3 if cross else 2) * config.layers) ** -0.5  # the stream's variance is near one
     layout = config.position.layout
-    self.config = config
-    self.cross = cross
-    self.kind = feed_forward
+    self.config, self.cross, self.kind = config, cross, feed_forward
     self.attention_norm = Norm(next(keys), dims, norm)
     self.attention = attention.variant.layer(next(keys), dims, attention, norm, layout, out_scale)
     if config.block != "parallel_shared":
@@ -77,16 +74,14 @@ class Block(nnx.Module):
     self, x_btd, kind: str, inputs: LayerInputs, cache: KVCache | None = None,
     source: KVCache | None = None,
   ):
-    """Advances the residual stream.
+    """Runs the block: (x_btd, cache, the router's statistics or None).
 
     Args:
       x_btd: residual stream.
       kind: of the layer, a key of `inputs.attention`.
       inputs: see `LayerInputs`.
       cache: this layer's keys and values so far.
-      source: keys and values of cross attention; None projects them from `inputs.memory_bsd`.
-    Returns:
-      (x_btd, cache, the router's statistics or None).
+      source: keys and values of cross-attention; None projects them from `inputs.memory_bsd`.
     """
     keys = [None] * 3 if inputs.key is None else jax.random.split(inputs.key, 3)
     attend = functools.partial(
@@ -106,13 +101,13 @@ class Block(nnx.Module):
     return x_btd, cache, stats
 
   def feed_forward(self, x_btd, inputs: LayerInputs):
-    """Runs the feed-forward layer: (y_btd, its router's statistics or None)."""
+    """Runs the feed-forward layer: (y_btd, the router's statistics or None)."""
     key = None if inputs.key is None else jax.random.fold_in(inputs.key, 3)
     layer = getattr(self, self.kind.name)
     return self.kind.run(layer, x_btd, inputs.tokens_bt, inputs.real_bt, key)
 
   def _add(self, x_btd, name, sublayer, key):
-    """Adds a sublayer's first result to the stream, normed where the config says: (x_btd, rest)."""
+    """Adds a sublayer's first result to the stream: (x_btd, its second result)."""
     norm, place = getattr(self, f"{name}_norm"), self.config.norm.place
     y_btd, rest = sublayer(norm(x_btd) if place in ("pre", "sandwich") else x_btd)
     if place == "output":
@@ -125,13 +120,13 @@ class Block(nnx.Module):
   def _parallel(self, x_btd, attend, feed_forward, keys):
     """x + attention(norm x) + mlp(norm x), as in GPT-J (shared norm) and GPT-NeoX."""
     normed_btd = self.attention_norm(x_btd)
-    attended_btd, cache = attend(normed_btd)
+    attention_btd, cache = attend(normed_btd)
     if self.config.block == "parallel":
       normed_btd = self.mlp_norm(x_btd)
-    fed_btd, stats = feed_forward(normed_btd)
+    mlp_btd, stats = feed_forward(normed_btd)
     if self.config.norm.place == "sandwich":
-      attended_btd = self.attention_out_norm(attended_btd)
-      fed_btd = self.mlp_out_norm(fed_btd)
+      attention_btd = self.attention_out_norm(attention_btd)
+      mlp_btd = self.mlp_out_norm(mlp_btd)
     rate = self.config.dropout
-    x_btd = x_btd + dropout(attended_btd, rate, keys[0]) + dropout(fed_btd, rate, keys[2])
+    x_btd = x_btd + dropout(attention_btd, rate, keys[0]) + dropout(mlp_btd, rate, keys[2])
     return x_btd, cache, stats

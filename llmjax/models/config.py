@@ -1,4 +1,4 @@
-"""`ModelConfig`: an architecture as values. A well-known family is a row of such values."""
+"""`ModelConfig`: an architecture as values."""
 
 import dataclasses
 
@@ -23,12 +23,12 @@ REMAT = ("none", "full", "dots", "save_projections", "offload")
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-  """Images: cut into patches; in a decoder, also the tower that reads them.
+  """Image patches and, in a decoder, the image tower.
 
   Attributes:
     image_size: side of an image in pixels; 0 means a model without images.
     patch: side of a patch in pixels, a divisor of `image_size`.
-    channels: numbers a pixel.
+    channels: numbers per pixel.
     class_token: a learned vector before the patches.
     patch_bias: a bias on the patch projection.
     image_token: in a decoder: id whose occurrences are replaced by patches, in order.
@@ -63,12 +63,12 @@ class VisionConfig:
 
   @property
   def patches(self) -> int:
-    """Patches of one image."""
+    """Patches per image."""
     return (self.image_size // self.patch) ** 2
 
   @property
   def patch_numbers(self) -> int:
-    """Numbers of one patch (i)."""
+    """Numbers per patch (i)."""
     return self.patch**2 * self.channels
 
 
@@ -78,7 +78,7 @@ class ModelConfig:
 
   Attributes:
     kind: decoder; encoder (BERT-type); encoder_decoder (T5-type); vision (ViT, an image's class).
-    layers: blocks (l); of the decoder where there are two stacks.
+    layers: blocks (l); of the decoder in an encoder_decoder.
     encoder_layers: blocks of an encoder_decoder's encoder; 0 means `layers`.
     width: residual width (d).
     heads: query heads (n).
@@ -91,19 +91,19 @@ class ModelConfig:
     block: attention then mlp (sequential), or both of one input (parallel), with a shared norm
       (parallel_shared).
     vocab_size: tokens (v); 0 means the tokenizer's. Classes of a vision model.
-    source_vocab_size: tokens of an encoder_decoder's source, which then has an embedding of its own
+    source_vocab_size: tokens of an encoder_decoder's source, which then has a separate embedding
       (OpenNMT, Marian); 0 means that source and target share vocabulary and embedding (T5).
-    max_seq_len: positions of a training row, and the most a prompt and its continuation may fill.
+    max_seq_len: positions of a training row, and the most of a prompt with its continuation.
     tie_embeddings: the output head reads the embedding.
-    dropout: share of the embedding's and of every sublayer's output that training zeroes.
+    dropout: rate at the embedding's and every sublayer's output.
     dtype: compute dtype; weights are always kept in float32.
     scan: run the layers as one `lax.scan` (compiles fast) instead of unrolled (runs fast on CPU).
     remat: what the backward pass recomputes: none; full; all but matrix products (dots); all but
-      projections and attention's result (save_projections); as that, kept in host memory
-      (offload); all but those of these that are named, such as query+key+value.
-    weights: rows (pattern, {"kind": …, option: value}): matrices that are not plain arrays, but
-      lora (rank, alpha, base), int8 (activations), int4 (block), nf4 (block) or masked (keep). The
-      first row that matches a path wins.
+      projections and attention's result (save_projections); likewise, with these in host memory
+      (offload); all but some of these by name, such as query+key+value.
+    weights: rows (pattern, {"kind": …, option: value}) of weights that are lora (rank, alpha,
+      base), int8 (activations), int4 (block), nf4 (block) or masked (keep). The first row that
+      matches a path wins.
   """
 
   kind: str = "decoder"
@@ -152,23 +152,20 @@ class ModelConfig:
       )
     self.attention.variant.check(self)
     self.feed_forward.check(self)
-    _check_position(self)
-    _check_kind(self)
+    _check_layers(self)
+    _CHECKS[self.kind](self)
+    if self.kind != "encoder_decoder" and self.source_vocab_size:
+      raise UserError(
+        f"model.source_vocab_size is of an encoder_decoder; model.kind={self.kind} has no source"
+      )
 
   @property
   def dims(self) -> dict[str, int]:
     """Size of every letter of the model's weights."""
-    k = self.kv_heads or self.heads
+    n, k = self.heads, self.kv_heads or self.heads
     return {
-      "l": self.layers,
-      "d": self.width,
-      "n": self.heads,
-      "k": k,
-      "g": self.heads // k,
-      "h": self.attention.variant.head_dim(self),
-      "f": self.mlp_width,
-      "e": self.moe.experts,
-      "v": self.vocab_size,
+      "l": self.layers, "d": self.width, "f": self.mlp_width, "n": n, "k": k, "g": n // k,
+      "h": self.attention.variant.head_dim(self), "e": self.moe.experts, "v": self.vocab_size,
       "t": self.max_seq_len,
     }
 
@@ -183,10 +180,8 @@ class ModelConfig:
     return chosen(self, FeedForward, Dense())
 
   def groups(self, layers: int) -> tuple[tuple[str, int, int, FeedForward], ...]:
-    """Splits a stack into groups of layers with alike weights.
+    """Splits a stack of `layers` into groups with the same tree of weights.
 
-    Args:
-      layers: of the stack.
     Returns:
       For each group (name in paths of parameters, first layer, layer to end before, its kind of
       feed-forward layer).
@@ -204,7 +199,7 @@ class ModelConfig:
     return self.attention.mask != "bidirectional"
 
 
-def _check_position(config: ModelConfig):
+def _check_layers(config: ModelConfig):
   kind = config.position.kind
   if kind == "rope":
     config.position.check(config.rotary_head)
@@ -212,35 +207,29 @@ def _check_position(config: ModelConfig):
     raise UserError(
       f"model.position.kind={kind} needs an even model.width of at least 4, not {config.width}"
     )
-
-
-def _check_kind(config: ModelConfig):
   if config.block != "sequential" and config.norm.place not in ("pre", "sandwich"):
     raise UserError(
       f"model.block={config.block} needs model.norm.place pre or sandwich, "
       f"not {config.norm.place}"
     )
-  if config.kind == "encoder_decoder":
-    if config.embed.types:
-      raise UserError("an encoder_decoder has no token types: set model.embed.types to 0")
-    if config.attention.mask != "auto":
-      raise UserError("an encoder_decoder decides its masks itself: leave model.attention.mask")
-    if config.block != "sequential":
-      raise UserError("an encoder_decoder has sequential blocks: leave model.block")
-  elif config.source_vocab_size:
-    raise UserError(
-      f"model.source_vocab_size is of an encoder_decoder; model.kind={config.kind} has no source"
-    )
-  if config.kind == "vision":
-    _check_vision(config)
-  if config.kind in ("encoder", "encoder_decoder") and config.vision.image_size:
+
+
+def _check_encoder(config: ModelConfig):
+  if config.vision.image_size:
     raise UserError(f"model.kind={config.kind} takes no images: set model.vision.image_size to 0")
-  if config.kind == "decoder" and config.vision.image_size:
-    _check_tower(config.vision)
+
+
+def _check_encoder_decoder(config: ModelConfig):
+  if config.embed.types:
+    raise UserError("an encoder_decoder has no token types: set model.embed.types to 0")
+  if config.attention.mask != "auto":
+    raise UserError("an encoder_decoder decides its masks itself: leave model.attention.mask")
+  if config.block != "sequential":
+    raise UserError("an encoder_decoder has sequential blocks: leave model.block")
+  _check_encoder(config)
 
 
 def _check_vision(config: ModelConfig):
-  """Refuses what a model of images alone would not read."""
   if not config.vision.image_size:
     raise UserError("model.kind=vision needs model.vision.image_size")
   if config.position.kind != "learned":
@@ -256,7 +245,10 @@ def _check_vision(config: ModelConfig):
     raise UserError("a vision model has no token table: of model.embed, set norm alone")
 
 
-def _check_tower(vision: VisionConfig):
+def _check_decoder(config: ModelConfig):
+  vision = config.vision
+  if not vision.image_size:
+    return
   check_least("model.vision", vision, layers=1, width=1, heads=1, mlp_width=1, image_token=0)
   if vision.eps <= 0:
     raise UserError(f"model.vision.eps {vision.eps} is not positive")
@@ -264,3 +256,11 @@ def _check_tower(vision: VisionConfig):
     raise UserError(
       f"model.vision.width {vision.width} is not a multiple of model.vision.heads {vision.heads}"
     )
+
+
+_CHECKS = {
+  "decoder": _check_decoder,
+  "encoder": _check_encoder,
+  "encoder_decoder": _check_encoder_decoder,
+  "vision": _check_vision,
+}

@@ -27,19 +27,15 @@ class Decoder(TextModel):
       self.vision = Tower(keys[2], tower_config(config))
       self.projector = Projector(keys[3], config)
 
-  def empty_cache(self, batch: int, slots: int, chunk: int | None = None) -> Cache:
-    """Makes a cache for `batch` rows; see `Stack.empty_cache`."""
-    return self.decoder.empty_cache(batch, slots, chunk)
-
   def init_cache(self, batch: Batch, slots: int, chunk: int | None = None) -> Cache:
     """Makes the empty cache of a batch; every kind that decodes has this function."""
-    return self.empty_cache(len(batch.tokens_bt), slots, chunk)
+    return self.decoder.empty_cache(len(batch.tokens_bt), slots, chunk)
 
   def _images(self, batch: Batch, key):
-    """(where image tokens stand, their patches' vectors there), or None."""
+    """(where image tokens are, their patches' vectors there), or None."""
     if batch.patches_bsi is None:
       return None
-    made_bsd = self.projector(self.vision.features(batch.patches_bsi, key))
-    here_bt = batch.tokens_bt == self.config.vision.image_token
-    number_bt = jnp.clip(jnp.cumsum(here_bt, axis=1) - 1, 0, made_bsd.shape[1] - 1)
-    return here_bt, jnp.take_along_axis(made_bsd, number_bt[..., None], axis=1)
+    x_bsd = self.projector(self.vision.features(batch.patches_bsi, key))
+    is_image_bt = batch.tokens_bt == self.config.vision.image_token
+    patch_bt = jnp.clip(jnp.cumsum(is_image_bt, axis=1) - 1, 0, x_bsd.shape[1] - 1)
+    return is_image_bt, jnp.take_along_axis(x_bsd, patch_bt[..., None], axis=1)

@@ -1,4 +1,4 @@
-"""The encoder-decoder (T5-type): a decoder whose every layer looks at an encoder's result."""
+"""The encoder-decoder (T5): a decoder whose every layer attends to an encoder's result."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
-from llmjax.models.stack import Stack, kept_positions
+from llmjax.models.stack import Stack
 from llmjax.models.text import TextModel, split_or_none
 from llmjax.nn.cache.dense import Cache
 from llmjax.nn.embed import Embed
@@ -35,28 +35,21 @@ class EncoderDecoder(TextModel):
     self.encoder = Stack(keys[1], config, causal=False, layers=layers)
     self.decoder = Stack(keys[2], config, causal=True, cross=True)
 
-  def hidden(self, batch: Batch, cache: Cache | None = None, key=None):
-    """Runs everything before the head.
+  @property
+  def stack(self) -> Stack:
+    return self.decoder
 
-    Args:
-      batch: tokens and source, and whatever else is known: segments and positions of both.
-      cache: made by `init_cache`; the source is then read from it and not from the batch.
-      key: PRNG key of dropout; None drops nothing.
-    Returns:
-      (x_btd, the cache with these positions in it or None, None: it has no experts).
-    """
+  def embed_tokens(self, batch: Batch, key=None):
+    return self._embed(batch, split_or_none(key, 3)[1])
+
+  def layer_inputs(self, batch: Batch, key=None, cache: Cache | None = None):
+    """See `TextModel`; with a cache, the source is read from it and not from the batch."""
     keys = split_or_none(key, 3)
-    if cache is None:
-      memory_bsd, segments_bs = self.encode(batch, keys[0])
-    else:
-      memory_bsd, segments_bs = None, cache.source_segments_bs
-      cache = cache.reserve(kept_positions(batch))
-    x_btd = self._embedded(batch, keys[1])
-    inputs = self.decoder.layer_inputs(batch, keys[2], cache, memory_bsd, segments_bs)
-    return self.decoder(x_btd, inputs, cache)
+    memory = self.encode(batch, keys[0]) if cache is None else (None, cache.source_segments_bs)
+    return self.decoder.layer_inputs(batch, keys[2], cache, *memory)
 
   def encode(self, batch: Batch, key=None):
-    """Reads the source: (memory_bsd, its document numbers [b, s])."""
+    """Encodes the source: (memory_bsd, its segment numbers [b, s])."""
     keys = split_or_none(key, 2)
     segments_bs = batch.source_segments_bs
     if segments_bs is None:
@@ -64,14 +57,11 @@ class EncoderDecoder(TextModel):
     source = Batch(
       batch.source_bs, segments_bt=segments_bs, positions_bt=batch.source_positions_bs
     )
-    x_bsd = self._embedded(source, keys[0], embed=getattr(self, "source_embed", self.embed))
+    x_bsd = self._embed(source, keys[0], embed=getattr(self, "source_embed", self.embed))
     return self.encoder(x_bsd, self.encoder.layer_inputs(source, keys[1]))[0], segments_bs
 
   def init_cache(self, batch: Batch, slots: int, chunk: int | None = None) -> Cache:
-    """Reads the source once, and makes room for `slots` positions of what is to be written.
-
-    A row's source is one document (number 1, padding 0).
-    """
+    """Encodes the source, one document a row, and makes the empty cache of the target."""
     memory_bsd, segments_bs = self.encode(batch)
     empty = self.decoder.empty_cache(len(batch.source_bs), slots, chunk)
     source = self.decoder.project_memory(memory_bsd)

@@ -1,7 +1,7 @@
 """Surgery on a model's weights: which matrices are LoRA, quantized or masked, by `model.weights`.
 
-`models/build.py` applies it to every model that it makes, abstract ones too, so that state,
-checkpoints, plans and loading agree on which leaves a config has.
+`models/build.py` applies it to every model, abstract ones too, so that state, checkpoints, plans
+and loading agree on a config's leaves.
 """
 
 import fnmatch
@@ -37,12 +37,10 @@ def checked_rows(rows) -> tuple:
   Raises:
     UserError: what a row holds instead.
   """
-  out = []
   for row in rows:
     if not (isinstance(row, (tuple, list)) and len(row) == 2 and isinstance(row[0], str)):
       raise UserError(f"model.weights holds {row!r}, not (pattern, {{\"kind\": …, option: value}})")
-    out.append((row[0], _checked(row[1], f"model.weights, pattern {row[0]!r}")))
-  return tuple(out)
+  return tuple((row[0], _checked(row[1], f"model.weights, pattern {row[0]!r}")) for row in rows)
 
 
 def _checked(options, where: str) -> Options:
@@ -69,26 +67,24 @@ def _checked(options, where: str) -> Options:
 
 
 def apply_kinds(model, rows: tuple, key):
-  """Makes the matrices that a row's pattern matches weights of its kind; the first row wins.
-
-  Embeddings, heads and matrices can be; what is matched besides stays an array.
+  """Converts the matrices, embeddings and heads that a row's pattern matches; the first row wins.
 
   Args:
     model: the module, whose weights are arrays.
     rows: `model.weights`.
     key: PRNG key of LoRA's a; its b is zero.
   Returns:
-    The module with other leaves; the function it computes is the same but for rounding codes, and
-    for what a mask takes away.
+    The module with other leaves, which computes the same but for quantization and masks.
   Raises:
     UserError: a pattern matches no weight that can be of another kind.
   """
   if not rows:
     return model
-  found, leaves = roles(model), tree.flatten(model)
+  role_of, leaves = roles(model), tree.flatten(model)
   able = [
     path for path, leaf in leaves.items()
-    if found[path] == "matrix" or (found[path] == "table" and "v" in letters_of(path, leaf.ndim))
+    if role_of[path] == "matrix"
+    or (role_of[path] == "table" and "v" in letters_of(path, leaf.ndim))
   ]
   options = {}
   for pattern, wanted in rows:
@@ -102,21 +98,19 @@ def apply_kinds(model, rows: tuple, key):
   def change(path, leaf):
     if path not in options:
       return leaf
-    own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     letters = letters_of(path, leaf.ndim).removeprefix("l")
-    return _made(leaf, letters, options[path], own, path)
+    return _convert(leaf, letters, options[path], leaf_key, path)
 
   return tree.map_with_path(change, model)
 
 
-def _made(leaf, letters: str, options: dict, key, path: str):
+def _convert(leaf, letters: str, options: dict, key, path: str):
   kind = options["kind"]
   if kind == "array":
     return leaf
   if kind == "lora":
-    base = leaf
-    if options["base"] is not None:
-      base = _made(leaf, letters, options["base"], key, path)
+    base = _convert(leaf, letters, options["base"] or {"kind": "array"}, key, path)
     return _lora(base, leaf, letters, options["rank"], options["alpha"], key)
   if kind == "masked":
     return _masked(leaf, letters, options["keep"])
@@ -137,15 +131,13 @@ def _lora(base, leaf, letters: str, rank: int, alpha: float, key) -> LoRA:
 
 def _masked(leaf, letters: str, keep: float) -> Masked:
   """Keeps the largest magnitudes of each matrix."""
-  stacked = leaf.ndim - len(letters)
-  flat = jnp.abs(leaf.reshape(*leaf.shape[:stacked], -1))
-  least = jnp.quantile(flat, 1 - keep, axis=-1)
-  mask = jnp.abs(leaf) >= least.reshape(*leaf.shape[:stacked], *[1] * len(letters))
-  return Masked(leaf, mask.astype(jnp.int8), letters)
+  axes = tuple(range(leaf.ndim - len(letters), leaf.ndim))
+  least = jnp.quantile(jnp.abs(leaf), 1 - keep, axis=axes, keepdims=True)
+  return Masked(leaf, (jnp.abs(leaf) >= least).astype(jnp.int8), letters)
 
 
 def _quantized(leaf, letters: str, options: dict, path: str) -> Quantized:
-  from qwix import quantize  # imports for two seconds
+  from qwix import quantize  # takes two seconds to import
 
   how, stacked = options["kind"], leaf.ndim - len(letters)
   inputs = [stacked + letters.index(letter) for letter in scale_skips(letters)]
@@ -175,7 +167,7 @@ def _quantized(leaf, letters: str, options: dict, path: str) -> Quantized:
 
 
 def merged(model):
-  """Replaces every weight by the fp32 array it stands for: what other systems are given."""
+  """Replaces every weight by the fp32 array that it represents, for export."""
 
   def merge(leaf):
     if not is_kind(leaf):

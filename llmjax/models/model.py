@@ -28,9 +28,9 @@ class Model:
   Attributes:
     config: the architecture.
     parameters: the module, itself a tree of fp32 arrays.
-    tokenizer: text to ids and back; None where the checkpoint has none.
-    pooling: how it makes one vector of a text; None where its files say nothing of it.
-    processor: how its images are prepared; likewise.
+    tokenizer: None where the checkpoint has none.
+    pooling: how texts are embedded; None where the model's files do not say.
+    processor: how images are preprocessed; likewise.
   """
 
   config: ModelConfig
@@ -41,10 +41,9 @@ class Model:
 
   @functools.cached_property
   def mesh(self) -> Mesh | None:
-    """The mesh that decoding runs on, that of the parameters with two of its axes merged away.
+    """The mesh of decoding: the parameters' with `context` merged into `data`, `stage` into `fsdp`.
 
-    Rows of one token have no positions to share out, so `context` counts as `data`; and all layers
-    run on all devices, so `stage` counts as `fsdp`. None: the parameters lie on no mesh.
+    None: the parameters are not sharded.
     """
     shardings = (leaf.sharding for leaf in jax.tree.leaves(self.parameters))
     mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)

@@ -1,4 +1,4 @@
-"""Pooling token vectors into a text vector; sentence-transformers' files that say how."""
+"""Pooling token vectors into a text vector, and its files as sentence-transformers has them."""
 
 import dataclasses
 from pathlib import Path
@@ -26,16 +26,16 @@ _MAIN, _PROMPTS = "sentence_bert_config.json", "config_sentence_transformers.jso
 
 @dataclasses.dataclass(frozen=True)
 class Pooling:
-  """How a model makes one vector of a text.
+  """How a text's token vectors become one vector.
 
   Attributes:
     modes: of `POOLINGS`; the vectors of several are concatenated.
     normalize: divides the vector by its length.
-    prompt: stands before every text.
+    prompt: prefix of every text.
     include_prompt: its tokens are pooled as well; `cls` is the first token in any case.
     longest: most tokens of a text; 0: the context.
-    lower: texts are turned to lower case.
-    refused: why this model's own vectors cannot be made, if they cannot.
+    lower: lower-cases texts.
+    refused: why the model's own pooling is not supported, if it is not.
   """
 
   modes: tuple[str, ...] = ("mean",)
@@ -50,7 +50,7 @@ class Pooling:
     for mode in self.modes:
       if mode not in POOLINGS:
         raise UserError(f"unknown pooling {mode!r}; {nearest(mode, POOLINGS)}")
-    # A checkpoint hands a list back.
+    # A list in a checkpoint.
     object.__setattr__(self, "modes", tuple(sorted(set(self.modes), key=POOLINGS.index)))
 
 
@@ -64,7 +64,7 @@ def pool(model, x_btd, real_bt, mode: str, pooled_bt=None):
     mode: mean or max over positions; mean_sqrt_len_tokens, the sum divided by √positions;
       weightedmean, position t counted t times; cls, the first; lasttoken; pooler, the first
       projected and tanh.
-    pooled_bt: bool, the positions that count; None: all of the text.
+    pooled_bt: bool, the positions to pool; None: all of the text.
   Returns:
     x_bd, fp32.
   Raises:
@@ -99,11 +99,9 @@ def pool(model, x_btd, real_bt, mode: str, pooled_bt=None):
 
 def from_gguf(kind: int | None) -> Pooling | None:
   """The pooling that a GGUF file's `pooling_type` names; llama.cpp normalizes the vectors."""
-  if kind is None:
-    return None
-  if kind not in _GGUF:
-    return Pooling(refused=f"the file's pooling_type is {kind}; known: {_GGUF}")
-  return Pooling((_GGUF[kind],))
+  if kind is None or kind in _GGUF:
+    return None if kind is None else Pooling((_GGUF[kind],))
+  return Pooling(refused=f"the file's pooling_type is {kind}; known: {_GGUF}")
 
 
 def read(folder: Path) -> Pooling | None:
@@ -135,14 +133,9 @@ def _read(folder: Path) -> Pooling:
     path = folder / subfolder / "config.json"
     raise UserError(f"{path}: no pooling known here is asked for: {config}")
   main = _read_or_empty(folder / _MAIN)
-  return Pooling(
-    tuple(modes),
-    normalize,
-    _prompt(folder),
-    config.get("include_prompt", True),
-    main.get("max_seq_length") or 0,
-    main.get("do_lower_case", False),
-  )
+  longest, lower = main.get("max_seq_length") or 0, main.get("do_lower_case", False)
+  include_prompt = config.get("include_prompt", True)
+  return Pooling(tuple(modes), normalize, _prompt(folder), include_prompt, longest, lower)
 
 
 def _prompt(folder: Path) -> str:
@@ -175,10 +168,8 @@ def write(pooling: Pooling, folder: Path, width: int):
   config = {key: mode in pooling.modes for mode, key in _KEYS.items()}
   config |= {_SIZES[0]: width, "include_prompt": pooling.include_prompt}
   write_json(folder / paths[1] / "config.json", config)
-  write_json(
-    folder / _MAIN,
-    {"max_seq_length": pooling.longest or None, "do_lower_case": pooling.lower},
-  )
+  main = {"max_seq_length": pooling.longest or None, "do_lower_case": pooling.lower}
+  write_json(folder / _MAIN, main)
   if pooling.prompt:
     prompts = {"prompts": {"default": pooling.prompt}, "default_prompt_name": "default"}
     write_json(folder / _PROMPTS, prompts)

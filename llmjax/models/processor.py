@@ -38,18 +38,17 @@ _FILES = ("processor_config.json", "preprocessor_config.json")
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-  """The steps from an image to pixels, in order; a step's numbers matter where it is taken.
+  """The steps from an image to pixels, in order.
 
   Attributes:
     name: class in transformers.
     do_convert_rgb: an open image becomes RGB, over white where it is transparent.
-    do_pad: fills the shorter side up to a square, with the mean colour (LlavaImageProcessor).
-    do_resize: to `size`, with Pillow's filter number `resample`.
-    size: `height` and `width`, or `shortest_edge`.
-    do_center_crop: cuts the middle out, or puts black around it; `crop_size` is height and width.
+    do_pad: pads the shorter side to a square, with the mean colour (LlavaImageProcessor).
+    do_resize: to `size` (height and width, or shortest_edge), with Pillow's filter `resample`.
+    do_center_crop: crops to `crop_size` (height and width), or pads with black.
     do_rescale: multiplies by `rescale_factor`.
-    do_normalize: subtracts `image_mean` and divides by `image_std`, a number a channel.
-    refused: why images cannot be prepared as the model's files say, if they cannot.
+    do_normalize: subtracts `image_mean` and divides by `image_std`, one number a channel.
+    refused: why the model's own preprocessing is not supported, if it is not.
   """
 
   name: str = "CLIPImageProcessor"
@@ -68,7 +67,7 @@ class Processor:
   refused: str = ""
 
   def __post_init__(self):
-    for name in ("image_mean", "image_std"):  # a checkpoint hands lists back
+    for name in ("image_mean", "image_std"):  # lists in a checkpoint
       object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
@@ -76,7 +75,7 @@ _STEPS = [field.name for field in dataclasses.fields(Processor)][1:-1]
 
 
 def usual(side: int) -> Processor:
-  """CLIP's own preparation, to a square of `side` pixels."""
+  """CLIP's preprocessing to a square of `side` pixels."""
   size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
   return from_dict({"image_processor_type": "CLIPImageProcessor"} | size)
 
@@ -85,7 +84,7 @@ def read(folder: Path, kind: str) -> Processor | None:
   """Reads a folder's image processor: None without one, a `refused` one where it is unsupported.
 
   Args:
-    kind: of the model, which decides the class where the file does not: vision is a ViT.
+    kind: of the model, which decides the default class: vision is a ViT.
   """
   combined, separate = (folder / name for name in _FILES)
   default = "ViTImageProcessor" if kind == "vision" else "CLIPImageProcessor"

@@ -1,4 +1,4 @@
-"""A stack of layers: its weights, and the inputs that all of its layers get alike."""
+"""A stack of layers: its weights, and the inputs that all of its layers share."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ class Stack(nnx.Module):
     config: the architecture.
     causal: whether attention is causal.
     layers: blocks; the config's `layers` by default.
-    cross: the blocks have cross attention.
+    cross: the blocks have cross-attention.
   """
 
   fp32 = ("relative_in",)  # added to fp32 scores
@@ -38,9 +38,7 @@ class Stack(nnx.Module):
     self, key, config: ModelConfig, causal: bool, layers: int | None = None, cross: bool = False
   ):
     blocks_key, norm_key = jax.random.split(key)
-    self.config = config
-    self.causal = causal
-    self.cross = cross
+    self.config, self.causal, self.cross = config, causal, cross
     layers = layers or config.layers
     keys = jax.random.split(blocks_key, layers)
     for name, start, end, feed_forward in config.groups(layers):
@@ -57,10 +55,10 @@ class Stack(nnx.Module):
 
     Args:
       x_btd: embedded tokens.
-      inputs: what `layer_inputs` made of the same rows and cache.
+      inputs: the result of `layer_inputs` for the same batch and cache.
       cache: keys and values so far.
     Returns:
-      (x_btd normed, the cache with these positions in it, routers' statistics or None).
+      (x_btd after the final norm, the cache with these positions, routers' statistics or None).
     """
     layers, source = (None, None) if cache is None else (cache.layers, cache.source)
     x_btd, layers, stats = run_layers(self.groups, x_btd, inputs, self.config, layers, source)
@@ -70,40 +68,40 @@ class Stack(nnx.Module):
   @property
   def named_groups(self) -> list[tuple[str, Group]]:
     """The groups of layers in order, with the names of the attributes that hold their blocks."""
-    found, start = [], 0
+    groups, start = [], 0
     for name, *_ in self.config.groups(self.config.layers):
       blocks = getattr(self, name)
       if not isinstance(blocks, tuple) or blocks:
-        found.append((name, Group.of(blocks, start)))
-        start = found[-1][1].end
-    return found
+        groups.append((name, Group.of(blocks, start)))
+        start = groups[-1][1].end
+    return groups
 
   @property
   def groups(self) -> tuple[Group, ...]:
-    """The groups of layers in order, as `run_layers` takes them."""
+    """The groups of layers in order."""
     return tuple(group for _, group in self.named_groups)
 
   def layer_inputs(
     self, batch: Batch, key=None, cache: Cache | None = None, memory_bsd=None,
     memory_segments_bs=None,
   ) -> LayerInputs:
-    """Makes the inputs that are the same for all layers.
+    """Makes the inputs that all layers share.
 
     Args:
-      batch: segments, positions (with a cache: its slots), prefix, and tokens for routers that
-        read them. A cache holds one document a row: segments then only mark padding.
+      batch: segments, positions, prefix, and tokens for routers that read them. With a cache a row
+        is one document, and segments only mark padding.
       key: PRNG key of dropout.
       cache: keys and values so far, with slots reserved for the batch's positions; its prefix
         counts, not the batch's.
-      memory_bsd: what cross attention attends to, where the cache does not hold it.
-      memory_segments_bs: int32 document numbers of what cross attention attends to.
+      memory_bsd: what cross-attention attends to, where the cache does not hold it.
+      memory_segments_bs: int32 segment numbers of the memory.
     """
     positions_bt, segments_bt = positions_of(batch), batch.segments_bt
     written_bt = positions_bt if cache is None else kept_positions(batch)
     cross = None
     if self.cross:
-      numbers_bt = jnp.ones_like(positions_bt) if segments_bt is None else segments_bt
-      cross = AttentionInputs(cross_mask(numbers_bt, positions_bt, memory_segments_bs))
+      q_segments_bt = jnp.ones_like(positions_bt) if segments_bt is None else segments_bt
+      cross = AttentionInputs(cross_mask(q_segments_bt, positions_bt, memory_segments_bs))
     attention = {
       kind: AttentionInputs(
         self._mask(kind, positions_bt, batch, cache),
@@ -112,16 +110,16 @@ class Stack(nnx.Module):
       )
       for kind in dict.fromkeys(self.config.attention.pattern)
     }
-    # Pinned, or the layout of experts' rows would spread to what attention sees.
+    # Constrained, or the sharding of experts' tokens would spread to attention's masks.
     real_bt = None if segments_bt is None else shard(segments_bt > 0, "bt")
     return LayerInputs(attention, written_bt, cross, memory_bsd, key, batch.tokens_bt, real_bt)
 
   def final_norm(self, x_btd):
-    """Norms what the last block returns, where the config has it so."""
+    """Applies the norm after the last block, if there is one."""
     return self.norm(x_btd) if hasattr(self, "norm") else x_btd
 
   def project_memory(self, memory_bsd) -> tuple[KVCache, ...]:
-    """Projects another stack's result into every layer's keys and values of cross attention."""
+    """Projects another stack's result into every layer's keys and values of cross-attention."""
     blocks = [block for group in self.groups for block in group.layers]
     return tuple(block.cross_attention.keys_and_values(memory_bsd) for block in blocks)
 
@@ -129,8 +127,8 @@ class Stack(nnx.Module):
     """Makes the cache of `slots` positions of `batch` rows, in the compute dtype.
 
     Args:
-      chunk: most positions of a row that are read at a time; None: any number. Layers with a window
-        of w positions then keep the last w + chunk - 1 keys alone.
+      chunk: most positions of a row in a call, or None. Layers with a window of w positions then
+        keep only the last w + chunk - 1 keys.
     """
     config, attention = self.config, self.config.attention
     pattern = attention.pattern
@@ -153,7 +151,7 @@ class Stack(nnx.Module):
     attention = self.config.attention
     rule = attention.rule(kind, self.causal)
     if cache is not None:
-      # The prefix is the cache's: later queries see it too, however far away.
+      # The prefix is the cache's: later queries attend to it too.
       return cache_mask(rule, positions_bt, *cache.seen_positions(kind))
     prefix_bt = batch.prefix_bt if attention.mask == "prefix" else None
     return self_mask(rule, batch.segments_bt, positions_bt, prefix_bt)
@@ -174,13 +172,13 @@ class Stack(nnx.Module):
 
 
 def kept_positions(batch: Batch):
-  """Positions of the keys that a cache keeps: -1 for padding."""
+  """Positions that keys are written to a cache with: -1 for padding."""
   positions_bt, segments_bt = positions_of(batch), batch.segments_bt
   return positions_bt if segments_bt is None else jnp.where(segments_bt > 0, positions_bt, -1)
 
 
 def positions_of(batch: Batch):
-  """Places within documents: 0, 1, 2 … along each row where a batch says nothing else."""
+  """Positions within documents: by default 0, 1, 2 … along each row."""
   if batch.positions_bt is not None:
     return batch.positions_bt
   return jnp.broadcast_to(jnp.arange(batch.tokens_bt.shape[1]), batch.tokens_bt.shape)

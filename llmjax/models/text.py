@@ -1,4 +1,4 @@
-"""What models of text share: a token table that the head reads too, and a stack of blocks."""
+"""The base class of text models: embedding, stack of blocks, and head."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from llmjax.nn.embed import Embed
 
 
 class TextModel(nnx.Module):
-  """Tokens in, a score of every token out; a kind adds its stack, and what it alone does.
+  """Tokens to logits; a subclass adds its stack.
 
   Args:
     key: PRNG key of the embedding.
@@ -34,7 +34,7 @@ class TextModel(nnx.Module):
 
   @property
   def stack(self) -> Stack:
-    """The stack of a decoder or an encoder, called like its kind."""
+    """The stack whose result the head reads, by default the attribute named like the kind."""
     return getattr(self, self.config.kind)
 
   @property
@@ -50,22 +50,21 @@ class TextModel(nnx.Module):
     """Runs everything before the head.
 
     Args:
-      batch: tokens, and whatever else the config knows: segments, positions, types, prefix,
-        patches.
-      cache: keys and values so far; new ones are kept with `positions_bt`.
+      batch: tokens, and what else the config uses: segments, positions, types, prefix, patches,
+        source.
+      cache: keys and values so far; new ones are written with `positions_bt`.
       key: PRNG key of dropout; None drops nothing.
     Returns:
-      (x_btd, the cache with these positions in it or None, what routers did or None).
+      (x_btd, the cache with these positions in it or None, routers' statistics or None).
     """
-    x_btd, cache, routing = self._run(batch, cache, key)
-    return self._transform(x_btd), cache, routing
+    x_btd, cache, stats = self._run(batch, cache, key)
+    return self._transform(x_btd), cache, stats
 
   def features(self, batch: Batch, key=None):
-    """Runs the blocks: x_btd, what pooling and the head read. Arguments as of `hidden`."""
+    """Runs the blocks: x_btd, the input of pooling. Arguments as of `hidden`."""
     return self._run(batch, None, key)[0]
 
   def _run(self, batch: Batch, cache: Cache | None, key):
-    """Embedding and blocks: the same three as `hidden`."""
     x_btd = self.embed_tokens(batch, key)
     if cache is not None:
       cache = cache.reserve(kept_positions(batch), batch.prefix_bt)
@@ -74,29 +73,29 @@ class TextModel(nnx.Module):
   def embed_tokens(self, batch: Batch, key=None):
     """Runs everything before the blocks: x_btd. Arguments as of `hidden`."""
     keys = split_or_none(key, 3)
-    return self._embedded(batch, keys[0], self._images(batch, keys[2]))
+    return self._embed(batch, keys[0], self._images(batch, keys[2]))
 
   def layer_inputs(self, batch: Batch, key=None, cache: Cache | None = None):
-    """Makes the inputs that are the same for all blocks. Arguments as of `hidden`."""
+    """Makes the inputs that all blocks share. Arguments as of `hidden`."""
     return self.stack.layer_inputs(batch, split_or_none(key, 3)[1], cache)
 
   def final_norm(self, x_btd):
     """Runs everything between the blocks and the head: x_btd."""
     return self._transform(self.stack.final_norm(x_btd))
 
-  def _embedded(self, batch: Batch, key, images=None, embed: Embed | None = None):
+  def _embed(self, batch: Batch, key, images=None, embed: Embed | None = None):
     dtype, embed = jnp.dtype(self.config.dtype), embed or self.embed
     x_btd = embed(batch.tokens_bt, positions_of(batch), dtype, batch.types_bt, images)
     return dropout(x_btd, self.config.dropout, key)
 
   def _images(self, batch: Batch, key):
-    """What stands in for image tokens, of a kind that reads images."""
+    """What replaces image tokens, in a kind that has them."""
 
   def _transform(self, x_btd):
-    """What a kind does between its stack and the head."""
+    """What is between the stack and the head."""
     return x_btd
 
 
 def split_or_none(key, number: int):
-  """Splits a key of dropout; None, which drops nothing, into as many."""
+  """Splits a PRNG key of dropout, or None."""
   return [None] * number if key is None else jax.random.split(key, number)

@@ -1,7 +1,7 @@
 """Initializes a run from another model's weights; a dense model may become one with experts.
 
 Every expert starts as a copy of the dense layer, so with `renormalize`, `scale` 1 and no dropped
-token the model computes what the dense one does, whatever the new router chooses.
+token the result equals the dense model's, whatever the new router chooses.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from llmjax.nn.mlp import Dense
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-  """Weights that a run begins from.
+  """Weights that a run is initialized from.
 
   Attributes:
-    checkpoint: a workdir, checkpoint, Hugging Face folder or GGUF file; "" draws weights anew.
-    drop: of a dense model's experts: share of each expert's width that is drawn anew.
+    checkpoint: a workdir, checkpoint, Hugging Face folder or GGUF file; "" for random weights.
+    drop: share of each upcycled expert's width that is reinitialized.
   """
 
   checkpoint: str = ""
@@ -42,16 +42,14 @@ def init_from(model: Model, config: ModelConfig, fresh: nnx.Module, drop: float,
   """Fits a model's weights into an architecture.
 
   Args:
-    model: where weights come from.
-    config: the architecture; its experts are made of the layers of a dense model.
-    fresh: weights of that architecture, which routers keep; their shardings are the result's.
-    drop: share of each expert's width that is drawn anew, with the mean and deviation of what it
+    model: the source of the weights.
+    config: the architecture; its experts are copies of a dense model's layers.
+    fresh: random weights of that architecture, which routers keep; the result is sharded likewise.
+    drop: share of each expert's width that is reinitialized, with the mean and deviation of what it
       replaces (Drop-Upcycling); 0 copies.
-    seed: of that draw.
-  Returns:
-    The tree of weights.
+    seed: of that reinitialization.
   Raises:
-    UserError: a weight that the model lacks, has in another shape, or that has no place.
+    UserError: a weight is missing, has another shape, or is unknown to the architecture.
   Source: Komatsuzaki et al. 2022, arXiv:2212.05055; Nakamura et al. 2025, arXiv:2502.19261, sec. 3.
   """
   adapted = config.weights != model.config.weights
@@ -68,9 +66,9 @@ def init_from(model: Model, config: ModelConfig, fresh: nnx.Module, drop: float,
     kept = {path for path in ours if path.startswith(layer)} - theirs.keys()
   elif drop:
     raise UserError("init.drop changes nothing: the weights are not a dense model's made experts")
-  left = sorted(theirs.keys() - ours.keys())
-  if left:
-    raise UserError(f"init.checkpoint has weights that the model lacks: {', '.join(left[:3])}")
+  unknown = sorted(theirs.keys() - ours.keys())
+  if unknown:
+    raise UserError(f"init.checkpoint has weights that the model lacks: {', '.join(unknown[:3])}")
 
   for path, leaf in ours.items():
     if path not in kept and (path not in theirs or theirs[path].shape != leaf.shape):
@@ -94,13 +92,12 @@ def _with_experts(theirs: dict, config: ModelConfig, drop: float, rng) -> dict:
   moe, stack = config.moe, config.kind
   if moe.shared:
     raise UserError("shared experts cannot be made of a dense model: set model.moe.shared to 0")
-  prefix, dense, redrawn = f"{stack}/blocks/", f"{Dense.name}/", None
-  layers = {path.removeprefix(prefix): leaf for path, leaf in theirs.items()
-            if path.startswith(prefix)}
-  fitted = {path: leaf for path, leaf in theirs.items() if not path.startswith(prefix)}
+  prefix, dense, chosen_lef = f"{stack}/blocks/", f"{Dense.name}/", None
+  layers = {path: leaf for path, leaf in theirs.items() if path.startswith(prefix)}
+  fitted = {path: leaf for path, leaf in theirs.items() if path not in layers}
   for group, start, end, kind in config.groups(config.layers):
     for path, leaf in layers.items():
-      leaf = leaf[start:end]
+      path, leaf = path.removeprefix(prefix), leaf[start:end]
       if kind is moe and path.startswith(dense):
         name, letters = path.removeprefix(dense).rsplit("_", 1)
         if len(letters) == 1:
@@ -108,23 +105,23 @@ def _with_experts(theirs: dict, config: ModelConfig, drop: float, rng) -> dict:
         path = f"{moe.name}/{name}_e{letters}"
         leaf = np.repeat(leaf[:, None], moe.experts, axis=1)
         channels_lefd = np.moveaxis(leaf, 2 + letters.index("f"), 2)
-        if redrawn is None:
-          redrawn = _choose(channels_lefd.shape[:3], drop, rng)
-        _redraw(channels_lefd, redrawn, rng)
+        if chosen_lef is None:
+          chosen_lef = _choose(channels_lefd.shape[:3], drop, rng)
+        _reinitialize(channels_lefd, chosen_lef, rng)
       fitted[f"{stack}/{group}/{path}"] = leaf
   return fitted
 
 
 def _choose(shape, drop: float, rng):
-  """Chooses the channels of every expert that are drawn anew: bool [l, e, f]."""
-  redrawn = np.zeros(shape, bool)
-  for row in redrawn.reshape(-1, shape[-1]):
-    row[rng.permutation(shape[-1])[: round(drop * shape[-1])]] = True
-  return redrawn
+  """Chooses the channels of every expert that are reinitialized: bool [l, e, f]."""
+  chosen_lef = np.zeros(shape, bool)
+  for chosen_f in chosen_lef.reshape(-1, shape[-1]):
+    chosen_f[rng.permutation(shape[-1])[: round(drop * shape[-1])]] = True
+  return chosen_lef
 
 
-def _redraw(channels_lefd, redrawn, rng):
-  """Draws the chosen channels of every expert anew, in place."""
-  for layer, expert in np.argwhere(redrawn.any(-1)):
-    here, chosen = channels_lefd[layer, expert], redrawn[layer, expert]
-    here[chosen] = rng.normal(here[chosen].mean(), here[chosen].std(), here[chosen].shape)
+def _reinitialize(channels_lefd, chosen_lef, rng):
+  for layer, expert in np.argwhere(chosen_lef.any(-1)):
+    channels_fd, chosen_f = channels_lefd[layer, expert], chosen_lef[layer, expert]
+    old = channels_fd[chosen_f]
+    channels_fd[chosen_f] = rng.normal(old.mean(), old.std(), old.shape)

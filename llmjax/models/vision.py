@@ -1,4 +1,4 @@
-"""Images: the vision transformer, alone with a class head or as the tower of a decoder."""
+"""The vision transformer, with a class head or as the image tower of a decoder."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from flax import nnx
 
 from llmjax.core.dot import dot
 from llmjax.data.batch import Batch
-from llmjax.models.config import ModelConfig, VisionConfig
+from llmjax.models.config import ModelConfig
 from llmjax.models.stack import Stack
 from llmjax.nn.attention.config import AttentionConfig
 from llmjax.nn.dropout import dropout
@@ -19,7 +19,7 @@ from llmjax.parallel.rules import shard
 
 
 class Tower(nnx.Module):
-  """Patches of images to vectors.
+  """Encodes patches of images.
 
   Args:
     key: PRNG key of the tower.
@@ -43,7 +43,7 @@ class Tower(nnx.Module):
     self.encoder = Stack(keys[2], config, causal=False)
 
   def __call__(self, patches_bsi, key=None):
-    """Reads images, one a row: x_btd, the class token's vector first where there is one."""
+    """Encodes one image a row: x_btd, with the class token's vector first where there is one."""
     keys = [None, None] if key is None else jax.random.split(key)
     dtype = jnp.dtype(self.config.dtype)
     x_btd = dot("bsi,id->bsd", patches_bsi.astype(dtype), self.patch_id)
@@ -61,15 +61,15 @@ class Tower(nnx.Module):
     return self.encoder(x_btd, inputs)[0]
 
   def features(self, patches_bsi, key=None):
-    """Reads any number of images a row: a vector for each patch, x_bsd, without class tokens."""
-    each = self.config.vision.patches
+    """Encodes any number of images a row: x_bsd, without class tokens."""
+    patches = self.config.vision.patches
     b, s, i = patches_bsi.shape
-    x_btd = self(patches_bsi.reshape(b * s // each, each, i), key)
+    x_btd = self(patches_bsi.reshape(b * s // patches, patches, i), key)
     return x_btd[:, int(self.config.vision.class_token) :].reshape(b, s, -1)
 
 
 class Vision(nnx.Module):
-  """An image's class: the tower, and a head on its class token (or on the mean without one).
+  """Classifies images: the tower, and a head on its class token (or on the mean without one).
 
   Args:
     key: PRNG key of the whole model.
@@ -95,14 +95,13 @@ class Vision(nnx.Module):
 
 
 class ClassHead(nnx.Module):
-  """Scores every class of what stands for an image."""
+  """The output head of `Vision`."""
 
   def __init__(self, key, dims):
     param(self, key, "head_dv", dims, fan_in(dims, "d"), "table")
     param(self, key, "head_bias_v", dims, constant(0.0), "bias")
 
   def logits(self, x_btd):
-    """Scores every class: logits_btv, fp32."""
     return shard(dot("btd,dv->btv", x_btd, self.head_dv, jnp.float32) + self.head_bias_v, "btv")
 
 
@@ -127,30 +126,24 @@ class Projector(nnx.Module):
 
 
 def tower_config(config: ModelConfig) -> ModelConfig:
-  """The architecture of a decoder's tower; its last block has no norm after it (CLIP's use)."""
-  vision: VisionConfig = config.vision
+  """The architecture of a decoder's tower; its last block has no norm after it, as in CLIP."""
+  vision = config.vision
+  of_tower = ("layers", "width", "heads", "mlp_width", "activation")
+  of_decoder = ("dropout", "dtype", "scan", "remat", "vision")
   return ModelConfig(
+    **{key: getattr(vision, key) for key in of_tower},
+    **{key: getattr(config, key) for key in of_decoder},
     kind="vision",
-    layers=vision.layers,
-    width=vision.width,
-    heads=vision.heads,
-    mlp_width=vision.mlp_width,
-    activation=vision.activation,
     mlp_bias=True,
-    dropout=config.dropout,
-    dtype=config.dtype,
-    scan=config.scan,
-    remat=config.remat,
     attention=AttentionConfig(bias="all", kernel=config.attention.kernel),
     position=PositionConfig(kind="learned"),
     norm=NormConfig(kind="layer", bias=True, eps=vision.eps, final=False),
     embed=EmbedConfig(norm=vision.input_norm),
-    vision=vision,
   )
 
 
 def patchify(images: jax.Array, patch: int):
-  """Cuts images into patches: row by row, each patch as channels × rows × columns.
+  """Splits images into patches, row by row, each patch as channels × rows × columns.
 
   Args:
     images: [b, side, side, channels].
@@ -160,5 +153,5 @@ def patchify(images: jax.Array, patch: int):
   """
   b, side, _, channels = images.shape
   n = side // patch
-  cut = images.reshape(b, n, patch, n, patch, channels).transpose(0, 1, 3, 5, 2, 4)
-  return cut.reshape(b, n * n, channels * patch * patch)
+  patches = images.reshape(b, n, patch, n, patch, channels).transpose(0, 1, 3, 5, 2, 4)
+  return patches.reshape(b, n * n, channels * patch * patch)

@@ -1,4 +1,4 @@
-"""Biases of attention by distance: ALiBi's slopes, and T5's learned table."""
+"""Relative position biases of attention: ALiBi's slopes, and T5's learned table."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from llmjax.parallel.rules import shard
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
-  """Gives each head its slope: 2^(-8i/n) for i = 1 … n where n is a power of two.
+  """Computes each head's slope: 2^(-8i/n) for i = 1 … n where n is a power of two.
 
   Otherwise the slopes of the next lower power of two, then every other one of the next higher.
 
@@ -28,8 +28,7 @@ def relative_bucket(distance, buckets: int, max_distance: int, both_ways: bool):
 
   Args:
     distance: int32, key position minus query position, any shape.
-    buckets: how many there are.
-    max_distance: from here on all share the last bucket.
+    max_distance: all distances from here on share the last bucket.
     both_ways: half of the buckets are for keys after the query; else those share bucket 0.
   Returns:
     int32 in [0, buckets), shape of `distance`.
@@ -53,13 +52,11 @@ def relative_bucket(distance, buckets: int, max_distance: int, both_ways: bool):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bias:
-  """What is added to the scores by distance: ALiBi's slopes, or T5's table.
+  """A bias that is added to attention's scores by distance.
 
   Attributes:
     slopes_n: fp32; the bias is -slope · distance. None for a table.
-    relative_in: fp32 table [buckets, n]. None for slopes.
-    max_distance: of the table.
-    both_ways: of the table.
+    relative_in: fp32 table [buckets, n], with `max_distance` and `both_ways`. None for slopes.
   """
 
   slopes_n: jax.Array | None = None
@@ -75,5 +72,5 @@ class Bias:
     bucket_bts = relative_bucket(
       distance_bts, len(self.relative_in), self.max_distance, self.both_ways
     )
-    table_in = shard(self.relative_in, "ig")  # small: whole on every device
+    table_in = shard(self.relative_in, "ig")  # small: replicated
     return jnp.moveaxis(jnp.take(table_in, bucket_bts, axis=0), -1, 1)

@@ -1,21 +1,17 @@
-"""What training does to activations in passing: dropout, and names that remat policies know."""
+"""Dropout, and the names of activations that remat policies can save."""
 
 import jax
 import jax.numpy as jnp
 
-# Activations that a remat policy can save by name: results of projections, and attention's own.
+# Results of projections, and attention's own.
 NAMES = ("query", "key", "value", "attention", "gate", "up")
 
 
 def dropout(x, rate: float, key):
-  """Zeroes each number with probability `rate` and scales the others by 1 / (1 - rate).
+  """Zeroes each number with probability `rate` in [0, 1), and scales the others by 1 / (1 - rate).
 
-  Args:
-    x: any float array.
-    rate: in [0, 1).
-    key: PRNG key of this place and step; None (evaluation) leaves `x` as it is.
-  Returns:
-    y, shape and dtype of `x`; its mean over keys is `x`.
+  With `key` None (evaluation) `x` is returned as it is.
+
   Source: Srivastava et al. 2014, JMLR 15, in its inverted form.
   """
   if key is None or rate == 0:

@@ -1,4 +1,4 @@
-"""Token embedding, with what is added to it before the first block, and the output head."""
+"""Token, position and type embeddings before the first block, and the output head."""
 
 import copy
 import dataclasses
@@ -32,7 +32,7 @@ from llmjax.parallel.rules import (
 
 @dataclasses.dataclass(frozen=True)
 class EmbedConfig:
-  """What surrounds the token table.
+  """Options of the embedding and the output head.
 
   Attributes:
     scale: factor on token vectors.
@@ -41,8 +41,7 @@ class EmbedConfig:
     head_bias: a bias on the logits.
     logit_scale: factor on the logits.
     logit_softcap: logits become softcap · tanh(logit / softcap); 0 leaves them.
-    start_token: id that what an encoder_decoder writes begins with (T5: 0); -1 means the
-      tokenizer's BOS.
+    start_token: first id of an encoder_decoder's target (T5: 0); -1 means the tokenizer's BOS.
   """
 
   scale: float = 1.0
@@ -60,12 +59,12 @@ class EmbedConfig:
 
 
 class Embed(nnx.Module):
-  """Token vectors, and the head that scores every token; one matrix for both when tied.
+  """Token vectors, and the head that scores every token.
 
   Args:
     key: PRNG key of this module.
-    dims: sizes of v and d, of t (rows of a learned position table) and i (token types).
-    config: what surrounds the table.
+    dims: sizes of v, d and t (rows of a learned position table).
+    config: options.
     position: learned and sinusoidal positions are added here.
     norm: kind of the embedding norm.
     tied: the head reads the embedding itself.
@@ -90,16 +89,14 @@ class Embed(nnx.Module):
       param(self, key, "head_bias_v", dims, constant(0.0), "bias")
 
   def __call__(self, tokens_bt, positions_bt, dtype, types_bt=None, replace=None):
-    """Looks tokens up and adds what the config says.
+    """Embeds tokens: x_btd in `dtype`.
 
     Args:
       tokens_bt: int32 ids.
-      positions_bt: int32 places within the document.
+      positions_bt: int32 positions within the document.
       dtype: of the result.
       types_bt: int32 token types; all 0 by default.
-      replace: (bool [b, t], x_btd): vectors that stand in for tokens, such as an image's.
-    Returns:
-      x_btd in `dtype`.
+      replace: (bool [b, t], x_btd): vectors that replace tokens', such as an image's.
     """
     config = self.config
     x_btd = embedding_lookup(self.token_vd, tokens_bt, "v", dtype)
@@ -119,21 +116,18 @@ class Embed(nnx.Module):
     return shard_stream(x_btd)
 
   def only_head(self) -> "Embed":
-    """A copy of what `logits` reads alone, whose gradient then has no zeros for the rest."""
+    """A copy with the weights that `logits` reads, so that its gradient has no zeros for others."""
     head = copy.copy(self)
-    kept = ("token_vd",) if self.tied else ("head_dv",)
-    for name in ("token_vd", "position_td", "type_id", "norm"):
-      if hasattr(head, name) and name not in kept:
+    for name in ("position_td", "type_id", "norm", *(() if self.tied else ("token_vd",))):
+      if hasattr(head, name):
         delattr(head, name)
     return head
 
   def logits(self, x_btd):
     """Scores every token: logits_btv, fp32."""
     config = self.config
-    if self.tied:
-      logits_btv = dot("btd,vd->btv", x_btd, self.token_vd, jnp.float32)
-    else:
-      logits_btv = dot("btd,dv->btv", x_btd, self.head_dv, jnp.float32)
+    eq, table = ("btd,vd->btv", "token_vd") if self.tied else ("btd,dv->btv", "head_dv")
+    logits_btv = dot(eq, x_btd, getattr(self, table), jnp.float32)
     if config.logit_scale != 1:
       logits_btv *= config.logit_scale
     if config.head_bias:
@@ -146,17 +140,17 @@ class Embed(nnx.Module):
 def embedding_lookup(table, ids_bt, letter: str, dtype):
   """Takes rows of a table by number: x_btd.
 
-  The table's rows are sharded over `tensor`: each device looks up the ids that it holds, and the
+  Where the vocabulary is sharded over `tensor`, each device looks up the ids that it holds, and the
   results are summed (vocabulary-parallel embedding). Where d is sharded over `fsdp` too, ids are
   gathered and activations exchanged by all-to-all, so no table is gathered and no gradient reduced.
 
   Args:
-    table: weight [rows, d] of any kind.
+    table: weight [v, d], [t, d] or [i, d] of any kind.
     ids_bt: int32 row numbers.
-    letter: of the rows: `v`, `t` or `i`.
+    letter: of the table's first dimension: `v`, `t` or `i`.
     dtype: of the result.
   Raises:
-    UserError: the mesh does not divide rows or positions.
+    UserError: the mesh does not divide the batch or the positions.
   Source: Shoeybi et al. 2019, arXiv:1909.08053, sec. 3.
   """
   mesh = jax.sharding.get_abstract_mesh()
@@ -170,31 +164,29 @@ def embedding_lookup(table, ids_bt, letter: str, dtype):
   width_sharded = has_sharded(weights)
 
   def local(weights, ids_bt):
-    (shard,) = without_sharding(weights).values()
-    x_btd = _own_rows(shard, ids_bt, axes, stream, take, all_ids=width_sharded)
-    if width_sharded:  # each device took its channels of all tokens; now all channels of its own
+    (table_shard,) = without_sharding(weights).values()
+    if width_sharded:
+      ids_bt = jax.lax.all_gather(ids_bt, "fsdp", axis=0, tiled=True)
+    if axes is None:
+      x_btd = take(table_shard, ids_bt)
+    else:
+      x_btd = _vocabulary_parallel(table_shard, ids_bt, axes, stream, take)
+    if width_sharded:  # from some channels of all tokens to all channels of this device's tokens
       x_btd = jax.lax.all_to_all(x_btd, "fsdp", 0, 2, tiled=True)
     return x_btd
 
   return jax.shard_map(
-    local,
-    in_specs=(weight_specs(weights), spec("bt", ACTIVATIONS)),
+    local, in_specs=(weight_specs(weights), spec("bt", ACTIVATIONS)),
     out_specs=spec("btd", ACTIVATIONS) if axes is None else stream,
-    axis_names={axis for axis in mesh.axis_names if not inside(axis)},
-    check_vma=False,
+    axis_names={axis for axis in mesh.axis_names if not inside(axis)}, check_vma=False,
   )(weights, ids_bt)
 
 
-def _own_rows(rows, ids_bt, axes, stream, take, all_ids: bool):
-  """Looks up the ids whose rows this device holds, and sums over the devices of `axes`."""
-  if all_ids:
-    ids_bt = jax.lax.all_gather(ids_bt, "fsdp", axis=0, tiled=True)
-  if axes is None:
-    return take(rows, ids_bt)
-  own_bt = ids_bt - jax.lax.axis_index(axes) * rows.shape[0]
-  here_bt = (own_bt >= 0) & (own_bt < rows.shape[0])
-  x_btd = take(rows, jnp.where(here_bt, own_bt, 0))
-  x_btd = jnp.where(here_bt[..., None], x_btd, 0)
-  if axes in stream[1]:  # each device keeps its positions of the sum
+def _vocabulary_parallel(table_shard, ids_bt, axes, stream, take):
+  local_bt = ids_bt - jax.lax.axis_index(axes) * table_shard.shape[0]
+  is_local_bt = (local_bt >= 0) & (local_bt < table_shard.shape[0])
+  x_btd = take(table_shard, jnp.where(is_local_bt, local_bt, 0))
+  x_btd = jnp.where(is_local_bt[..., None], x_btd, 0)
+  if axes in stream[1]:  # sequence parallelism
     return jax.lax.psum_scatter(x_btd, axes, scatter_dimension=1, tiled=True)
   return jax.lax.psum(x_btd, axes)

@@ -1,4 +1,4 @@
-"""What a model asks of a kind of feed-forward layer."""
+"""The interface of a kind of feed-forward layer."""
 
 from flax import nnx
 
@@ -23,20 +23,14 @@ class FeedForward:
     return True
 
   def layer(self, key, model, out_scale: float) -> nnx.Module:
-    """Makes a layer.
-
-    Args:
-      key: PRNG key of the module.
-      model: the `ModelConfig`.
-      out_scale: factor on the output projection's initial standard deviation.
-    """
+    """Makes a layer for a `ModelConfig`; `out_scale` is of the output projection's initial std."""
     raise NotImplementedError
 
   def run(self, layer: nnx.Module, x_btd, tokens_bt=None, real_bt=None, key=None) -> tuple:
     """Runs a layer.
 
     Args:
-      layer: what `layer` made.
+      layer: the module that `layer` returned.
       x_btd: normed residual stream.
       tokens_bt: int32 ids, for routers that read them.
       real_bt: bool, False for padding; None: all are real.

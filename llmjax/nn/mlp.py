@@ -1,4 +1,4 @@
-"""Feed-forward layers: one hidden projection and an activation, or two of them, gated."""
+"""Dense feed-forward layers, plain or gated, and their activations."""
 
 import dataclasses
 import functools
@@ -41,7 +41,6 @@ class Dense(FeedForward):
   """The dense feed-forward layer, gated or plain as `model.activation` says."""
 
   def layer(self, key, model, out_scale: float) -> nnx.Module:
-    """Makes an `Mlp`."""
     return Mlp(key, model.dims, model.activation, model.mlp_bias, out_scale)
 
 
@@ -54,27 +53,23 @@ class Mlp(nnx.Module):
     activation: a name of `PLAIN` or of `GATED`.
     bias: a bias after every product.
     out_scale: factor on the down projection's initial standard deviation.
-
   Source: gated: Shazeer 2020, arXiv:2002.05202, eq. 6; relu2: So et al. 2021, arXiv:2109.08668;
     GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415.
   """
 
   def __init__(self, key, dims, activation: str, bias: bool, out_scale: float):
     self.activation = activation
-    self.bias = bias
     self.inner = ("up", "gate") if activation in GATED else ("up",)
     for name in self.inner:
       param(self, key, f"{name}_df", dims, fan_in(dims, "d"))
-      if bias:
-        param(self, key, f"{name}_bias_f", dims, constant(0.0), "bias")
     param(self, key, "down_fd", dims, fan_in(dims, "f", out_scale))
-    if bias:
-      param(self, key, "down_bias_d", dims, constant(0.0), "bias")
+    self.biases = (*(f"{name}_bias_f" for name in self.inner), "down_bias_d") if bias else ()
+    for name in self.biases:
+      param(self, key, name, dims, constant(0.0), "bias")
 
   def __call__(self, x_btd):
-    kinds = ("df", "bias_f") if self.bias else ("df",)
-    weights = {f"{name}_{kind}": getattr(self, f"{name}_{kind}")
-               for name in self.inner for kind in kinds}
+    names = [*(f"{name}_df" for name in self.inner), *self.biases[:-1]]
+    weights = {name: getattr(self, name) for name in names}
 
     def project(x_btd, weights):
       return tuple(
@@ -83,10 +78,7 @@ class Mlp(nnx.Module):
       )
 
     inner = column_parallel(project, x_btd, weights, ("btf",) * len(self.inner))
-    inner = [
-      checkpoint_name(shard(y_btf, "btf"), name)
-      for y_btf, name in zip(inner, self.inner, strict=True)
-    ]
+    inner = map(checkpoint_name, (shard(y_btf, "btf") for y_btf in inner), self.inner)
     down = lambda x_btf, weights: dot("btf,fd->btd", x_btf, weights["down_fd"])  # noqa: E731
     hidden_btf = activate(self.activation, *inner)
     y_btd = row_parallel(down, hidden_btf, {"down_fd": self.down_fd}, "btf")
@@ -104,9 +96,9 @@ def _plus(x, bias):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gated(activation, gate_btf, up_btf):
-  """Computes act(gate) · up, again in the backward pass; each result is written once.
+  """Computes act(gate) · up, again in the backward pass.
 
-  A TPU's compiler would else work it out anew for every tile of a product that reads it.
+  Without the barriers a TPU's compiler recomputes it for every tile of a product that reads it.
   """
   return jax.lax.optimization_barrier(GATED[activation](gate_btf) * up_btf)
 

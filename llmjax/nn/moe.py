@@ -14,7 +14,7 @@ from llmjax.core.grouped import grouped_dot
 from llmjax.nn.feed_forward import FeedForward
 from llmjax.nn.mlp import GATED, Mlp, activate
 from llmjax.nn.param import constant, fan_in, param
-from llmjax.nn.router import RouterStats, hashed, route
+from llmjax.nn.router import hashed, route
 from llmjax.parallel.expert import by_expert
 
 ROUTERS = ("softmax", "sigmoid", "expert_choice", "hash")
@@ -29,19 +29,18 @@ class MoeConfig(FeedForward):
     experts: how many (e); 0 means dense layers.
     top_k: experts a token goes to; of expert_choice, on average.
     width: feed-forward width of an expert; 0 means `mlp_width`.
-    shared: experts that all tokens go to, as one layer so many times `width`.
+    shared: experts that all tokens go to, as one layer of this many times `width`.
     first_k_dense: first layers that are dense, `mlp_width` wide.
-    router: softmax, sigmoid, expert_choice (experts choose tokens; looks ahead), hash (of the id).
+    router: softmax, sigmoid, expert_choice (experts choose tokens, later ones too), hash (of ids).
     renormalize: weights of the chosen experts sum to 1, rather than to their share of all.
     scale: factor on the weights.
-    groups: groups of experts next to each other, of which a token may use `top_groups`.
-    top_groups: see `groups`.
+    groups: groups of consecutive experts, of which a token may use `top_groups`.
     noisy: learned noise on the scores in training.
-    bias: scores get a bias where experts are picked, moved towards even load (`optim.bias_rate`).
+    bias: scores get a bias where experts are chosen, moved towards even load (`optim.bias_rate`).
     capacity: most tokens of a row that an expert takes, as a multiple of its even share of them,
-      padding not counted; 0: all. A token's experts then depend on its whole row; with top_k 1 and
-      drop=last, on what is before and on how many tokens there are.
-    drop: over capacity go the last tokens of a row (second choices first), or the lightest.
+      padding not counted; 0: all. A token's experts then depend on its entire row; with top_k 1 and
+      drop=last, on earlier tokens and on the number of tokens.
+    drop: over capacity, drops the last tokens of a row (second choices first), or the lightest.
   """
 
   experts: int = 0
@@ -93,19 +92,15 @@ class MoeConfig(FeedForward):
 
   @property
   def used(self) -> bool:
-    """Whether the config asks for experts."""
     return self.experts > 0
 
   def layer(self, key, model, out_scale: float) -> nnx.Module:
-    """Makes a `Moe`."""
     return Moe(key, model.dims, self, model.activation, out_scale)
 
   def run(self, layer, x_btd, tokens_bt=None, real_bt=None, key=None) -> tuple:
-    """Runs a `Moe`: (y_btd, its `RouterStats`)."""
     return layer(x_btd, tokens_bt, real_bt, key)
 
   def check(self, model):
-    """Refuses keys of the model that do not go with experts."""
     if model.kind not in ("decoder", "encoder"):
       raise UserError(f"model.kind={model.kind} has no experts: set model.moe.experts to 0")
     if self.first_k_dense >= model.layers:
@@ -116,12 +111,12 @@ class MoeConfig(FeedForward):
       raise UserError("experts have no biases: leave model.mlp_bias")
 
   def slots(self, length):
-    """Tokens that an expert takes of a row of `length` (an int or many); 0 means any number."""
+    """Most tokens that an expert takes of rows of `length` (an int or several); 0: any number."""
     factor = self.capacity or (1.0 if self.router == "expert_choice" else 0.0)
     return np.minimum(length, np.ceil(factor * length * self.top_k / self.experts)).astype(int)
 
   def slots_of(self, real_bt):
-    """The same of each row's real tokens, however many padding there is beside them: slots_b."""
+    """The same by the number of each row's real tokens: slots_b."""
     return jnp.asarray(self.slots(np.arange(real_bt.shape[1] + 1)))[real_bt.sum(1)]
 
 
@@ -134,7 +129,6 @@ class Moe(nnx.Module):
     config: router and experts.
     activation: a name of `PLAIN` or of `GATED`.
     out_scale: factor on the down projection's initial standard deviation.
-
   Source: Shazeer et al. 2017, arXiv:1701.06538; shared and narrow experts: Dai et al. 2024,
     arXiv:2401.06066, sec. 3.
   """
@@ -159,42 +153,31 @@ class Moe(nnx.Module):
       wide = dims | {"f": config.shared * dims["f"]}
       self.shared = Mlp(jax.random.fold_in(key, 1), wide, activation, False, out_scale)
 
-  def __call__(
-    self, x_btd, tokens_bt=None, real_bt=None, key=None
-  ) -> tuple[jax.Array, RouterStats]:
-    """Sends tokens through their experts.
-
-    Args:
-      x_btd: normed residual stream.
-      tokens_bt: int32 ids, which a hash router reads.
-      real_bt: bool, False for padding, which goes nowhere; None: all are real.
-      key: PRNG key of a noisy router; None adds no noise.
-    Returns:
-      (y_btd, what the router did).
-    """
+  def __call__(self, x_btd, tokens_bt=None, real_bt=None, key=None):
+    """See `FeedForward.run`; padding goes to no expert."""
     config = self.config
     if real_bt is None:
       real_bt = jnp.ones(x_btd.shape[:2], bool)
     if config.router == "hash":
-      routes, routing = hashed(config, tokens_bt, real_bt)
+      assigned, stats = hashed(config, tokens_bt, real_bt)
     else:
       logits_bte = self._scores(x_btd.astype(jnp.float32), key)
-      routes, routing = route(config, logits_bte, real_bt, getattr(self, "bias_e", None))
+      assigned, stats = route(config, logits_bte, real_bt, getattr(self, "bias_e", None))
     names = [name for name in ("gate_edf", "up_edf", "down_efd") if hasattr(self, name)]
     weights = {name: getattr(self, name) for name in names}
     y_btd = by_expert(
-      self._experts, x_btd, routes.experts_btj, routes.weights_btj, weights,
+      self._experts, x_btd, assigned.experts_btj, assigned.weights_btj, weights,
       config.slots(x_btd.shape[1]),
     )
-    return y_btd + self.shared(x_btd) if config.shared else y_btd, routing
+    return y_btd + self.shared(x_btd) if config.shared else y_btd, stats
 
   def _scores(self, x_btd, key):
     """Router scores, fp32. Source of the noise: Shazeer et al. 2017, eq. 4."""
     logits_bte = dot("btd,de->bte", x_btd, self.router_de)
     if not self.config.noisy or key is None:
       return logits_bte
-    width_bte = jax.nn.softplus(dot("btd,de->bte", x_btd, self.noise_de))
-    return logits_bte + width_bte * jax.random.normal(key, logits_bte.shape)
+    std_bte = jax.nn.softplus(dot("btd,de->bte", x_btd, self.noise_de))
+    return logits_bte + std_bte * jax.random.normal(key, logits_bte.shape)
 
   def _experts(self, x_td, weights, sizes_e):
     up_tf = grouped_dot(x_td, weights["up_edf"], sizes_e)

@@ -16,7 +16,7 @@ PLACES = ("pre", "post", "output", "sandwich")
 
 @dataclasses.dataclass(frozen=True)
 class NormConfig:
-  """Which norm, and where in a block it stands.
+  """The kind of norm, and its position in a block.
 
   Attributes:
     kind: rms, or layer (subtracts the mean as well).
@@ -62,20 +62,13 @@ def rms_norm(x, scale, eps: float):
 def layer_norm(x, scale, bias, eps: float):
   """Standardizes, scales and shifts: (x - mean) / √(var + eps) · scale + bias, in fp32.
 
-  Args:
-    x: any float dtype; its last dimensions, as many as `scale` has, are taken as one.
-    scale: fp32.
-    bias: fp32, or None.
-    eps: added to the variance, > 0.
-  Returns:
-    y, shape and dtype of `x`.
+  Arguments and result as of `rms_norm`, beside `bias`: fp32, or None.
+
   Source: Ba et al. 2016, arXiv:1607.06450, eq. 4.
   """
-  axes = tuple(range(-scale.ndim, 0))
   wide = x.astype(jnp.float32)
-  wide = wide - jnp.mean(wide, axis=axes, keepdims=True)
-  inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + eps)
-  y = wide * inverse * scale
+  mean = jnp.mean(wide, axis=tuple(range(-scale.ndim, 0)), keepdims=True)
+  y = rms_norm(wide - mean, scale, eps)
   return (y if bias is None else y + bias).astype(x.dtype)
 
 
@@ -99,18 +92,15 @@ class Norm(nnx.Module):
   def __call__(self, x):
     scale = getattr(self, f"scale_{self.letters}")
     if self.config.kind == "rms":
-      return _apart(rms_norm(x, scale, self.config.eps))
+      return _unfused_gradient(rms_norm(x, scale, self.config.eps))
     bias = getattr(self, f"bias_{self.letters}", None)
-    return _apart(layer_norm(x, scale, bias, self.config.eps))
+    return _unfused_gradient(layer_norm(x, scale, bias, self.config.eps))
 
 
 @jax.custom_vjp
-def _apart(x):
-  """x; its gradient is written before a norm's backward pass reads it.
-
-  A TPU's compiler would else take that pass into the product before, and slow the product down.
-  """
+def _unfused_gradient(x):
+  """x; a TPU's compiler would fuse a norm's backward pass into the product before and slow it."""
   return x
 
 
-_apart.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.optimization_barrier(grad),))
+_unfused_gradient.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))

@@ -1,7 +1,6 @@
 """`param`: the one declaration of a weight, by name, letters, sizes, initializer and role.
 
-The name carries the letters, the letters the sizes and the sharding; the abstract tree, partition
-specs, sharded init and every count derive from it through `jax.eval_shape`.
+The abstract tree, partition specs, sharded initialization and all counts derive from it.
 """
 
 import math
@@ -14,16 +13,15 @@ from flax import nnx
 
 # What a weight is for; optimizers, formats and surgery select by it.
 #   matrix: maps one space of the network to another.
-#   table: vectors looked up by number, and what maps into or out of the network: head, patches.
-#   scale: multiplies channel by channel; not decayed.
-#   bias: is added; not decayed.
-#   router_bias: is added where experts are chosen, and moved towards even load, not by a gradient.
+#   table: embeddings, and what maps into or out of the network: head, patches.
+#   scale, bias: not decayed.
+#   router_bias: added where experts are chosen, and moved towards even load, not by a gradient.
 ROLES = ("matrix", "table", "scale", "bias", "router_bias")
 _TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut at ±2
 
 
 def normal(std: float):
-  """Initializer: normal cut at two standard deviations, rescaled to have `std`."""
+  """Initializer: normal truncated at two standard deviations, rescaled to have `std`."""
 
   def init(key, shape):
     return jax.random.truncated_normal(key, -2, 2, shape, jnp.float32) * (std / _TRUNCATED_STD)
@@ -50,7 +48,7 @@ def param(
     module: gets the weight as attribute `name`, a leaf of its tree, in fp32.
     key: the module's PRNG key; the weight's own is folded in from its name, so adding a weight
       changes no other.
-    name: its last part spells the letters.
+    name: ends in the letters.
     dims: size of each letter.
     init: `(key, shape) -> array`.
     role: one of `ROLES`.
@@ -66,13 +64,12 @@ def param(
 
 
 def roles(model) -> dict[str, str]:
-  """Lists the role of every declared weight by its path, in no particular order.
+  """Maps the path of every declared weight to one of `ROLES`.
 
   Args:
-    model: a module, abstract or not; a tuple of modules counts as their parent's children.
+    model: a module, abstract or not, or a tuple of modules.
   Returns:
-    Path of the weight → one of `ROLES`. Where the weight is no plain array (`core/weight.py`), the
-    paths of its leaves begin with that path.
+    Path → role. The leaves of a weight that is not an array (`core/weight.py`) are below its path.
   """
   return {
     prefix + name: role for prefix, module in _modules(model)

@@ -18,7 +18,7 @@ def chosen(config, kind: type, default):
     UserError: two sections are in use.
   """
   sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-  used = [name for name, part in sections.items() if isinstance(part, kind) and part.used]
+  used = [name for name, each in sections.items() if isinstance(each, kind) and each.used]
   if len(used) > 1:
     raise UserError(f"config sections {' and '.join(used)} exclude each other: use one of them")
   return sections[used[0]] if used else default

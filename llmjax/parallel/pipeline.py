@@ -1,7 +1,7 @@
 """Pipeline parallelism: executes a schedule's table tick by tick, each stage its own action.
 
-A stage keeps the inputs of its chunks and recomputes a chunk for its gradient. A backward pass that
-is split in two keeps what the second half reads instead of computing it twice.
+A stage saves the inputs of its chunks and recomputes a chunk for its gradient. A backward pass that
+is split in two saves the residuals of its second half instead of recomputing them.
 """
 
 import functools
@@ -23,8 +23,8 @@ class Totals(NamedTuple):
 
   Attributes:
     weights: gradient of this stage's chunks.
-    outer: gradient of what every stage holds; still to be summed over stages.
-    sums: whatever else a chunk returns; likewise.
+    outer: gradient of the weights outside the chunks; still to be summed over stages.
+    sums: the other results of chunks; likewise.
   """
 
   weights: object
@@ -41,32 +41,32 @@ def run_pipeline(schedule: Schedule, chunk: Callable, weights, outer, x, sums, c
       The objective and sums of all but the last virtual stage are zeros; the first does not read x.
     weights: this stage's, with a leading axis of chunks.
     outer: the weights outside the chunks, held by every stage.
-    x: shape and dtype of what goes from stage to stage.
-    sums: shapes and dtypes of what a chunk returns last.
+    x: shape and dtype of the activations between stages.
+    sums: shapes and dtypes of a chunk's last result.
     common: for each leaf of `outer`, whether every virtual stage reads it (see `leaves_read`); the
       others are read by the first and the last only.
   Returns:
     Gradients of the summed objective, and the sums.
   """
   plan, stages = tables(schedule), schedule.stages
-  actions, later = _actions(schedule, chunk, weights, outer, x, common)
+  actions, residuals = _actions(schedule, chunk, weights, outer, x, common)
   index = jax.lax.axis_index(_AXIS)
 
-  def tick(carry, row):
+  def tick(carry, table):
     totals, buffers = carry
-    row = jax.tree.map(lambda slots: slots[index], row)
-    held = _Buffers(*map(_read, buffers, row.buffers))
-    held = held._replace(gradient=jax.tree.map(  # the last virtual stage's: its objective alone
-      lambda grad: jnp.where(row.gradient.read < 0, jnp.zeros_like(grad), grad), held.gradient
+    now = jax.tree.map(lambda by_stage: by_stage[index], table)
+    values = _Buffers(*map(_read, buffers, now.buffers))
+    values = values._replace(gradient=jax.tree.map(  # the last virtual stage has its objective's
+      lambda grad: jnp.where(now.gradient.read < 0, jnp.zeros_like(grad), grad), values.gradient
     ))
-    virtual = row.chunk * stages + index
-    totals, up, down, kept = jax.lax.switch(row.kind, actions, row, virtual, totals, held)
+    virtual = now.chunk * stages + index
+    totals, up, down, pending = jax.lax.switch(now.kind, actions, now, virtual, totals, values)
     up = jax.lax.ppermute(up, _AXIS, [(i, (i + 1) % stages) for i in range(stages)])
     down = jax.lax.ppermute(down, _AXIS, [(i, (i - 1) % stages) for i in range(stages)])
-    buffers = _Buffers(*map(_write, buffers, row.buffers, (held.activation, up, down, kept)))
+    buffers = _Buffers(*map(_write, buffers, now.buffers, (values.activation, up, down, pending)))
     return (totals, buffers), None
 
-  buffers = _Buffers(*map(_allocate, (x, x, x, later), plan.buffers))
+  buffers = _Buffers(*map(_allocate, (x, x, x, residuals), plan.buffers))
   start = Totals(*map(_zeros, (weights, outer, sums)))
   (totals, _), _ = jax.lax.scan(tick, (start, buffers), jax.tree.map(jnp.asarray, plan))
   return totals
@@ -79,35 +79,35 @@ def leaves_read(function: Callable, argument):
   """
   jaxpr = jax.make_jaxpr(function)(argument).jaxpr
   read = [var for eqn in _needed(jaxpr.eqns, jaxpr.outvars) for var in eqn.invars]
-  read = {var for var in read + jaxpr.outvars if isinstance(var, core.Var)}
+  read = _variables(read + jaxpr.outvars)
   return jax.tree.unflatten(jax.tree.structure(argument), [var in read for var in jaxpr.invars])
 
 
 def _actions(schedule: Schedule, chunk: Callable, weights, outer, x, common) -> tuple:
-  """Makes the actions in the order of `CODES`, and the shapes of what B keeps for W.
+  """The actions in the order of `CODES`, and the shapes of the residuals that B saves for W.
 
-  An action is (row of the tables, virtual stage, totals, values of its buffers) → (totals,
-  activation for the next stage, gradient for the previous one, what W will need).
+  An action is (its entries of the tables, virtual stage, totals, values of its buffers) → (totals,
+  activation for the next stage, gradient for the previous one, residuals).
   """
-  split, backward, later = schedule.splits_backward, functools.partial(_gradients, chunk), ()
+  split, backward, residuals = schedule.splits_backward, functools.partial(_gradients, chunk), ()
   if split:
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), weights)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    backward, finish, later = split_backward(backward, one, outer, x, number, number, x)
+    backward, finish, residuals = split_backward(backward, one, outer, x, number, number, x)
   last = schedule.stages * schedule.chunks - 1
 
-  def idle(row, virtual, totals, held):
-    return totals, _zeros(x), _zeros(x), _zeros(later)
+  def idle(now, virtual, totals, values):
+    return totals, _zeros(x), _zeros(x), _zeros(residuals)
 
-  def forward(row, virtual, totals, held):
-    y, *_ = chunk(_take(weights, row.chunk), outer, held.activation, virtual, row.microbatch)
-    return totals, y, _zeros(x), _zeros(later)
+  def forward(now, virtual, totals, values):
+    y, *_ = chunk(_take(weights, now.chunk), outer, values.activation, virtual, now.microbatch)
+    return totals, y, _zeros(x), _zeros(residuals)
 
-  def back(row, virtual, totals, held):
-    one = _take(weights, row.chunk)
-    # `rest` is the weights' gradient, or what `finish` computes it from.
+  def back(now, virtual, totals, values):
+    one = _take(weights, now.chunk)
+    # `rest` is the weights' gradient, or the residuals that `finish` computes it from.
     (grad_x, grad_outer, sums), rest = backward(
-      one, outer, held.saved, virtual, row.microbatch, held.gradient
+      one, outer, values.saved, virtual, now.microbatch, values.gradient
     )
     first_or_last = (virtual == 0) | (virtual == last)
     add_all = lambda: jax.tree.map(jnp.add, totals.outer, grad_outer)  # noqa: E731
@@ -115,23 +115,21 @@ def _actions(schedule: Schedule, chunk: Callable, weights, outer, x, common) -> 
       lambda read, total, grad: total + grad if read else total, common, totals.outer, grad_outer
     )
     totals = Totals(
-      totals.weights if split else _add(totals.weights, rest, row.chunk),
+      totals.weights if split else _add(totals.weights, rest, now.chunk),
       jax.lax.cond(first_or_last, add_all, add_common),
       jax.tree.map(jnp.add, totals.sums, sums),
     )
     return totals, _zeros(x), grad_x, rest if split else ()
 
-  def weight(row, virtual, totals, held):
-    grads = finish(held.pending, _take(weights, row.chunk), outer)
-    totals = totals._replace(weights=_add(totals.weights, grads, row.chunk))
-    return totals, _zeros(x), _zeros(x), _zeros(later)
+  def weight(now, virtual, totals, values):
+    grads = finish(values.pending, _take(weights, now.chunk), outer)
+    totals = totals._replace(weights=_add(totals.weights, grads, now.chunk))
+    return totals, _zeros(x), _zeros(x), _zeros(residuals)
 
-  return [idle, forward, back, weight][: 4 if split else 3], later
+  return [idle, forward, back, weight][: 4 if split else 3], residuals
 
 
-class _Buffers(NamedTuple):
-  """A stage's buffers, or a tick's value of each; see `Tables`."""
-
+class _Buffers(NamedTuple):  # see `Tables`
   saved: object
   activation: object
   gradient: object
@@ -151,50 +149,52 @@ def _gradients(chunk, weights, outer, x, virtual, microbatch, grad):
 
 
 def split_backward(function: Callable, weights, outer, *rest) -> tuple:
-  """Splits a program of two results in two: one computes the first, the other the second.
+  """Splits a function with two results into one for the first and one for the second.
 
   Returns:
     (arguments → (first result, residuals); (residuals, weights, outer) → second result; shapes of
-    the residuals: all that the second half reads of the first).
+    the residuals: the values of the first half that the second reads).
   """
   closed, shape = jax.make_jaxpr(function, return_shape=True)(weights, outer, *rest)
   trees = [jax.tree.structure(result) for result in shape]
   jaxpr, count = closed.jaxpr, trees[0].num_leaves
-  ahead, later = jaxpr.outvars[:count], jaxpr.outvars[count:]
-  first = _needed(jaxpr.eqns, ahead)
+  results = jaxpr.outvars[:count], jaxpr.outvars[count:]
+  first = _needed(jaxpr.eqns, results[0])
   done = set(map(id, first))
-  second = _needed([eqn for eqn in jaxpr.eqns if id(eqn) not in done], later)
-  known = jaxpr.invars[: len(jax.tree.leaves((weights, outer)))]  # there in both halves
-  early = {var for eqn in first for var in eqn.outvars} | {*jaxpr.invars} - {*known}
-  read = [var for eqn in second for var in eqn.invars] + later
-  read = dict.fromkeys(var for var in read if isinstance(var, core.Var))
-  crossing = [var for var in read if var in early]
+  second = _needed([eqn for eqn in jaxpr.eqns if id(eqn) not in done], results[1])
+  known = jaxpr.invars[: len(jax.tree.leaves((weights, outer)))]  # arguments of both halves
+  computed = {var for eqn in first for var in eqn.outvars} | {*jaxpr.invars} - {*known}
+  read = _variables([var for eqn in second for var in eqn.invars] + results[1])
+  residuals = [var for var in read if var in computed]
 
   def subprogram(invars, outvars, eqns):
     info = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
     half = jaxpr.replace(invars=invars, outvars=outvars, eqns=eqns, debug_info=info)
     return core.jaxpr_as_fun(core.ClosedJaxpr(half, closed.consts))
 
-  one = subprogram(jaxpr.invars, [*ahead, *crossing], first)
-  two = subprogram([*crossing, *known], later, second)
+  one = subprogram(jaxpr.invars, [*results[0], *residuals], first)
+  two = subprogram([*residuals, *known], results[1], second)
 
   def start(*arguments):
-    results = one(*jax.tree.leaves(arguments))
-    return trees[0].unflatten(results[:count]), tuple(results[count:])
+    values = one(*jax.tree.leaves(arguments))
+    return trees[0].unflatten(values[:count]), tuple(values[count:])
 
-  def finish(kept, weights, outer):
-    return trees[1].unflatten(two(*kept, *jax.tree.leaves((weights, outer))))
+  def finish(residuals, weights, outer):
+    return trees[1].unflatten(two(*residuals, *jax.tree.leaves((weights, outer))))
 
-  return start, finish, tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in crossing)
+  return start, finish, tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in residuals)
+
+
+def _variables(atoms) -> dict:  # an ordered set, without literals
+  return dict.fromkeys(atom for atom in atoms if isinstance(atom, core.Var))
 
 
 def _needed(eqns, outvars) -> list:
   """The equations that some outputs depend on, in order."""
-  wanted = {var for var in outvars if isinstance(var, core.Var)}
-  kept = []
+  wanted, kept = set(_variables(outvars)), []
   for eqn in reversed(eqns):
     if wanted & set(eqn.outvars) or eqn.effects:
-      wanted |= {var for var in eqn.invars if isinstance(var, core.Var)}
+      wanted |= set(_variables(eqn.invars))
       kept.append(eqn)
   return kept[::-1]
 
@@ -208,13 +208,11 @@ def _take(stacked, index):
 
 
 def _add(totals, grads, chunk):
-  """Adds one chunk's gradient in place."""
   add = lambda total, grad: total.at[chunk].add(grad.astype(total.dtype))  # noqa: E731
   return jax.tree.map(add, totals, grads)
 
 
 def _allocate(like, buffer):
-  """As many slots for values as the stage that keeps most of them needs."""
   slots = max(1, int(np.max(buffer.slots)))
   return jax.tree.map(lambda a: jnp.zeros((slots, *a.shape), a.dtype), like)
 

@@ -6,7 +6,6 @@ activations always go to the next stage of the ring and gradients to the previou
 
 import dataclasses
 import functools
-import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +19,8 @@ CODES = {"F": 1, "B": 2, "W": 3}  # in Tables.kind; 0 is idle
 class Action(NamedTuple):
   """A stage's action in one tick, for one chunk and one microbatch.
 
-  F is the forward pass; B the gradient of the input, and in schedules without W of the weights too;
-  W the gradient of the weights alone.
+  F is the forward pass; B the gradient of the input, and in schedules without W also of the
+  weights; W the gradient of the weights.
   """
 
   kind: str
@@ -34,7 +33,7 @@ class Action(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """A schedule: `table` has for each tick, for each stage, its `Action`, or None where it idles.
+  """A schedule: `table[tick][stage]` is an `Action` or None.
 
   A tick's results reach the neighbouring stage before the next tick.
   """
@@ -60,7 +59,7 @@ class Schedule:
     Returns:
       For each stage, (start, end, `Action`) in order.
     Raises:
-      UserError: an action waits for something that never comes.
+      UserError: a deadlock.
     """
     fused = 0 if self.splits_backward else weight
     times = {"F": forward, "B": backward + fused, "W": weight}
@@ -92,8 +91,6 @@ def make_schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) ->
     stages: length of the pipeline, p ≥ 1.
     microbatches: m ≥ 1; a multiple of `stages` when interleaved.
     chunks: virtual stages on each stage; 1 unless interleaved.
-  Returns:
-    A schedule that `check` accepts.
   Raises:
     UserError: the kind is unknown, or the numbers do not work for it.
   Source: GPipe, Huang et al. 2018, arXiv:1811.06965; 1F1B, Narayanan et al. 2019 (PipeDream), as
@@ -177,47 +174,6 @@ def _simulate(orders, chunks, times) -> list[list[tuple]]:
   return lines
 
 
-def _placed(schedule: Schedule):
-  for tick, row in enumerate(schedule.table):
-    for stage, action in enumerate(row):
-      if action is not None:
-        yield tick, stage, action
-
-
-def check(schedule: Schedule) -> None:
-  """Checks that every action runs exactly once, at a later tick than those it needs.
-
-  With v a virtual stage and m a microbatch, F(v, m) needs F(v − 1, m); B(v, m) needs F(v, m) and
-  B(v + 1, m); W(v, m) needs B(v, m).
-
-  Raises:
-    UserError: names tick, stage and action of the first fault.
-  """
-  kinds = ("F", "B", "W") if schedule.splits_backward else ("F", "B")
-  counts = schedule.microbatches, schedule.chunks, schedule.stages
-  expected = dict.fromkeys(  # an ordered set
-    (stage, Action(kind, chunk, microbatch))
-    for kind, microbatch, chunk, stage in itertools.product(kinds, *map(range, counts))
-  )
-  for tick, row in enumerate(schedule.table):
-    if len(row) != schedule.stages:
-      raise UserError(f"tick {tick} has {len(row)} stages, the schedule {schedule.stages}")
-  ran = {}
-  for tick, stage, action in _placed(schedule):
-    where = f"tick {tick}, stage {stage}: {action}"
-    if (stage, action) not in expected:
-      raise UserError(f"{where} does not belong to this {schedule.kind} schedule")
-    if (stage, action) in ran:
-      raise UserError(f"{where} has run before, at tick {ran[stage, action]}")
-    for need in _needs(stage, action, schedule.stages, schedule.chunks):
-      if ran.get(need, tick) >= tick:
-        raise UserError(f"{where} needs {need[1]} on stage {need[0]}, which has not run before")
-    ran[stage, action] = tick
-  for stage, action in expected:
-    if (stage, action) not in ran:
-      raise UserError(f"tick {len(schedule.table)} (the end), stage {stage}: {action} never ran")
-
-
 class Buffer(NamedTuple):
   """Slots of one kind of value: int32 [tick, stage], −1 for none."""
 
@@ -234,13 +190,12 @@ class Tables(NamedTuple):
   """A schedule with a buffer slot for every value; arrays are int32 [tick, stage].
 
   In a tick a stage reads, computes, writes `saved` and `pending`, sends, and finally writes what
-  has arrived, perhaps to a slot that it read in the same tick.
+  it received, perhaps to a slot that it read in the same tick.
 
   Attributes:
     kind: 0 idle, or `CODES` of F, B, W.
-    chunk: the stage's chunk; 0 when idle.
-    microbatch: 0 when idle.
-    saved: inputs of chunks, alive until no B or W needs them: F writes; B and W read.
+    chunk: the stage's chunk, and `microbatch`: 0 when idle.
+    saved: inputs of chunks: F writes; B and W read.
     activation: activations from stage − 1, read by F; virtual stage 0 embeds tokens instead.
     gradient: gradients from stage + 1, read by B; the last virtual stage has the loss instead.
     pending: the output's gradients that W needs: B writes, W reads.
@@ -261,14 +216,12 @@ class Tables(NamedTuple):
 
 
 def tables(schedule: Schedule) -> Tables:
-  """Allocates a slot for every value that outlives its tick.
-
-  Raises:
-    UserError: `check` refuses the schedule.
-  """
-  check(schedule)
-  at = {(stage, action): tick for tick, stage, action in _placed(schedule)}
+  """Allocates a buffer slot for every value that outlives its tick."""
   shape = len(schedule.table), schedule.stages
+  at = {
+    (stage, action): tick
+    for tick, actions in enumerate(schedule.table) for stage, action in enumerate(actions) if action
+  }
   kind, chunk, microbatch = doing = np.zeros((3, *shape), np.int32)
   lives = {"FF": {}, "BB": {}, "FB": {}, "BW": {}}  # writer, reader: {(written, stage): [read, …]}
   for (stage, action), tick in at.items():
@@ -283,7 +236,7 @@ def tables(schedule: Schedule) -> Tables:
 
 def _allocate(lives, shape) -> Buffer:
   read, write = np.full((2, *shape), -1, np.int32)
-  last_reads = [[] for _ in range(shape[1])]  # of what lies in each slot
+  last_reads = [[] for _ in range(shape[1])]  # of each stage's slots
   for (written, stage), reads in sorted(lives.items()):
     last = last_reads[stage]
     slot = next((slot for slot, tick in enumerate(last) if tick <= written), len(last))

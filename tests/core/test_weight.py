@@ -11,7 +11,7 @@ from llmjax.core.grouped import grouped_dot
 from llmjax.core.take import take_rows
 from llmjax.core.tree import flatten
 from llmjax.core.weight import LoRA, Masked, Quantized
-from llmjax.models.kinds import _made as kind_of
+from llmjax.models.kinds import _convert as kind_of
 
 RNG = np.random.default_rng(0)
 # The 16 levels of NormalFloat, Dettmers et al. 2023, arXiv:2305.14314, appendix E.

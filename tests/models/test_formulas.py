@@ -168,7 +168,7 @@ def test_cache_bytes_are_those_of_the_cache(name, size):
 
 
 def abstract_cache(config, rows, slots):
-  return build(jax.random.key(0), config).empty_cache(rows, slots).layers
+  return build(jax.random.key(0), config).decoder.empty_cache(rows, slots).layers
 
 
 def test_llama_7b_keeps_a_gibibyte_at_2048_positions():

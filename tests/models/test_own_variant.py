@@ -137,7 +137,7 @@ def test_own_kinds_train_and_decode():
   row = np.array([prompt + made], np.int32)
   best = np.asarray(model.logits(model.hidden(Batch(row))[0])).argmax(-1)[0]
   assert best[3:-1].tolist() == made
-  cache = jax.eval_shape(lambda m: unstack_layers(m).empty_cache(2, 16).layers, model)
+  cache = jax.eval_shape(lambda m: unstack_layers(m).decoder.empty_cache(2, 16).layers, model)
   assert [leaf.shape for leaf in jax.tree.leaves(cache)] == 3 * [(2, 1, 16, config.dims["h"])]
 
 

@@ -187,7 +187,7 @@ def test_decoding_with_the_cache_equals_the_row_in_the_reference(name):
   if config.kind == "encoder_decoder":
     cache = jax.jit(lambda model, batch: model.init_cache(batch, t + 2))(model, batch_of(given))
   else:
-    cache = model.empty_cache(2, t + 2)
+    cache = model.decoder.empty_cache(2, t + 2)
   found = []
   for start in range(0, t, chunk):
     part = {key: given[key][:, start : start + chunk] for key in own}
@@ -220,7 +220,7 @@ def test_one_token_at_a_time_equals_the_row_and_slots_may_wait():
   model, given = weights_of(config), whole_rows(config)
   expected = reference.logits(values_of(model), reference_config(config), given)
   step = jax.jit(lambda model, tokens, places, cache: model(tokens, None, places, cache))
-  cache = model.empty_cache(2, 20)
+  cache = model.decoder.empty_cache(2, 20)
   for place in range(given["tokens"].shape[1]):
     one = slice(place, place + 1)
     logits, cache = step(model, given["tokens"][:, one], given["positions"][:, one], cache)

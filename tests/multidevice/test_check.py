@@ -49,12 +49,12 @@ CUT = {"context": 4, "data": 2}
 
 
 def test_a_mask_off_by_one_at_a_shard_border_is_caught(monkeypatch):
-  right = ring._Order.needed
+  right = ring._ChunkOrder.needed
 
   def needed(self, query_id, key_id):
     return right(self, query_id, key_id) & (key_id != query_id - 1)
 
-  monkeypatch.setattr(ring._Order, "needed", needed)
+  monkeypatch.setattr(ring._ChunkOrder, "needed", needed)
   found = row(CUT)
   assert not found["ok"] and found["loss_diff"] > 1e-4
 

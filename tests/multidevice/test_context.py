@@ -117,7 +117,7 @@ def test_a_causal_ring_gives_every_device_the_same_work_in_every_step(ways):
   mesh = make_mesh(MeshConfig(data=1, context=ways), jax.devices()[:ways])
 
   def count():
-    order = ring._Order(MaskSpec(), 6, prefix=False)
+    order = ring._ChunkOrder(MaskSpec(), 6, prefix=False)
     own = order.ids(order.index)
     steps = []
     for step in range(ways):
@@ -139,10 +139,10 @@ def test_chunks_go_where_they_are_numbered_and_come_back(ways):
   row = np.arange(4 * ways).reshape(1, -1)
 
   def there_and_back(x):
-    order = ring._Order(MaskSpec(), 4, prefix=False)
-    taken = order.take(x)
+    order = ring._ChunkOrder(MaskSpec(), 4, prefix=False)
+    taken = order.balance(x)
     numbers = jnp.stack([jnp.int32(i) for i in order.ids(order.index)])
-    return taken, order.give(taken), numbers
+    return taken, order.unbalance(taken), numbers
 
   taken, back, numbers = jax.jit(
     jax.shard_map(

@@ -27,12 +27,12 @@ class AttentionConfig:
   """Masks, scores and kernel of attention. A new variant adds its section as a field.
 
   Attributes:
-    mask: causal; bidirectional; prefix (causal, but a document's prefix is visible to all of it);
+    mask: causal; bidirectional; prefix (causal, but all of a document attends to its prefix);
       auto is causal in a decoder, bidirectional in an encoder.
     pattern: kinds of successive layers, repeated: full, window, sparse.
-    window: positions that a window layer attends to in each allowed direction, the own one counted.
+    window: positions that a window layer attends to in each allowed direction, the query's counted.
     sparse_block: positions of a block in sparse layers.
-    sparse_local: blocks a sparse layer attends to: the own one and (sparse_local - 1) next to it.
+    sparse_local: blocks a sparse layer attends to: the query's and (sparse_local - 1) next to it.
     sparse_global: this many first blocks of a document attend to all and are attended to by all.
     sparse_stride: blocks at multiples of this distance are attended to as well; 0 is none.
     softcap: scores become softcap · tanh(score / softcap); 0 leaves them.
@@ -87,18 +87,14 @@ class AttentionConfig:
     return chosen(self, AttentionVariant, GroupedQuery())
 
   def shrunk(self, devices: int, head_dim: int) -> "AttentionConfig":
-    """The config with the section in use made small; arguments as of `AttentionVariant.shrunk`."""
-    sections = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    used = {name: part for name, part in sections.items() if part is self.variant}
-    small = {name: part.shrunk(devices, head_dim) for name, part in used.items()}
+    """The config with a small section in use; arguments as of `AttentionVariant.shrunk`."""
+    names = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is self.variant]
+    small = {name: self.variant.shrunk(devices, head_dim) for name in names}
     return dataclasses.replace(self, **small)
 
   def rule(self, layer: str, causal: bool) -> MaskSpec:
     """The mask of a kind of layer."""
-    if layer == "window":
-      return MaskSpec(causal, window=self.window)
     if layer == "sparse":
-      return MaskSpec(
-        causal, 0, self.sparse_block, self.sparse_local, self.sparse_global, self.sparse_stride
-      )
-    return MaskSpec(causal)
+      keys = ("sparse_block", "sparse_local", "sparse_global", "sparse_stride")
+      return MaskSpec(causal, **{key: getattr(self, key) for key in keys})
+    return MaskSpec(causal, window=self.window if layer == "window" else 0)

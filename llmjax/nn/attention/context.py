@@ -1,7 +1,7 @@
-"""Attention with context parallelism (positions sharded along `context`): ring, gather, all_to_all.
+"""Attention with context parallelism (positions sharded along `context`).
 
-`ring` passes keys and values around (nn/attention/ring.py), `gather` all-gathers them, and
-`all_to_all` exchanges the sharding of positions for one of heads, before and after.
+`ring` is in nn/attention/ring.py, `gather` all-gathers keys and values, and `all_to_all` exchanges
+the sharding of positions for one of heads, before and after.
 """
 
 import dataclasses
@@ -24,32 +24,30 @@ _HEADS = ACTIVATIONS | {"t": None, "n": ("tensor", "context"), "k": ("tensor", "
 def attend_sharded(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, config):
   """Computes `attend`, by `config.context_parallel` where positions are sharded.
 
-  Keys of another row (cross attention) are always gathered, and so are those of a ring inside a
-  pipeline: its permutes need all devices at once, and stages run different programs. Under `ring`
-  and `gather` the kernel is one that works on rectangles of the mask: direct or blockwise.
+  Keys of cross-attention are always gathered, and so are those of a ring inside a pipeline: its
+  permutes need all devices at once, and stages run different programs. `ring` and `gather` use the
+  direct or the blockwise kernel.
 
   Args:
     q_btnh: queries; like `k_bskh`, `v_bskh`, `mask` and `scores` as `attend` takes them.
     config: `AttentionConfig`, for its kernel, block and context_parallel.
-  Returns:
-    o_btnh, dtype of `q_btnh`.
   Raises:
     UserError: all_to_all has fewer heads than devices to shard them over.
   Source: gather: Llama 3, arXiv:2407.21783, sec. 3.3.2; all_to_all: Jacobs et al. 2023,
     arXiv:2309.14509.
   """
-  kernel, block, method = config.kernel, config.block, config.context_parallel
+  arguments = q_btnh, k_bskh, v_bskh, mask, scores
   if shards("t", ACTIVATIONS) == 1:
-    return attend(q_btnh, k_bskh, v_bskh, mask, scores, kernel, block)
-  if method == "all_to_all" and mask.aligned:
-    return _all_to_all(q_btnh, k_bskh, v_bskh, mask, scores, kernel, block)
-  if method == "ring" and mask.aligned and not inside("stage"):
-    return ring_attend(q_btnh, k_bskh, v_bskh, mask, scores, block)
-  return _gather(q_btnh, k_bskh, v_bskh, mask, scores, block)
+    return attend(*arguments, config.kernel, config.block)
+  if config.context_parallel == "all_to_all" and mask.aligned:
+    return _all_to_all(*arguments, config.kernel, config.block)
+  if config.context_parallel == "ring" and mask.aligned and not inside("stage"):
+    return ring_attend(*arguments, config.block)
+  return _gather(*arguments, config.block)
 
 
 def check_heads(n: int, devices: int):
-  """Raises a `UserError` where all_to_all cannot give each device as many query heads."""
+  """Raises a `UserError` where all_to_all cannot shard the query heads."""
   if n % devices:
     raise UserError(
       f"model.attention.context_parallel=all_to_all gives every device heads, and {n} "
@@ -58,8 +56,6 @@ def check_heads(n: int, devices: int):
 
 
 def _gather(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int):
-  """Attends from each device's queries to the all-gathered keys."""
-
   def local(queries, keys, bias, sinks_n):
     q, q_positions, q_segments = queries
     keys = jax.tree.map(lambda a: jax.lax.all_gather(a, "context", axis=1, tiled=True), keys)
@@ -78,10 +74,9 @@ def _gather(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int):
 
 
 def _all_to_all(q_btnh, k_bskh, v_bskh, mask, scores, kernel, block):
-  """Attends to unsharded rows with sharded heads; key heads are repeated where too few to shard."""
   devices, n, k = shards("n", _HEADS), q_btnh.shape[2], k_bskh.shape[2]
   check_heads(n, devices)
-  if k % devices:
+  if k % devices:  # too few key heads to shard
     k_bskh, v_bskh = (jnp.repeat(a, n // k, axis=2) for a in (k_bskh, v_bskh))
   reshard = lambda a: jax.lax.with_sharding_constraint(a, spec("btnh", _HEADS))  # noqa: E731
   qkv = (reshard(array) for array in (q_btnh, k_bskh, v_bskh))

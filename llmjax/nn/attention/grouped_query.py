@@ -25,12 +25,11 @@ class GroupedQuery(AttentionVariant):
   """
 
   def layer(self, key, dims, config, norm, layout, out_scale) -> nnx.Module:
-    """Makes an `Attention`."""
     return Attention(key, dims, config, norm, layout, out_scale)
 
 
 class Attention(nnx.Module):
-  """Attention of a row to itself, to a cache, or to another row's keys and values.
+  """Self-attention, with or without a cache, or cross-attention.
 
   Arguments as of `AttentionVariant.layer`; `norm` is that of queries and keys.
   """
@@ -55,36 +54,34 @@ class Attention(nnx.Module):
       self.key_norm = Norm(key, dims, norm, "kh" if all_heads else "h")
 
   def __call__(self, x_btd, inputs: AttentionInputs, positions_bt, cache: KVCache | None = None):
-    """Attends to the row itself, or to the cache after its keys and values are written to it.
+    """Computes self-attention: (y_btd, the cache with the new keys and values or None).
 
     Args:
       x_btd: normed residual stream.
       inputs: mask, rope and bias.
-      positions_bt: cache slots that new keys and values are written to.
+      positions_bt: positions that new keys and values are written to the cache with.
       cache: this layer's keys and values so far.
-    Returns:
-      (y_btd, the cache with the new positions in it).
     """
-    q_btnh, k_bskh, v_bskh = self._project(x_btd, query="n", key="k", value="k")
-    q_btnh, new = self._queries(q_btnh, inputs), self._keys_values(k_bskh, v_bskh, inputs)
+    q_btnh, *key_value = self._project(x_btd, query="n", key="k", value="k")
+    q_btnh, new = self._queries(q_btnh, inputs), self._keys_values(*key_value, inputs.rope)
     if cache is not None:
       cache = new = cache.write(new, positions_bt)
     return self._attend(q_btnh, new, inputs), cache
 
   def cross_attend(self, x_btd, source: KVCache, inputs: AttentionInputs):
-    """Attends to another row's keys and values: y_btd."""
+    """Attends to the keys and values of another sequence: y_btd."""
     (q_btnh,) = self._project(x_btd, query="n")
     return self._attend(self._queries(q_btnh, inputs), source, inputs)
 
-  def keys_and_values(self, x_bsd, inputs: AttentionInputs | None = None) -> KVCache:
-    """Projects a row into its keys, normed and rotated, and values."""
-    return self._keys_values(*self._project(x_bsd, key="k", value="k"), inputs)
+  def keys_and_values(self, x_bsd, rope=None) -> KVCache:
+    """Projects a sequence into keys, normed and rotated, and values."""
+    return self._keys_values(*self._project(x_bsd, key="k", value="k"), rope)
 
-  def _keys_values(self, k_bskh, v_bskh, inputs: AttentionInputs | None) -> KVCache:
+  def _keys_values(self, k_bskh, v_bskh, rope=None) -> KVCache:
     if self.config.qk_norm != "none":
       k_bskh = self.key_norm(k_bskh)
-    if inputs is not None and inputs.rope is not None:
-      k_bskh = rotate(k_bskh, *inputs.rope, self.layout)
+    if rope is not None:
+      k_bskh = rotate(k_bskh, *rope, self.layout)
     k_bskh, v_bskh = shard(k_bskh, "btkh"), shard(v_bskh, "btkh")
     return KVCache.of(checkpoint_name(k_bskh, "key"), checkpoint_name(v_bskh, "value"))
 
@@ -96,7 +93,7 @@ class Attention(nnx.Module):
     return checkpoint_name(shard(q_btnh, "btnh"), "query")
 
   def _project(self, x_btd, **heads: str) -> tuple:
-    """Projects the stream into queries, keys or values, given with the letter of their heads."""
+    """Projects into queries, keys or values, each named with the letter of its heads."""
     names = [f"{name}_d{n}h" for name, n in heads.items()]
     if self.config.bias != "none":
       names += [f"{name}_bias_{n}h" for name, n in heads.items()]
@@ -116,8 +113,6 @@ class Attention(nnx.Module):
     config = self.config
     scale = config.scale or q_btnh.shape[-1] ** -0.5
     scores = Scores(scale, config.softcap, inputs.bias, self.sinks_n if config.sinks else None)
-    o_btnh = attend_sharded(
-      q_btnh, source.key_bskh, source.value_bskh, inputs.mask, scores, config
-    )
+    o_btnh = attend_sharded(q_btnh, source.key_bskh, source.value_bskh, inputs.mask, scores, config)
     y_btd = project_out(o_btnh, self.out_nhd)
     return y_btd + self.out_bias_d.astype(y_btd.dtype) if config.bias == "all" else y_btd

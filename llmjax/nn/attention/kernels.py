@@ -41,16 +41,16 @@ def attend(
     q_btnh: queries, compute dtype.
     k_bskh: keys; n is a multiple of k, and query head i reads key head i // g.
     v_bskh: values, whose head width may be smaller.
-    mask: who may look at whom; each query that matters sees at least one key.
+    mask: which keys each query attends to; each query that matters attends to at least one.
     scores: scale, soft cap, bias and sinks.
-    kernel: one of `KERNELS`; auto takes the platform's where it can do what is asked.
-    block: queries a strip of blockwise attention, and the tile of splash.
+    kernel: one of `KERNELS`; auto takes the platform's where it supports the arguments.
+    block: queries of a block of blockwise attention; splash's tile derives from it.
     table: from letters to mesh axes, for a kernel that runs on each device by itself.
   Returns:
-    o_btnh, dtype of `q_btnh`; `named` attention, as are splash's sums, without which its backward
-    pass would take its forward pass again.
+    o_btnh, dtype of `q_btnh`, with the checkpoint name "attention"; splash's sums have it too, or
+    its backward pass would repeat its forward pass.
   Raises:
-    UserError: a kernel that was asked for by name cannot do this.
+    UserError: a kernel that was asked for by name does not support this.
   Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped: Ainslie et al. 2023,
     arXiv:2305.13245; blockwise: Rabe & Staats 2021, arXiv:2112.05682; soft cap: Gemma team 2024,
     arXiv:2408.00118, sec. 2; sinks: OpenAI 2025, arXiv:2508.10925, sec. 2.
@@ -64,10 +64,9 @@ def attend(
     else:
       o_btnh = checkpoint_name(cudnn(q_btnh, k_bskh, v_bskh, mask, scores), "attention")
     return o_btnh[..., :-short] if short else o_btnh
-  if chosen == "direct" or q_btnh.shape[1] <= block:
-    run = functools.partial(_strip, mask=mask, scores=scores)
-  else:
-    run = functools.partial(_blockwise, mask=mask, scores=scores, block=block)
+  one_block = chosen == "direct" or q_btnh.shape[1] <= block
+  run = _attend_block if one_block else functools.partial(_blockwise, block=block)
+  run = functools.partial(run, mask=mask, scores=scores)
   return checkpoint_name(_head_major(run, q_btnh * scores.scale, k_bskh, v_bskh), "attention")
 
 
@@ -77,7 +76,7 @@ def choose(
   """Names the kernel that `attend` runs; `platform` is jax's name: cpu, gpu, tpu.
 
   Raises:
-    UserError: the named kernel cannot do this, with the reason.
+    UserError: the named kernel does not support this, with the reason.
   """
   reasons = {
     "splash": splash_cannot(platform, q_shape, k_shape, mask, scores),
@@ -95,11 +94,7 @@ def choose(
 
 
 def _head_major(run: Callable, q_btnh, k_bskh, v_bskh):
-  """Calls (q_bkgth, k_bksh, v_bksh) → o_bkgth; returns o_btnh.
-
-  Each (b, k) is then two plain matrix products on contiguous operands, twice as fast on CPU as
-  contracting "btkgh,bskh".
-  """
+  """Calls (q_bkgth, k_bksh, v_bksh) → o_bkgth, twice as fast on CPU as contracting "btkgh,bskh"."""
   b, t, n, h = q_btnh.shape
   k = k_bskh.shape[2]
   q_bkgth = q_btnh.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
@@ -107,22 +102,26 @@ def _head_major(run: Callable, q_btnh, k_bskh, v_bskh):
   return o_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, n, -1)
 
 
-def _strip(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores):
-  b, k, g, t, _ = q_bkgth.shape
-  s_bkgts = _scored(q_bkgth, k_bksh, mask, scores)
+def _attend_block(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores):
+  s_bkgts = _masked_scores(q_bkgth, k_bksh, mask, scores)
   if scores.sinks_n is None:
-    weights = jax.nn.softmax(s_bkgts, axis=-1)
-  else:
-    weights = _softmax_with_sink(s_bkgts, scores.sinks_n.reshape(k, g, 1, 1))
-  weights = weights.astype(q_bkgth.dtype).reshape(b, k, g * t, -1)
-  return contract("bkqs,bksh->bkqh", weights, v_bksh).reshape(b, k, g, t, -1)
+    return _weigh(jax.nn.softmax(s_bkgts, axis=-1), v_bksh, q_bkgth.dtype)
+  sink = scores.sinks_n.reshape(*s_bkgts.shape[1:3], 1, 1)
+  high = jax.lax.stop_gradient(jnp.maximum(s_bkgts.max(-1, keepdims=True), sink))
+  exp = jnp.exp(s_bkgts - high)
+  return _weigh(exp / (exp.sum(-1, keepdims=True) + jnp.exp(sink - high)), v_bksh, q_bkgth.dtype)
 
 
-def _scored(q_bkgth, k_bksh, mask: Mask, scores: Scores):
-  """Masked scores s_bkgts, fp32, before any sink."""
+def _weigh(weights_bkgts, v_bksh, dtype, out_dtype=None):
+  b, k, g, t, s = weights_bkgts.shape
+  weights = weights_bkgts.astype(dtype).reshape(b, k, g * t, s)
+  return contract("bkqs,bksh->bkqh", weights, v_bksh, out_dtype).reshape(b, k, g, t, -1)
+
+
+def _masked_scores(q_bkgth, k_bksh, mask: Mask, scores: Scores):
+  """s_bkgts, fp32, without any sink."""
   b, k, g, t, h = q_bkgth.shape
-  # A key head's g queries go into one axis of g·t.
-  q_bkqh = q_bkgth.reshape(b, k, g * t, h)
+  q_bkqh = q_bkgth.reshape(b, k, g * t, h)  # a key head's g queries share an axis
   s_bkgts = contract("bkqh,bksh->bkqs", q_bkqh, k_bksh, jnp.float32).reshape(b, k, g, t, -1)
   if scores.softcap:
     s_bkgts = scores.softcap * jnp.tanh(s_bkgts / scores.softcap)
@@ -132,82 +131,66 @@ def _scored(q_bkgth, k_bksh, mask: Mask, scores: Scores):
   return jnp.where(mask.allowed()[:, None, None], s_bkgts, jnp.finfo(jnp.float32).min)
 
 
-def attend_part(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int):
+def attend_partially(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int):
   """Computes attention over some of the keys, and the log of its softmax's denominator.
 
-  Parts over different keys join as o = Σ oᵢ exp(lseᵢ - lse), lse = log Σ exp lseᵢ. Arguments as
-  `attend` takes, but a query may see no key, and sinks have no part.
+  Results over different keys combine as o = Σ oᵢ exp(lseᵢ - lse), lse = log Σ exp lseᵢ. Arguments
+  as `attend` takes, but all keys of a query may be masked, and sinks are not added.
 
   Returns:
     (o_btnh, lse_btn), fp32.
   """
-  strip = jax.checkpoint(functools.partial(_part, scores=scores))
-  run = functools.partial(_group, strip, mask=mask, block=min(block, q_btnh.shape[1]))
-  made_btnh = _head_major(run, q_btnh * scores.scale, k_bskh, v_bskh)
-  return made_btnh[..., :-1], made_btnh[..., -1]
+  attend_block = jax.checkpoint(functools.partial(_attend_with_lse, scores=scores))
+  run = functools.partial(_loop_blocks, attend_block, mask=mask, block=min(block, q_btnh.shape[1]))
+  o_btnh = _head_major(run, q_btnh * scores.scale, k_bskh, v_bskh)
+  return o_btnh[..., :-1], o_btnh[..., -1]
 
 
-def _part(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores):
-  """A strip's result with the log of the denominator as one more channel, fp32."""
-  b, k, g, t, _ = q_bkgth.shape
-  s_bkgts = _scored(q_bkgth, k_bksh, mask, scores)
+def _attend_with_lse(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores):
+  """A block's result with the log of the denominator as one more channel, fp32."""
+  s_bkgts = _masked_scores(q_bkgth, k_bksh, mask, scores)
   high = jax.lax.stop_gradient(s_bkgts.max(-1, keepdims=True))
-  grown = jnp.exp(s_bkgts - high)
-  total = grown.sum(-1, keepdims=True)
-  weights = (grown / total).astype(q_bkgth.dtype).reshape(b, k, g * t, -1)
-  o_bkgth = contract("bkqs,bksh->bkqh", weights, v_bksh, jnp.float32).reshape(b, k, g, t, -1)
+  exp = jnp.exp(s_bkgts - high)
+  total = exp.sum(-1, keepdims=True)
+  o_bkgth = _weigh(exp / total, v_bksh, q_bkgth.dtype, jnp.float32)
   return jnp.concatenate([o_bkgth, high + jnp.log(total)], axis=-1)
 
 
-def _softmax_with_sink(scores, sink):
-  """Softmax over the last axis and one more entry, whose weight is dropped."""
-  high = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sink))
-  grown = jnp.exp(scores - high)
-  return grown / (grown.sum(-1, keepdims=True) + jnp.exp(sink - high))
-
-
 def _blockwise(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores, block: int):
-  """Strips of `block` queries; a few groups of strips, each with the keys that its rule leaves."""
+  """Blocks of queries in a few groups, each with the keys that its rule does not mask."""
   t, s = q_bkgth.shape[3], k_bksh.shape[2]
-  strip = jax.checkpoint(functools.partial(_strip, scores=scores))
-  strips = -(-t // block)
-  size = -(-strips // _GROUPS) * block  # queries of a group
-  made = []
+  attend_block = jax.checkpoint(functools.partial(_attend_block, scores=scores))
+  size = -(-t // (block * _GROUPS)) * block  # queries of a group
+  results = []
   for start in range(0, t, size):
     stop = min(t, start + size)
     queries, keys = slice(start, stop), slice(*mask.key_range(start, stop, s))
     q, k, v = q_bkgth[:, :, :, queries], k_bksh[:, :, keys], v_bksh[:, :, keys]
-    made.append(_group(strip, q, k, v, mask.tile(queries, keys), block))
-  return jnp.concatenate(made, axis=3)
+    results.append(_loop_blocks(attend_block, q, k, v, mask.tile(queries, keys), block))
+  return jnp.concatenate(results, axis=3)
 
 
-def _group(strip, q_bkgth, k_bksh, v_bksh, mask: Mask, block: int):
-  """Runs the strips of one group: the whole ones as a loop, what is left over by itself."""
+def _loop_blocks(attend_block, q_bkgth, k_bksh, v_bksh, mask: Mask, block: int):
+  """Runs full blocks of queries as a loop, and the remaining queries by themselves."""
   t = q_bkgth.shape[3]
-  whole = t // block * block if t >= 2 * block else 0
-  made = []
-  if whole:
+  looped = t // block * block if t >= 2 * block else 0
+  results = []
+  if looped:
 
-    def run(piece):
-      queries, positions, segments = piece
-      part = dataclasses.replace(mask, q_positions_bt=positions, q_segments_bt=segments)
-      return strip(queries, k_bksh, v_bksh, part)
+    def run(arrays):
+      q_bkgth, positions, segments = arrays
+      block_mask = dataclasses.replace(mask, q_positions_bt=positions, q_segments_bt=segments)
+      return attend_block(q_bkgth, k_bksh, v_bksh, block_mask)
 
-    cut = functools.partial(_cut, block=block)
-    pieces = cut(q_bkgth, 3), cut(mask.q_positions_bt, 1), cut(mask.q_segments_bt, 1)
-    out = jax.lax.map(run, pieces)
-    made.append(jnp.moveaxis(out, 0, 3).reshape(*q_bkgth.shape[:3], whole, -1))
-  if whole < t:
-    rest = mask.tile(slice(whole, t), slice(None))
-    made.append(strip(q_bkgth[:, :, :, whole:], k_bksh, v_bksh, rest))
-  return jnp.concatenate(made, axis=3)
+    def blocks(array, axis):  # the blocks of an axis come first; the remainder is dropped
+      array = jax.lax.slice_in_dim(array, 0, looped, axis=axis)
+      shape = (*array.shape[:axis], looped // block, block, *array.shape[axis + 1 :])
+      return jnp.moveaxis(array.reshape(shape), axis, 0)
 
-
-def _cut(array, axis: int, block: int):
-  """Cuts an axis into whole blocks, which come to the front; what is left over is dropped."""
-  if array is None:
-    return None
-  blocks = array.shape[axis] // block
-  array = jax.lax.slice_in_dim(array, 0, blocks * block, axis=axis)
-  shape = (*array.shape[:axis], blocks, block, *array.shape[axis + 1 :])
-  return jnp.moveaxis(array.reshape(shape), axis, 0)
+    ids = jax.tree.map(lambda ids: blocks(ids, 1), (mask.q_positions_bt, mask.q_segments_bt))
+    out = jax.lax.map(run, (blocks(q_bkgth, 3), *ids))
+    results.append(jnp.moveaxis(out, 0, 3).reshape(*q_bkgth.shape[:3], looped, -1))
+  if looped < t:
+    rest = mask.tile(slice(looped, t), slice(None))
+    results.append(attend_block(q_bkgth[:, :, :, looped:], k_bksh, v_bksh, rest))
+  return jnp.concatenate(results, axis=3)

@@ -24,8 +24,7 @@ from llmjax.nn.position import rotate
 from llmjax.parallel.rules import shard
 from llmjax.parallel.tensor import column_parallel
 
-# Of the norms of latents, whatever the model's other norms have: so in the published models.
-EPS = 1e-6
+EPS = 1e-6  # of the norms of latents, in the published models whatever that of the others is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,6 @@ class LatentConfig(AttentionVariant):
 
   @property
   def used(self) -> bool:
-    """Whether the config asks for latent attention."""
     return self.kv_rank > 0
 
   @property
@@ -67,23 +65,18 @@ class LatentConfig(AttentionVariant):
     return self.nope_dim + self.rope_dim
 
   def layer(self, key, dims, config, norm, layout, out_scale) -> nnx.Module:
-    """Makes a `LatentAttention`."""
     return LatentAttention(key, dims, config, norm, layout, out_scale)
 
   def cache_shapes(self, dims, batch: int, slots: int) -> tuple:
-    """One vector for each position, the latent and the rotary key; values are made of it."""
     return (batch, 1, slots, self.kv_rank + self.rope_dim), None
 
   def head_dim(self, model) -> int:
-    """Width of a head's queries and keys."""
     return self.width
 
   def rotary_dim(self, model) -> int:
-    """Channels of a head that are rotated."""
     return self.rope_dim
 
   def check(self, model):
-    """Refuses keys of the model that latent attention does not read."""
     attention, position, h = model.attention, model.position, self.width
     if (attention.sinks, attention.qk_norm, attention.bias) != (False, "none", "none"):
       raise UserError("latent attention has no sinks, qk_norm or bias: leave model.attention's")
@@ -100,7 +93,6 @@ class LatentConfig(AttentionVariant):
       raise UserError(f"model.kind={model.kind} has no latent attention")
 
   def shrunk(self, devices: int, head_dim: int) -> "LatentConfig":
-    """Ranks that `devices` divide as before, and half of a head's channels rotated."""
     ranks = [rank and 8 * math.gcd(rank, devices) for rank in (self.kv_rank, self.query_rank)]
     return LatentConfig(*ranks, head_dim // 2, head_dim // 2, head_dim - 2)
 
@@ -108,8 +100,8 @@ class LatentConfig(AttentionVariant):
 class LatentAttention(nnx.Module):
   """Latent attention of a row to itself or to a cache of latents.
 
-  In names of weights r is the rank of a latent, and h the part of a head that the weight makes.
-  Arguments as of `AttentionVariant.layer`; `norm` is that of the latents, apart from its eps.
+  In names of weights r is the rank of a latent, and h the channels of a head that the weight
+  computes. Arguments as of `AttentionVariant.layer`; `norm` is that of the latents but for its eps.
 
   Source: DeepSeek-V2, arXiv:2405.04434, sec. 2.1, eq. 9 to 19 and appendix C.
   """
@@ -135,23 +127,21 @@ class LatentAttention(nnx.Module):
     param(self, key, "out_nhd", value, fan_in(value, "nh", out_scale))
 
   def __call__(self, x_btd, inputs: AttentionInputs, positions_bt, cache: KVCache | None = None):
-    """See `Attention`; the cache's `key` is a latent and its rotary key, side by side."""
-    q_btnh, kept_bsr = self._queries(x_btd, inputs), self._latents(x_btd, inputs)
+    """See `Attention`; the cache's keys are latents, each with its rotary key after it."""
+    q_btnh, latent_bsr = self._queries(x_btd, inputs), self._latents(x_btd, inputs)
     attend = self._expanded
     if cache is not None:
-      cache = cache.write(KVCache(kept_bsr[:, None]), positions_bt)
-      kept_bsr = cache.key_bksh[:, 0]
-      attend = self._absorbed if self._few(q_btnh.shape[1]) else self._expanded
-    return project_out(attend(q_btnh, kept_bsr, inputs), self.out_nhd), cache
+      cache = cache.write(KVCache(latent_bsr[:, None]), positions_bt)
+      latent_bsr = cache.key_bksh[:, 0]
+      attend = self._absorbed if self._absorbing_is_cheaper(q_btnh.shape[1]) else self._expanded
+    return project_out(attend(q_btnh, latent_bsr, inputs), self.out_nhd), cache
 
-  def _few(self, queries: int) -> bool:
-    """Whether absorbing costs this many queries fewer multiplications for each cached position."""
+  def _absorbing_is_cheaper(self, queries: int) -> bool:  # by multiplications a cached position
     latent = self.config.latent
     expanded = latent.nope_dim + latent.value_dim
     return queries * (2 * latent.kv_rank - expanded) < latent.kv_rank * expanded
 
   def _queries(self, x_btd, inputs: AttentionInputs):
-    """Queries whose last channels are rotated: q_btnh."""
     name, eq = "query_dnh", "btd,dnh->btnh"
     if self.config.latent.query_rank:
       x_btd = self.query_norm(dot("btd,dr->btr", x_btd, self.query_down_dr))
@@ -163,15 +153,15 @@ class LatentAttention(nnx.Module):
     return checkpoint_name(shard(jnp.concatenate([plain, rotated], axis=-1), "btnh"), "query")
 
   def _latents(self, x_btd, inputs: AttentionInputs):
-    """What the cache holds: normed latents, and the rotary key after them: [b, t, r + h]."""
+    """Normed latents, each with its rotary key after it: [b, t, r + h]."""
     c_btr = self.latent_norm(dot("btd,dr->btr", x_btd, self.latent_dr))
     k_bth = dot("btd,dh->bth", x_btd, self.key_rope_dh)
     k_bth = rotate(k_bth[:, :, None], *inputs.rope, self.layout)[:, :, 0]
     return checkpoint_name(jnp.concatenate([c_btr, k_bth], axis=-1), "key")
 
-  def _expanded(self, q_btnh, kept_bsr, inputs: AttentionInputs):
+  def _expanded(self, q_btnh, latent_bsr, inputs: AttentionInputs):
     """Attends to every head's keys and values, projected from the latents."""
-    c_bsr, k_bsh = jnp.split(kept_bsr, [self.config.latent.kv_rank], axis=-1)
+    c_bsr, k_bsh = jnp.split(latent_bsr, [self.config.latent.kv_rank], axis=-1)
     names = ("key_up_rnh", "value_up_rnh")
     project = lambda c_bsr, weights: tuple(  # noqa: E731
       dot("bsr,rnh->bsnh", c_bsr, weights[name]) for name in names
@@ -183,14 +173,14 @@ class LatentAttention(nnx.Module):
     k_bsnh = shard(jnp.concatenate([k_bsnh, rotated], axis=-1), "btnh")
     return self._attend(q_btnh, k_bsnh, v_bsnh, inputs)
 
-  def _absorbed(self, q_btnh, kept_bsr, inputs: AttentionInputs):
-    """Attends to the latents: q · (c W) = (q Wᵀ) · c; then projects the results to values."""
+  def _absorbed(self, q_btnh, latent_bsr, inputs: AttentionInputs):
+    """Attends to the latents, q · (c W) = (q Wᵀ) · c, and projects the results to values."""
     latent = self.config.latent
     plain, rotated = jnp.split(q_btnh, [latent.nope_dim], axis=-1)
     q_btnr = dot("btnh,rnh->btnr", plain, self.key_up_rnh)
     q_btnr = jnp.concatenate([q_btnr, rotated], axis=-1)
-    kept_bs1r = kept_bsr[:, :, None]  # read once: the rotary key's share of the result is dropped
-    o_btnr = self._attend(q_btnr, kept_bs1r, kept_bs1r, inputs)[..., : latent.kv_rank]
+    kv_bs1r = latent_bsr[:, :, None]  # read once: the rotary key's share of the result is dropped
+    o_btnr = self._attend(q_btnr, kv_bs1r, kv_bs1r, inputs)[..., : latent.kv_rank]
     return dot("btnr,rnh->btnh", o_btnr, self.value_up_rnh)
 
   def _attend(self, q_btnh, k_bskh, v_bskh, inputs: AttentionInputs):

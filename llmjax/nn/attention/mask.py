@@ -1,8 +1,7 @@
-"""Who may look at whom, kept as a rule and never as a [t, s] array until a kernel asks for a tile.
+"""Attention masks as a static rule with positions and segments, not as [t, s] arrays.
 
-The rule is static; segments and positions are arrays. Any rectangle of the mask can be computed by
-itself, so blockwise attention needs O(t) memory, and tiles that a rule empties are skipped.
-"""
+Any tile of the mask can be computed by itself, so blockwise attention needs O(t) memory and fully
+masked key blocks are skipped."""
 
 import dataclasses
 
@@ -12,15 +11,13 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class MaskSpec:
-  """What a query may see of its own document.
+  """Which keys of its own document a query attends to.
 
   Attributes:
-    causal: keys up to its own position only.
-    window: keys less than so many positions away; 0 is no limit.
-    sparse_block: positions of a block of the block-sparse pattern; 0 is dense.
-    sparse_local: blocks that are seen: the own and the (sparse_local - 1) next to it.
-    sparse_global: so many first blocks of a document see all and are seen by all.
-    sparse_stride: every so many-th block away is seen as well; 0 is none.
+    causal: keys up to the query's position only.
+    window: keys less than this many positions away; 0 is no limit.
+    sparse_block: positions of a block of the block-sparse pattern; 0 is dense. The other keys are
+      as in `AttentionConfig`.
   """
 
   causal: bool = True
@@ -37,13 +34,12 @@ class Mask:
   """A rule and the positions it applies to.
 
   Attributes:
-    q_positions_bt: int32 place of each query within its document.
-    k_positions_bs: int32 place of each key.
-    q_segments_bt: int32 document of each query; 0 is padding. None: all are of one.
-    k_segments_bs: int32 document of each key.
-    prefix_bs: bool, keys that every query of the document sees, earlier or later. None: none.
+    q_positions_bt: int32 position of each query within its document; `k_positions_bs` of each key.
+    q_segments_bt: int32 document of each query, 0 for padding; `k_segments_bs` of each key. None:
+      all are of one document.
+    prefix_bs: bool, keys that every query of the document attends to, earlier or later; or None.
     rule: static.
-    aligned: queries and keys are the same places of a row, whose order is that of positions.
+    aligned: queries and keys are the same tokens of a row, in ascending order of position.
   """
 
   q_positions_bt: jax.Array
@@ -55,7 +51,7 @@ class Mask:
   aligned: bool = dataclasses.field(default=False, metadata={"static": True})
 
   def allowed(self):
-    """Computes mask_bts, bool, true where query t may see key s."""
+    """Computes mask_bts, bool, true where query t attends to key s."""
     query, key = self.q_positions_bt[:, :, None], self.k_positions_bs[:, None, :]
     ok_bts = _in_rule(self.rule, query, key)
     if self.prefix_bs is not None:
@@ -65,36 +61,29 @@ class Mask:
     return ok_bts
 
   def tile(self, queries: slice, keys: slice) -> "Mask":
-    """Cuts the mask down to a rectangle."""
-    take = lambda array, part: None if array is None else array[:, part]  # noqa: E731
-    return dataclasses.replace(
-      self,
-      q_positions_bt=take(self.q_positions_bt, queries),
-      k_positions_bs=take(self.k_positions_bs, keys),
-      q_segments_bt=take(self.q_segments_bt, queries),
-      k_segments_bs=take(self.k_segments_bs, keys),
-      prefix_bs=take(self.prefix_bs, keys),
-      aligned=False,
+    """The mask of some queries and some keys."""
+    take = lambda arrays, ids: jax.tree.map(lambda array: array[:, ids], arrays)  # noqa: E731
+    q_positions_bt, q_segments_bt = take((self.q_positions_bt, self.q_segments_bt), queries)
+    k_positions_bs, k_segments_bs, prefix_bs = take(
+      (self.k_positions_bs, self.k_segments_bs, self.prefix_bs), keys
     )
+    return Mask(q_positions_bt, k_positions_bs, q_segments_bt, k_segments_bs, prefix_bs, self.rule)
 
   def key_range(self, start: int, stop: int, keys: int) -> tuple[int, int]:
-    """Bounds the keys that queries `start` to `stop - 1` of a row can see: all outside are masked.
+    """Bounds the keys that are not masked for all of the queries from `start` to before `stop`.
 
     Args:
-      start: first query.
-      stop: query to end before.
       keys: how many keys there are.
     Returns:
       (first, end) of the keys.
     """
-    if not self.aligned:
-      return 0, keys
     first, end = 0, keys
-    if self.rule.window and self.prefix_bs is None:
-      first = max(0, start - self.rule.window + 1)
-      end = min(keys, stop + self.rule.window - 1)
-    if self.rule.causal and self.prefix_bs is None:
-      end = min(end, stop)
+    if self.aligned and self.prefix_bs is None:
+      if self.rule.window:
+        first = max(0, start - self.rule.window + 1)
+        end = min(keys, stop + self.rule.window - 1)
+      if self.rule.causal:
+        end = min(end, stop)
     return first, end
 
 
@@ -106,43 +95,36 @@ def _in_rule(rule: MaskSpec, query, key):
     ok &= jnp.abs(query - key) < rule.window
   if rule.sparse_block:
     query_block, key_block = query // rule.sparse_block, key // rule.sparse_block
-    apart = jnp.abs(query_block - key_block)
-    near = apart < rule.sparse_local
-    near |= (key_block < rule.sparse_global) | (query_block < rule.sparse_global)
+    distance = jnp.abs(query_block - key_block)
+    sparse_ok = distance < rule.sparse_local
+    sparse_ok |= (key_block < rule.sparse_global) | (query_block < rule.sparse_global)
     if rule.sparse_stride:
-      near |= apart % rule.sparse_stride == 0
-    ok &= near
+      sparse_ok |= distance % rule.sparse_stride == 0
+    ok &= sparse_ok
   return ok
 
 
 def self_mask(rule: MaskSpec, segments_bt, positions_bt, prefix_bt=None) -> Mask:
-  """Makes the mask of a row that looks at itself.
-
-  Args:
-    rule: who sees whom within a document.
-    segments_bt: int32 document of each position; 0 is padding. None: one document.
-    positions_bt: int32 place within the document.
-    prefix_bt: bool, tokens that their whole document sees; None: none.
-  """
+  """The mask of self-attention of rows without a cache; arguments as of `Mask`."""
   return Mask(
     positions_bt, positions_bt, segments_bt, segments_bt, prefix_bt, rule, aligned=True
   )
 
 
 def cache_mask(rule: MaskSpec, positions_bt, k_positions_bs, prefix_bs=None) -> Mask:
-  """Makes the mask of queries that see the slots of a cache, wherever its keys lie.
+  """The mask of queries and the slots of a cache, whose keys may lie in any order.
 
   Args:
-    rule: what a query may see; causal, or empty slots would be seen.
+    rule: a causal one, or empty slots would not be masked.
     positions_bt: int32 position of each query.
     k_positions_bs: int32 position of the key in each slot; later than every query for empty ones.
-    prefix_bs: bool, keys that every query sees.
+    prefix_bs: bool, keys that every query attends to.
   """
   return Mask(positions_bt, k_positions_bs, prefix_bs=prefix_bs, rule=rule)
 
 
 def cross_mask(segments_bt, positions_bt, source_segments_bs) -> Mask:
-  """Makes the mask of queries that look at a source: all of it that is of the same number."""
+  """The mask of cross-attention: all of the source with the same segment number."""
   source_positions_bs = jnp.broadcast_to(
     jnp.arange(source_segments_bs.shape[1]), source_segments_bs.shape
   )

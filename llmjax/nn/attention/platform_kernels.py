@@ -1,6 +1,6 @@
 """Attention by the platforms' own kernels: splash attention on TPU, cuDNN on NVIDIA GPUs.
 
-Beside each stands what it cannot do, in the words that a user who named it is given.
+For each there is a function that says what it does not support, for the user who named it.
 """
 
 import functools
@@ -29,7 +29,7 @@ def splash_cannot(platform, q_shape, k_shape, mask: Mask, scores: Scores) -> str
 
 
 def splash(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int, table: dict):
-  """Splash attention, on each device's own rows and heads."""
+  """Splash attention, on each device by itself."""
   mesh = jax.sharding.get_abstract_mesh()
   run = functools.partial(
     _splash_local, rule=mask.rule, scale=scores.scale, softcap=scores.softcap, block=block
@@ -39,9 +39,7 @@ def splash(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int, table
     return run(*arguments)
   specs = tuple(spec(letters, table) for letters in ("btnh", "btkh", "btkh", "bt", "n"))
   # The kernel's outputs carry no record of which axes they vary over.
-  return jax.shard_map(
-    run, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False
-  )(*arguments)
+  return jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=False)(*arguments)
 
 
 def _splash_local(
@@ -52,16 +50,13 @@ def _splash_local(
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
   t, n = q_btnh.shape[1:3]
+  mask = masks.CausalMask((t, t)) if rule.causal else masks.FullMask((t, t))
   if rule.window:
     reach = rule.window - 1
-    one = masks.LocalMask((t, t), (reach, 0 if rule.causal else reach), 0)
-  elif rule.causal:
-    one = masks.CausalMask((t, t))
-  else:
-    one = masks.FullMask((t, t))
+    mask = masks.LocalMask((t, t), (reach, 0 if rule.causal else reach), 0)
   size = splash_tile(block, t)
   kernel = kernels.make_splash_mha(
-    masks.MultiHeadMask([one] * n),
+    masks.MultiHeadMask([mask] * n),
     block_sizes=kernels.BlockSizes(*[size] * 8),  # forward, then those of k and v, then of q
     attn_logits_soft_cap=softcap or None,
     head_shards=1,

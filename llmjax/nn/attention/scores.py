@@ -1,4 +1,4 @@
-"""How attention makes scores of queries and keys, beyond their product."""
+"""Scale, soft cap, bias and sinks of attention scores."""
 
 import dataclasses
 
@@ -9,13 +9,13 @@ from llmjax.nn.bias import Bias
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """How scores are made of q and k, beyond their product.
+  """Terms of attention scores.
 
   Attributes:
     scale: factor on q kᵀ.
     softcap: scores become softcap · tanh(score / softcap); 0 leaves them.
-    bias: added by distance; None adds nothing.
-    sinks_n: fp32 score of one more key that has no value; None for none.
+    bias: added by distance, or None.
+    sinks_n: fp32 score of one more key that has no value, or None.
   """
 
   scale: float

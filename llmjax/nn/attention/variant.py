@@ -1,4 +1,4 @@
-"""What a model asks of a variant of attention, and the inputs that all its layers get alike."""
+"""The interface of a variant of attention, and the inputs that all its layers share."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ class AttentionVariant:
     raise NotImplementedError
 
   def cache_shapes(self, dims: dict[str, int], batch: int, slots: int) -> tuple:
-    """Shapes of a layer's cache: (that of its keys `bksh`, that of its values or None)."""
+    """Shapes of a layer's cache: (that of keys [b, k, s, h], that of values or None)."""
     return ((batch, dims["k"], slots, dims["h"]),) * 2
 
   def head_dim(self, model) -> int:
@@ -77,7 +77,7 @@ class AttentionVariant:
       )
 
   def shrunk(self, devices: int, head_dim: int) -> "AttentionVariant":
-    """The section for a tiny model with heads of `head_dim`, divided alike by up to `devices`."""
+    """The section of a tiny model with heads of `head_dim` that up to `devices` divide likewise."""
     return self
 
 

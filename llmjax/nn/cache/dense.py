@@ -1,7 +1,7 @@
-"""The key/value cache of decoding, which keeps the position of every key it holds.
+"""The key/value cache of decoding, with the position of every key.
 
 The key of position p is written to slot p mod slots: a cache as long as the text keeps every key,
-and a shorter one is a ring that keeps the last ones, which is all that a window layer needs.
+and a shorter one is a ring buffer of the last ones, which is all that a window layer needs.
 """
 
 import dataclasses
@@ -18,10 +18,7 @@ _NEVER = 2**30  # stands for the position of an empty slot in masks: later than 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-  """Keys and values of one layer.
-
-  Heads stand before slots: the keys of a head are then one matrix in memory, which decoding reads
-  as it lies.
+  """Keys and values of one layer, heads before slots: the keys of a head are contiguous in memory.
 
   Attributes:
     key_bksh: keys, already rotated.
@@ -38,16 +35,14 @@ class KVCache:
 
   @property
   def key_bskh(self) -> jax.Array:
-    """Keys of one layer, slots before heads."""
     return self.key_bksh.swapaxes(-3, -2)
 
   @property
   def value_bskh(self) -> jax.Array:
-    """Values of one layer, slots before heads."""
     return self.value_bksh.swapaxes(-3, -2)
 
   def write(self, new: "KVCache", positions_bt) -> "KVCache":
-    """Returns the cache with the new keys and values of every row at their positions.
+    """Returns the cache with new keys and values at their positions.
 
     Args:
       new: keys and values of t positions.
@@ -64,13 +59,12 @@ class KVCache:
 
 
 def shard_keys(cache):
-  """Constrains keys and values to the mesh in scope: rows as a batch's, heads over `tensor`."""
-  one_head = lambda leaf: leaf.shape[1] == 1  # of latent attention, and of multi-query attention  # noqa: E731
-  return jax.tree.map(lambda leaf: shard(leaf, "b1sh" if one_head(leaf) else "bksh"), cache)
+  """Constrains keys and values to the mesh in scope; a lone head is replicated."""
+  return jax.tree.map(lambda leaf: shard(leaf, "b1sh" if leaf.shape[1] == 1 else "bksh"), cache)
 
 
 def _slots(positions_bt, slots: int):
-  """The slot of every position; `slots`, which is none, for those that are not kept."""
+  """The slot of every position; `slots`, which does not exist, for those that are not kept."""
   last_b1 = positions_bt.max(axis=1, keepdims=True)
   kept_bt = (positions_bt >= 0) & (positions_bt > last_b1 - slots)
   return jnp.where(kept_bt, positions_bt % slots, slots)
@@ -83,16 +77,16 @@ def _put(old_bksh, new_bkth, slots_bt):
 
 def _put_one(old_bksh, new_bk1h, slots_b1):
   """Writes one position of every row, in place; a scatter would copy the cache on CPU."""
-  # Dimensions of size one are left out, the form in which `Cache.squeeze` has a loop carry it.
+  # Without dimensions of size one, as a loop carries the cache (`Cache.squeeze`).
   kept = [axis for axis in range(4) if axis > 1 or old_bksh.shape[axis] > 1]
-  bare = old_bksh.reshape([old_bksh.shape[axis] for axis in kept])
+  select = lambda values: [values[axis] for axis in kept]  # noqa: E731
+  squeezed = old_bksh.reshape(select(old_bksh.shape))
   for row in range(len(old_bksh)):
-    new = new_bk1h[row : row + 1]
-    start = (row, 0, slots_b1[row, 0], 0)
-    bare = jax.lax.dynamic_update_slice(
-      bare, new.reshape([new.shape[axis] for axis in kept]), [start[axis] for axis in kept]
+    new, start = new_bk1h[row : row + 1], (row, 0, slots_b1[row, 0], 0)
+    squeezed = jax.lax.dynamic_update_slice(
+      squeezed, new.reshape(select(new.shape)), select(start)
     )
-  return bare.reshape(old_bksh.shape)
+  return squeezed.reshape(old_bksh.shape)
 
 
 def _put_positions(old_bs, positions_bt):
@@ -105,17 +99,17 @@ def _put_positions(old_bs, positions_bt):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """All that decoding keeps of a stack of layers.
+  """The cache of a stack of layers.
 
   Attributes:
-    layers: keys and values of the row itself in every layer.
+    layers: keys and values of self-attention in every layer.
     positions: for every kind of layer, the position of the key in each slot (position_bs, int32);
       -1 where a slot is empty, whatever its key then is.
     kinds: the kind of every layer.
     slots: most positions of a row.
-    source: keys and values that cross attention reads in every layer; None without it.
-    source_segments_bs: int32 numbers of the source's documents; None without it.
-    prefix_b: int32, how many first positions every query sees (prefix-LM); None without them.
+    source: keys and values of cross-attention in every layer, or None.
+    source_segments_bs: int32 segment numbers of the source, or None.
+    prefix_b: int32, how many first positions every query attends to (prefix-LM), or None.
   """
 
   layers: tuple[KVCache, ...]
@@ -127,8 +121,7 @@ class Cache:
   prefix_b: jax.Array | None = None
 
   def seen_positions(self, kind: str) -> tuple:
-    """What a mask asks: position_bs of a kind of layer, empty slots later than every query, and
-    prefix_bs, true where every query sees a key (None without a prefix)."""
+    """What `cache_mask` takes of a kind of layer: (k_positions_bs, prefix_bs)."""
     position_bs = self.positions[kind]
     is_empty = position_bs < 0
     prefix_bs = None
@@ -141,7 +134,7 @@ class Cache:
 
     Args:
       positions_bt: int32, -1 for padding; every row's in ascending order.
-      prefix_bt: bool, positions that every query of their row sees; all before them are as well.
+      prefix_bt: bool, positions that, like all before them, every query of their row attends to.
     """
     positions = {
       kind: _put_positions(old_bs, positions_bt) for kind, old_bs in self.positions.items()
@@ -152,22 +145,15 @@ class Cache:
     return dataclasses.replace(self, positions=positions, prefix_b=prefix_b)
 
   def resize(self, like: "Cache") -> "Cache":
-    """Moves the keys of unstacked layers to as many slots as those of another cache have.
-
-    The last positions are kept where they become fewer. `like` may be abstract.
-    """
-    positions, layers = dict(self.positions), list(self.layers)
-    for kind, old_bs in self.positions.items():
-      slots = like.positions[kind].shape[1]
-      if old_bs.shape[1] == slots:
-        continue
-      positions[kind] = _put_positions(jnp.full((len(old_bs), slots), -1, jnp.int32), old_bs)
-      for number in (n for n, other in enumerate(self.kinds) if other == kind):
-        empty = jax.tree.map(
-          lambda a, slots=slots: jnp.zeros((*a.shape[:2], slots, a.shape[3]), a.dtype),
-          layers[number],
-        )
-        layers[number] = empty.write(layers[number], old_bs)
+    """Moves the last keys that fit to as many slots as another, perhaps abstract, cache has."""
+    positions, layers = dict(self.positions), []
+    for kind, layer in zip(self.kinds, self.layers, strict=True):
+      old_bs, slots = self.positions[kind], like.positions[kind].shape[1]
+      if old_bs.shape[1] != slots:
+        positions[kind] = _put_positions(jnp.full((len(old_bs), slots), -1, jnp.int32), old_bs)
+        zeros = lambda a, s=slots: jnp.zeros((*a.shape[:2], s, a.shape[3]), a.dtype)  # noqa: E731
+        layer = jax.tree.map(zeros, layer).write(layer, old_bs)
+      layers.append(layer)
     return dataclasses.replace(self, layers=tuple(layers), positions=positions, slots=like.slots)
 
   def truncate(self, length_b) -> "Cache":
@@ -182,27 +168,27 @@ class Cache:
     """Drops a lone row's batch dimension and latents' one head, for a loop to carry.
 
     That is the form attention multiplies. Carried in the other, XLA's CPU backend writes the cache
-    once for the loop and once for attention, each time into a copy. All else is left as it is.
+    once for the loop and once for attention, each time into a copy.
     """
 
-    def bare(leaf, latent):
+    def squeeze(leaf, latent):
       leaf = leaf[:, 0] if latent and leaf.ndim == 4 else leaf
       return leaf[0] if leaf.ndim == 4 - latent and len(leaf) == 1 else leaf
 
-    return self._map_leaves(bare)
+    return self._map_leaves(squeeze)
 
   def unsqueeze(self) -> "Cache":
     """Undoes `squeeze`."""
 
-    def full(leaf, latent):
+    def unsqueeze(leaf, latent):
       leaf = leaf[None] if leaf.ndim == 3 - latent else leaf
       return leaf[:, None] if latent and leaf.ndim == 3 else leaf
 
-    return self._map_leaves(full)
+    return self._map_leaves(unsqueeze)
 
   def _map_leaves(self, change) -> "Cache":
-    def each(one: KVCache):
-      return jax.tree.map(lambda leaf: change(leaf, one.value_bksh is None), one)
-
-    is_one = lambda node: isinstance(node, KVCache)  # noqa: E731
-    return dataclasses.replace(self, layers=jax.tree.map(each, self.layers, is_leaf=is_one))
+    layers = tuple(
+      jax.tree.map(lambda leaf, latent=layer.value_bksh is None: change(leaf, latent), layer)
+      for layer in self.layers
+    )
+    return dataclasses.replace(self, layers=layers)

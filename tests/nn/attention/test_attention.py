@@ -155,7 +155,7 @@ def test_a_cache_filled_in_pieces_gives_what_the_whole_row_does():
     made.append(y)
   # The same fp32 sums over 8 slots in place of 6 keys.
   assert_allclose(jnp.concatenate(made, 1), whole, rtol=1e-5, atol=1e-5)
-  kept = layer.keys_and_values(x, view_of(None, positions))
+  kept = layer.keys_and_values(x, view_of(None, positions).rope)
   assert_allclose(cache.key_bskh[:, :6], kept.key_bskh, rtol=1e-5, atol=1e-6)
   assert_allclose(cache.value_bskh[:, :6], kept.value_bskh, rtol=1e-5, atol=1e-6)
   assert_array_equal(cache.key_bskh[:, 6:], np.full((2, 2, 2, 4), 7, np.float32))

@@ -46,7 +46,7 @@ def step(model, tokens_bt, positions_bt, cache):
 def test_a_row_read_in_pieces_says_what_the_whole_row_does(cuts, absorbed, monkeypatch):
   monkeypatch.setattr(LatentAttention, "_few", lambda self, queries: absorbed)
   model, run = weights_of(CONFIG), jax.jit(lambda *given: step(*given))  # traced anew
-  cache, said = model.empty_cache(2, 16), []
+  cache, said = model.decoder.empty_cache(2, 16), []
   for first, end in itertools.pairwise(cuts):
     places = np.broadcast_to(np.arange(first, end), (2, end - first))
     logits, cache = run(model, ROWS[:, first:end], places, cache)
@@ -67,7 +67,7 @@ def test_absorbed_and_expanded_are_taken_where_each_costs_less(monkeypatch):
   model = weights_of(one)  # n queries: 16 n of 24 more channels, against 12 · 8 to expand
   for queries, name in ((1, "_absorbed"), (5, "_absorbed"), (6, "_expanded")):
     places = np.arange(queries)[None]
-    model.hidden(Batch(ROWS[:1, :queries], positions_bt=places), model.empty_cache(1, 8))
+    model.hidden(Batch(ROWS[:1, :queries], positions_bt=places), model.decoder.empty_cache(1, 8))
     assert calls.pop() == name, queries
   model.hidden(Batch(ROWS[:1, :1]))
   assert calls == ["_expanded"]  # without a cache there is nothing to save
@@ -83,7 +83,7 @@ def test_generation_continues_as_whole_rows_would():
 
 
 def test_the_cache_holds_one_latent_and_one_rotary_key_a_position():
-  cache = jax.eval_shape(lambda: weights_of(CONFIG).empty_cache(2, 16).layers)
+  cache = jax.eval_shape(lambda: weights_of(CONFIG).decoder.empty_cache(2, 16).layers)
   kept = jax.tree.leaves(cache)
   shape = (2, 1, 16, LATENT.kv_rank + LATENT.rope_dim)
   assert [leaf.shape for leaf in kept] == CONFIG.layers * [shape]
