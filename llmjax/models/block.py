@@ -40,14 +40,7 @@ class LayerInputs:
 
 
 class Block(nnx.Module):
-  """A block of any stack.
-
-  Args:
-    key: PRNG key of this block.
-    config: the architecture.
-    feed_forward: the kind of its feed-forward layer.
-    cross: it has cross-attention too.
-  """
+  """A block of any stack, with cross-attention if `cross`."""
 
   def __init__(self, key, config: ModelConfig, feed_forward: FeedForward, cross: bool = False):
     dims, attention, norm = config.dims, config.attention, config.norm

@@ -12,12 +12,7 @@ from llmjax.nn.cache.dense import Cache
 
 
 class Decoder(TextModel):
-  """A causal (or prefix) language model.
-
-  Args:
-    key: PRNG key of the whole model.
-    config: the architecture, `vocab_size` filled in.
-  """
+  """A causal (or prefix) language model."""
 
   def __init__(self, key, config: ModelConfig):
     keys = jax.random.split(key, 4)

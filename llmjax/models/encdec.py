@@ -14,11 +14,8 @@ from llmjax.nn.embed import Embed
 
 
 class EncoderDecoder(TextModel):
-  """A model of one text given another; both share the token table, unless the source has its own.
+  """A model of a target given a source; they share the token table unless the source has another.
 
-  Args:
-    key: PRNG key of the whole model.
-    config: the architecture, `vocab_size` filled in.
   Source: Raffel et al. 2019, arXiv:1910.10683, sec. 2.1.
   """
 

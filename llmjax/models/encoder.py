@@ -1,4 +1,4 @@
-"""The encoder (BERT-type): every token sees every other; masked-token head and pooler."""
+"""The encoder (BERT): bidirectional attention, masked-token head and pooler."""
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,6 @@ from llmjax.nn.param import constant, fan_in, param
 class Encoder(TextModel):
   """A bidirectional model of text; its cache is None.
 
-  Args:
-    key: PRNG key of the whole model.
-    config: the architecture, `vocab_size` filled in.
   Source: Devlin et al. 2018, arXiv:1810.04805.
   """
 
@@ -38,5 +35,5 @@ class Encoder(TextModel):
     return self.transform_norm(x_btd)
 
   def pooler(self, x_bd):
-    """BERT's own vector of a text: tanh of a projection of the first token's."""
+    """BERT's vector of a text: tanh of a projection of the first token's."""
     return jnp.tanh(dot("bi,id->bd", x_bd, self.pooler_id) + self.pooler_bias_d)

@@ -22,15 +22,7 @@ from llmjax.parallel.rules import shard
 
 
 class Stack(nnx.Module):
-  """Blocks one after another, and the norm after the last one.
-
-  Args:
-    key: PRNG key of the stack.
-    config: the architecture.
-    causal: whether attention is causal.
-    layers: blocks; the config's `layers` by default.
-    cross: the blocks have cross-attention.
-  """
+  """Blocks, cross-attention in them if `cross`, and the norm after the last one."""
 
   fp32 = ("relative_in",)  # added to fp32 scores
 
@@ -51,14 +43,12 @@ class Stack(nnx.Module):
       param(self, norm_key, "relative_in", dims, normal(config.width**-0.5), "table")
 
   def __call__(self, x_btd, inputs: LayerInputs, cache: Cache | None = None):
-    """Runs all blocks.
+    """Runs all blocks and the final norm: (x_btd, cache, routers' statistics or None).
 
     Args:
       x_btd: embedded tokens.
       inputs: the result of `layer_inputs` for the same batch and cache.
       cache: keys and values so far.
-    Returns:
-      (x_btd after the final norm, the cache with these positions, routers' statistics or None).
     """
     layers, source = (None, None) if cache is None else (cache.layers, cache.source)
     x_btd, layers, stats = run_layers(self.groups, x_btd, inputs, self.config, layers, source)

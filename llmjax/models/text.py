@@ -13,12 +13,7 @@ from llmjax.nn.embed import Embed
 
 
 class TextModel(nnx.Module):
-  """Tokens to logits; a subclass adds its stack.
-
-  Args:
-    key: PRNG key of the embedding.
-    config: the architecture, `vocab_size` filled in.
-  """
+  """Tokens to logits; a subclass adds its stack."""
 
   def __init__(self, key, config: ModelConfig):
     self.config = config

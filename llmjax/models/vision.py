@@ -21,9 +21,6 @@ from llmjax.parallel.rules import shard
 class Tower(nnx.Module):
   """Encodes patches of images.
 
-  Args:
-    key: PRNG key of the tower.
-    config: of kind vision; `embed.norm` is a norm before the first block.
   Source: Dosovitskiy et al. 2020, arXiv:2010.11929, eq. 1 to 4.
   """
 
@@ -69,12 +66,7 @@ class Tower(nnx.Module):
 
 
 class Vision(nnx.Module):
-  """Classifies images: the tower, and a head on its class token (or on the mean without one).
-
-  Args:
-    key: PRNG key of the whole model.
-    config: the architecture; `vocab_size` is the number of classes.
-  """
+  """Classifies images by the class token (or the mean); `vocab_size` is the number of classes."""
 
   def __init__(self, key, config: ModelConfig):
     keys = jax.random.split(key)

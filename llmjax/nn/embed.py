@@ -59,16 +59,7 @@ class EmbedConfig:
 
 
 class Embed(nnx.Module):
-  """Token vectors, and the head that scores every token.
-
-  Args:
-    key: PRNG key of this module.
-    dims: sizes of v, d and t (rows of a learned position table).
-    config: options.
-    position: learned and sinusoidal positions are added here.
-    norm: kind of the embedding norm.
-    tied: the head reads the embedding itself.
-  """
+  """Token vectors with learned or sinusoidal positions, and the head; one table if tied."""
 
   def __init__(
     self, key, dims, config: EmbedConfig, position: PositionConfig, norm: NormConfig, tied: bool

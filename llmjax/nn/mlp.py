@@ -7,11 +7,10 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llmjax.core.dot import dot
 from llmjax.nn.feed_forward import FeedForward
 from llmjax.nn.param import constant, fan_in, param
+from llmjax.nn.projection import project_in, project_out
 from llmjax.parallel.rules import shard
-from llmjax.parallel.tensor import column_parallel, row_parallel
 
 
 def quick_gelu(x):
@@ -45,14 +44,10 @@ class Dense(FeedForward):
 
 
 class Mlp(nnx.Module):
-  """Computes act(x up) down, or (act(x gate) · (x up)) down.
+  """Computes act(x up) down, or (act(x gate) · (x up)) down, with biases or without.
 
-  Args:
-    key: PRNG key of this module.
-    dims: sizes of d and f.
-    activation: a name of `PLAIN` or of `GATED`.
-    bias: a bias after every product.
-    out_scale: factor on the down projection's initial standard deviation.
+  `out_scale` is a factor on the down projection's initial standard deviation.
+
   Source: gated: Shazeer 2020, arXiv:2002.05202, eq. 6; relu2: So et al. 2021, arXiv:2109.08668;
     GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415.
   """
@@ -63,35 +58,18 @@ class Mlp(nnx.Module):
     for name in self.inner:
       param(self, key, f"{name}_df", dims, fan_in(dims, "d"))
     param(self, key, "down_fd", dims, fan_in(dims, "f", out_scale))
-    self.biases = (*(f"{name}_bias_f" for name in self.inner), "down_bias_d") if bias else ()
-    for name in self.biases:
+    for name in (*(f"{name}_bias_f" for name in self.inner), "down_bias_d") if bias else ():
       param(self, key, name, dims, constant(0.0), "bias")
 
   def __call__(self, x_btd):
-    names = [*(f"{name}_df" for name in self.inner), *self.biases[:-1]]
-    weights = {name: getattr(self, name) for name in names}
-
-    def project(x_btd, weights):
-      return tuple(
-        _plus(dot("btd,df->btf", x_btd, weights[f"{name}_df"]), weights.get(f"{name}_bias_f"))
-        for name in self.inner
-      )
-
-    inner = column_parallel(project, x_btd, weights, ("btf",) * len(self.inner))
+    inner = project_in(self, x_btd, *(f"{name}_df" for name in self.inner))
     inner = map(checkpoint_name, (shard(y_btf, "btf") for y_btf in inner), self.inner)
-    down = lambda x_btf, weights: dot("btf,fd->btd", x_btf, weights["down_fd"])  # noqa: E731
-    hidden_btf = activate(self.activation, *inner)
-    y_btd = row_parallel(down, hidden_btf, {"down_fd": self.down_fd}, "btf")
-    return _plus(y_btd, getattr(self, "down_bias_d", None))
+    return project_out(self, activate(self.activation, *inner), "down_fd")
 
 
 def activate(activation: str, up, gate=None):
   """Applies a plain activation to `up`, or a gated one to both."""
   return PLAIN[activation](up) if gate is None else gated(activation, gate, up)
-
-
-def _plus(x, bias):
-  return x if bias is None else x + bias.astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

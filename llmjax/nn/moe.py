@@ -121,14 +121,8 @@ class MoeConfig(FeedForward):
 
 
 class Moe(nnx.Module):
-  """Sums the results of a token's experts, and of those that all tokens share.
+  """Sums the results of a token's experts and of the shared ones; arguments as of `Mlp`.
 
-  Args:
-    key: PRNG key of this module.
-    dims: sizes of d and f.
-    config: router and experts.
-    activation: a name of `PLAIN` or of `GATED`.
-    out_scale: factor on the down projection's initial standard deviation.
   Source: Shazeer et al. 2017, arXiv:1701.06538; shared and narrow experts: Dai et al. 2024,
     arXiv:2401.06066, sec. 3.
   """

@@ -43,10 +43,10 @@ class NormConfig:
 
 
 def rms_norm(x, scale, eps: float):
-  """Divides by the root mean square and scales: x / √(mean(x²) + eps) · scale, in fp32.
+  """Computes x / √(mean(x²) + eps) · scale in fp32.
 
   Args:
-    x: any float dtype; its last dimensions, as many as `scale` has, are taken as one.
+    x: any float dtype; its last dimensions, as many as `scale` has, are normed as one.
     scale: fp32.
     eps: added to the mean square, > 0.
   Returns:
@@ -60,9 +60,7 @@ def rms_norm(x, scale, eps: float):
 
 
 def layer_norm(x, scale, bias, eps: float):
-  """Standardizes, scales and shifts: (x - mean) / √(var + eps) · scale + bias, in fp32.
-
-  Arguments and result as of `rms_norm`, beside `bias`: fp32, or None.
+  """Computes (x - mean) / √(var + eps) · scale + bias in fp32; arguments as of `rms_norm`.
 
   Source: Ba et al. 2016, arXiv:1607.06450, eq. 4.
   """
@@ -73,14 +71,7 @@ def layer_norm(x, scale, bias, eps: float):
 
 
 class Norm(nnx.Module):
-  """A norm with its scale, initialized to one, and its bias, initialized to zero.
-
-  Args:
-    key: PRNG key of this module.
-    dims: sizes of the letters.
-    config: kind, eps and bias.
-    letters: the dimensions that are normed together, the last ones of what it is called on.
-  """
+  """A norm over the last dimensions of its argument, given by their letters."""
 
   def __init__(self, key, dims, config: NormConfig, letters: str = "d"):
     self.config = config

@@ -25,10 +25,11 @@ from llmjax.nn.attention.config import AttentionConfig
 from llmjax.nn.attention.context import attend_sharded
 from llmjax.nn.attention.latent import LatentConfig
 from llmjax.nn.attention.scores import Scores
-from llmjax.nn.attention.variant import AttentionVariant, project_out
+from llmjax.nn.attention.variant import AttentionVariant
 from llmjax.nn.cache.dense import KVCache
 from llmjax.nn.feed_forward import FeedForward
 from llmjax.nn.param import fan_in, param
+from llmjax.nn.projection import project_out
 from llmjax.serve.generate import generate_ids
 from llmjax.serve.sample import Sampling
 from tests.models.variants import make_config
@@ -65,7 +66,7 @@ class Gated(nnx.Module):
       cache = new = cache.write(new, positions_bt)
     k_bs1h, scores = new.key_bskh, Scores(q_btnh.shape[-1] ** -0.5)
     o_btnh = attend_sharded(q_btnh, k_bs1h, k_bs1h, inputs.mask, scores, self.config)
-    return self.config.gated.gate * project_out(o_btnh, self.out_nhd), cache
+    return self.config.gated.gate * project_out(self, o_btnh, "out_nhd"), cache
 
 
 @dataclasses.dataclass(frozen=True)

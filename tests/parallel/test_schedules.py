@@ -326,12 +326,6 @@ def test_larger_tables_do_too(kind, stages, microbatches, chunks):
     replay(kind, stages, microbatches, 1)
 
 
-def test_tables_refuse_what_check_refuses():
-  schedule = swapped(make_schedule("1f1b", 2, 3), 0, F(1), B(1))
-  with pytest.raises(UserError, match="needs"):
-    tables(schedule)
-
-
 @pytest.mark.parametrize(
   ("numbers", "message"),
   [

@@ -5,16 +5,15 @@ import dataclasses
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llmjax.core.dot import dot
 from llmjax.nn.attention.context import attend_sharded
 from llmjax.nn.attention.scores import Scores
-from llmjax.nn.attention.variant import AttentionInputs, AttentionVariant, project_out
+from llmjax.nn.attention.variant import AttentionInputs, AttentionVariant
 from llmjax.nn.cache.dense import KVCache
 from llmjax.nn.norm import Norm, NormConfig
 from llmjax.nn.param import constant, fan_in, param
 from llmjax.nn.position import rotate
+from llmjax.nn.projection import project_in, project_out
 from llmjax.parallel.rules import shard
-from llmjax.parallel.tensor import column_parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Attention(nnx.Module):
       positions_bt: positions that new keys and values are written to the cache with.
       cache: this layer's keys and values so far.
     """
-    q_btnh, *key_value = self._project(x_btd, query="n", key="k", value="k")
+    q_btnh, *key_value = project_in(self, x_btd, "query_dnh", "key_dkh", "value_dkh")
     q_btnh, new = self._queries(q_btnh, inputs), self._keys_values(*key_value, inputs.rope)
     if cache is not None:
       cache = new = cache.write(new, positions_bt)
@@ -70,12 +69,12 @@ class Attention(nnx.Module):
 
   def cross_attend(self, x_btd, source: KVCache, inputs: AttentionInputs):
     """Attends to the keys and values of another sequence: y_btd."""
-    (q_btnh,) = self._project(x_btd, query="n")
+    (q_btnh,) = project_in(self, x_btd, "query_dnh")
     return self._attend(self._queries(q_btnh, inputs), source, inputs)
 
   def keys_and_values(self, x_bsd, rope=None) -> KVCache:
     """Projects a sequence into keys, normed and rotated, and values."""
-    return self._keys_values(*self._project(x_bsd, key="k", value="k"), rope)
+    return self._keys_values(*project_in(self, x_bsd, "key_dkh", "value_dkh"), rope)
 
   def _keys_values(self, k_bskh, v_bskh, rope=None) -> KVCache:
     if self.config.qk_norm != "none":
@@ -92,27 +91,9 @@ class Attention(nnx.Module):
       q_btnh = rotate(q_btnh, *inputs.rope, self.layout)
     return checkpoint_name(shard(q_btnh, "btnh"), "query")
 
-  def _project(self, x_btd, **heads: str) -> tuple:
-    """Projects into queries, keys or values, each named with the letter of its heads."""
-    names = [f"{name}_d{n}h" for name, n in heads.items()]
-    if self.config.bias != "none":
-      names += [f"{name}_bias_{n}h" for name, n in heads.items()]
-
-    def project(x_btd, weights):
-      projected = []
-      for name, n in heads.items():
-        y = dot(f"btd,d{n}h->bt{n}h", x_btd, weights[f"{name}_d{n}h"])
-        bias = weights.get(f"{name}_bias_{n}h")
-        projected.append(y if bias is None else y + bias.astype(y.dtype))
-      return tuple(projected)
-
-    weights = {name: getattr(self, name) for name in names}
-    return column_parallel(project, x_btd, weights, tuple(f"bt{n}h" for n in heads.values()))
-
   def _attend(self, q_btnh, source: KVCache, inputs: AttentionInputs):
     config = self.config
     scale = config.scale or q_btnh.shape[-1] ** -0.5
     scores = Scores(scale, config.softcap, inputs.bias, self.sinks_n if config.sinks else None)
     o_btnh = attend_sharded(q_btnh, source.key_bskh, source.value_bskh, inputs.mask, scores, config)
-    y_btd = project_out(o_btnh, self.out_nhd)
-    return y_btd + self.out_bias_d.astype(y_btd.dtype) if config.bias == "all" else y_btd
+    return project_out(self, shard(o_btnh, "btnh"), "out_nhd")

@@ -16,13 +16,13 @@ from llmjax.core.dot import dot
 from llmjax.core.errors import UserError
 from llmjax.nn.attention.context import attend_sharded
 from llmjax.nn.attention.scores import Scores
-from llmjax.nn.attention.variant import AttentionInputs, AttentionVariant, project_out
+from llmjax.nn.attention.variant import AttentionInputs, AttentionVariant
 from llmjax.nn.cache.dense import KVCache
 from llmjax.nn.norm import Norm, NormConfig
 from llmjax.nn.param import fan_in, param
 from llmjax.nn.position import rotate
+from llmjax.nn.projection import project_in, project_out
 from llmjax.parallel.rules import shard
-from llmjax.parallel.tensor import column_parallel
 
 EPS = 1e-6  # of the norms of latents, in the published models whatever that of the others is
 
@@ -134,7 +134,8 @@ class LatentAttention(nnx.Module):
       cache = cache.write(KVCache(latent_bsr[:, None]), positions_bt)
       latent_bsr = cache.key_bksh[:, 0]
       attend = self._absorbed if self._absorbing_is_cheaper(q_btnh.shape[1]) else self._expanded
-    return project_out(attend(q_btnh, latent_bsr, inputs), self.out_nhd), cache
+    o_btnh = attend(q_btnh, latent_bsr, inputs)
+    return project_out(self, shard(o_btnh, "btnh"), "out_nhd"), cache
 
   def _absorbing_is_cheaper(self, queries: int) -> bool:  # by multiplications a cached position
     latent = self.config.latent
@@ -142,12 +143,11 @@ class LatentAttention(nnx.Module):
     return queries * (2 * latent.kv_rank - expanded) < latent.kv_rank * expanded
 
   def _queries(self, x_btd, inputs: AttentionInputs):
-    name, eq = "query_dnh", "btd,dnh->btnh"
     if self.config.latent.query_rank:
-      x_btd = self.query_norm(dot("btd,dr->btr", x_btd, self.query_down_dr))
-      name, eq = "query_up_rnh", "btr,rnh->btnh"
-    project = lambda x, weights: (dot(eq, x, weights[name]),)  # noqa: E731
-    (q_btnh,) = column_parallel(project, x_btd, {name: getattr(self, name)}, ("btnh",))
+      c_btr = self.query_norm(dot("btd,dr->btr", x_btd, self.query_down_dr))
+      (q_btnh,) = project_in(self, c_btr, "query_up_rnh")
+    else:
+      (q_btnh,) = project_in(self, x_btd, "query_dnh")
     plain, rotated = jnp.split(q_btnh, [self.config.latent.nope_dim], axis=-1)
     rotated = rotate(rotated, *inputs.rope, self.layout)
     return checkpoint_name(shard(jnp.concatenate([plain, rotated], axis=-1), "btnh"), "query")
@@ -162,12 +162,7 @@ class LatentAttention(nnx.Module):
   def _expanded(self, q_btnh, latent_bsr, inputs: AttentionInputs):
     """Attends to every head's keys and values, projected from the latents."""
     c_bsr, k_bsh = jnp.split(latent_bsr, [self.config.latent.kv_rank], axis=-1)
-    names = ("key_up_rnh", "value_up_rnh")
-    project = lambda c_bsr, weights: tuple(  # noqa: E731
-      dot("bsr,rnh->bsnh", c_bsr, weights[name]) for name in names
-    )
-    weights = {name: getattr(self, name) for name in names}
-    k_bsnh, v_bsnh = column_parallel(project, c_bsr, weights, ("btnh", "btnh"))
+    k_bsnh, v_bsnh = project_in(self, c_bsr, "key_up_rnh", "value_up_rnh")
     k_bs1h = shard(k_bsh[:, :, None], "bt1h")
     rotated = jnp.broadcast_to(k_bs1h, (*k_bsnh.shape[:3], k_bsh.shape[-1]))
     k_bsnh = shard(jnp.concatenate([k_bsnh, rotated], axis=-1), "btnh")

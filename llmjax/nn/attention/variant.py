@@ -5,13 +5,10 @@ import dataclasses
 import jax
 from flax import nnx
 
-from llmjax.core.dot import dot
 from llmjax.core.errors import UserError
 from llmjax.nn.attention.mask import Mask
 from llmjax.nn.bias import Bias
 from llmjax.nn.norm import NormConfig
-from llmjax.parallel.rules import shard
-from llmjax.parallel.tensor import row_parallel
 
 
 @jax.tree_util.register_dataclass
@@ -79,9 +76,3 @@ class AttentionVariant:
   def shrunk(self, devices: int, head_dim: int) -> "AttentionVariant":
     """The section of a tiny model with heads of `head_dim` that up to `devices` divide likewise."""
     return self
-
-
-def project_out(o_btnh, out_nhd):
-  """Projects all heads' results back into the residual stream: y_btd."""
-  project = lambda o_btnh, weights: dot("btnh,nhd->btd", o_btnh, weights["out_nhd"])  # noqa: E731
-  return row_parallel(project, shard(o_btnh, "btnh"), {"out_nhd": out_nhd}, "btnh")

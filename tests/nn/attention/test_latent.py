@@ -44,7 +44,7 @@ def step(model, tokens_bt, positions_bt, cache):
 @pytest.mark.parametrize("cuts", [range(13), (0, 7, 8, 12)])
 @pytest.mark.parametrize("absorbed", [True, False])
 def test_a_row_read_in_pieces_says_what_the_whole_row_does(cuts, absorbed, monkeypatch):
-  monkeypatch.setattr(LatentAttention, "_few", lambda self, queries: absorbed)
+  monkeypatch.setattr(LatentAttention, "_absorbing_is_cheaper", lambda self, queries: absorbed)
   model, run = weights_of(CONFIG), jax.jit(lambda *given: step(*given))  # traced anew
   cache, said = model.decoder.empty_cache(2, 16), []
   for first, end in itertools.pairwise(cuts):
