@@ -192,7 +192,7 @@ def test_rejected_draft_tokens_leave_no_trace(model, written):
     """Reads three wrong tokens and drops them: (the state, each row's keys in between)."""
     # Beside a whole window they do not fit into a ring of one window: draft into a larger one.
     resized = lambda cache, chunk: cache.resize(  # noqa: E731
-      jax.eval_shape(lambda: weights.empty_cache(count, CONTEXT, chunk))
+      jax.eval_shape(lambda: weights.decoder.empty_cache(count, CONTEXT, chunk))
     )
     positions_bt = state.length_b[:, None] + jnp.arange(drafted)
     wrong = Batch(jnp.full(positions_bt.shape, 9), positions_bt=positions_bt)
