@@ -2,12 +2,11 @@
 
 from flax import nnx
 
+from llmjax.nn.variant import Variant
 
-class FeedForward:
-  """A kind of feed-forward layer; what is not overridden is that of the dense layer.
 
-  A kind is a file: its config section (a frozen dataclass derived from this class, which becomes a
-  field of `ModelConfig`), and the module that `layer` makes.
+class FeedForward(Variant):
+  """A kind of feed-forward layer.
 
   Attributes:
     name: of the layer within its block, in paths of parameters.
@@ -17,17 +16,12 @@ class FeedForward:
   name = "mlp"
   first_k_dense = 0
 
-  @property
-  def used(self) -> bool:
-    """Whether the section's values select this kind."""
-    return True
-
   def layer(self, key, model, out_scale: float) -> nnx.Module:
     """Makes a layer for a `ModelConfig`; `out_scale` is of the output projection's initial std."""
     raise NotImplementedError
 
   def run(self, layer: nnx.Module, x_btd, tokens_bt=None, real_bt=None, key=None) -> tuple:
-    """Runs a layer.
+    """Runs a layer: (y_btd, the router's `RouterStats` or None).
 
     Args:
       layer: the module that `layer` returned.
@@ -35,10 +29,5 @@ class FeedForward:
       tokens_bt: int32 ids, for routers that read them.
       real_bt: bool, False for padding; None: all are real.
       key: PRNG key of noisy routers; None draws nothing.
-    Returns:
-      (y_btd, the router's `RouterStats` or None).
     """
     return layer(x_btd), None
-
-  def check(self, model):
-    """Raises a `UserError` where the kind does not fit the rest of a `ModelConfig`."""

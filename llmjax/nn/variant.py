@@ -5,15 +5,25 @@ import dataclasses
 from llmjax.core.errors import UserError
 
 
-def chosen(config, kind: type, default):
-  """Finds the section of a config that selects a variant.
+class Variant:
+  """A variant of a layer; what is not overridden is that of the default variant.
 
-  Args:
-    config: a dataclass; its fields that are a `kind` are the variants to choose from.
-    kind: base class of the variants' sections.
-    default: the variant where no section is in use.
-  Returns:
-    The section whose `used` is true, or `default`.
+  A variant is a file: its config section (a frozen dataclass derived from this class, which becomes
+  a field of the config above it), and the module that its method `layer` makes.
+  """
+
+  @property
+  def used(self) -> bool:
+    """Whether the section's values select this variant."""
+    return True
+
+  def check(self, model):
+    """Raises a `UserError` where the variant does not fit the rest of a `ModelConfig`."""
+
+
+def chosen(config, kind: type[Variant], default: Variant) -> Variant:
+  """Finds the one section of a config, of type `kind`, that is used; `default` if none is.
+
   Raises:
     UserError: two sections are in use.
   """

@@ -9,6 +9,7 @@ from llmjax.core.errors import UserError
 from llmjax.nn.attention.mask import Mask
 from llmjax.nn.bias import Bias
 from llmjax.nn.norm import NormConfig
+from llmjax.nn.variant import Variant
 
 
 @jax.tree_util.register_dataclass
@@ -27,17 +28,8 @@ class AttentionInputs:
   bias: Bias | None = None
 
 
-class AttentionVariant:
-  """A variant of attention; what is not overridden is that of grouped-query attention.
-
-  A variant is a file: its config section (a frozen dataclass derived from this class, which becomes
-  a field of `AttentionConfig`), and the module that `layer` makes.
-  """
-
-  @property
-  def used(self) -> bool:
-    """Whether the section's values select this variant."""
-    return True
+class AttentionVariant(Variant):
+  """A variant of attention; the default is grouped-query attention."""
 
   def layer(
     self, key, dims: dict[str, int], config, norm: NormConfig, layout: str, out_scale: float
@@ -67,7 +59,6 @@ class AttentionVariant:
     return self.head_dim(model)
 
   def check(self, model):
-    """Raises a `UserError` where the variant does not fit the rest of a `ModelConfig`."""
     if not model.head_dim and model.width % model.heads:
       raise UserError(
         f"model.width {model.width} is not a multiple of model.heads {model.heads}; set head_dim"
