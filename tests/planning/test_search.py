@@ -30,9 +30,12 @@ CHANGES = (
 
 
 @pytest.fixture(autouse=True)
-def remembered(monkeypatch):
-  """Searches here look at the same candidates again and again; each is estimated once."""
+def few(monkeypatch):
+  """Each candidate is estimated once for all tests, and few of the settings stand for all."""
   monkeypatch.setattr(sys.modules["llmjax.planning.search"], "estimate", _estimate)
+  some = {"_REMAT": ("none", "full", "query+key+value"), "_SAVED": ("attention", "gate")}
+  for name, values in (some | {"_CHUNKS": (128, 2048), "_BLOCKS": (64, 512)}).items():
+    monkeypatch.setattr(sys.modules["llmjax.planning.candidates"], name, values)
 
 
 _SEEN = {}
@@ -113,7 +116,8 @@ def test_estimates_are_not_below_the_roofline_and_know_what_costs():
   assert step_s(**piped, **many) < step_s(**piped, **few)
 
 
-def test_what_is_best_is_varied_further():
+def test_what_is_best_is_varied_further(monkeypatch):
+  monkeypatch.undo()  # all settings
   found = {x.changes["model.remat"]: x for x in candidates(config(), topology("v5e:2x2"))}
   varied = lambda remat, key: {x.changes[key] for x in refined(found[remat])}  # noqa: E731
   assert varied("full", "model.attention.block") == {64, 128, 256, 512}  # other tiles each
