@@ -1,8 +1,6 @@
-"""`llmjax VERB`: parses the command line, calls one function, prints its result.
-
-Results go to standard output, everything else to standard error. Exit status: 0 done, 2 the user's
-input was wrong (one line), 1 anything else.
-"""
+"""`llmjax VERB`: parses the command line, calls one function, prints its result on standard output
+and everything else on standard error. Exit status: 0 done, 2 wrong input (one line), 1
+otherwise."""
 
 import argparse
 import dataclasses

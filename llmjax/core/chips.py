@@ -1,8 +1,5 @@
-"""Accelerators: peak rates, memory, links and price of a chip, each row with its source.
-
-Rates are the makers' dense peaks, prices list prices on demand; `--price` of `llmjax plan`
-overrides them. Link rates are one way.
-"""
+"""Accelerators: each chip's peak rates (the makers' dense ones), memory, links (one way) and list
+price on demand, which `--price` of `llmjax plan` overrides; every row names its source."""
 
 import dataclasses
 import math

@@ -1,7 +1,5 @@
-"""Differences between the supported jax releases: 0.10 (Python 3.11) and 0.12 (Python ≥ 3.12).
-
-The only file that asks for a version. A function goes when the older release does.
-"""
+"""Differences between the supported jax releases: 0.10 (Python 3.11) and 0.12 (Python ≥ 3.12). The
+only file that asks for a version; a function goes when the older release does."""
 
 import jax
 

@@ -1,8 +1,6 @@
-"""Strict configs: a Python file returns an ml_collections tree, the run gets frozen dataclasses.
-
-The dataclasses declare keys, types and defaults; `get_config()` in a file changes values, and
-`--config.section.key=value` changes them again. Unknown keys are errors that name the nearest one.
-"""
+"""Strict configs: dataclasses declare keys, types and defaults, `get_config()` in a Python file
+changes values, `--config.section.key=value` changes them again, and the run gets frozen
+dataclasses. Unknown keys are errors that name the nearest one."""
 
 import dataclasses
 import hashlib

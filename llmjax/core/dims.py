@@ -1,9 +1,6 @@
-"""The alphabet: one letter a dimension, in array names, weight names, einsums and rules alike.
-
-`up_df` is a weight of residual width by feed-forward width; `q_btnh` an activation. Because the
-name is the declaration, everything else (partition specs, LoRA factors, optimizer moments) reads
-its letters from the last part of a tree path and nothing is written twice.
-"""
+"""The alphabet: one letter a dimension, in the names of arrays and weights (`up_df`), in einsums
+and in sharding rules. Partition specs, adapters and moments read a weight's letters off its
+path."""
 
 from llmjax.core.errors import UserError
 

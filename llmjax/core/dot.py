@@ -1,8 +1,6 @@
-"""`dot`: the only matrix multiplication against a weight, and `contract`, its twin for activations.
-
-Operands are in the compute dtype, every sum (forward and both backward ones) is in fp32. Without
-the hand-written backward pass XLA's CPU backend converts bf16 operands to fp32 before each dot.
-"""
+"""`dot`, the only matrix multiplication by a weight, and `contract`, the same for activations:
+operands in the compute dtype, sums in fp32, the backward ones too. The backward pass is written by
+hand: XLA's CPU backend would otherwise convert bf16 operands to fp32 before each dot."""
 
 import functools
 import re
@@ -18,14 +16,7 @@ TENSOR_LETTERS = set("nkfv")  # which mesh axis `tensor` shards, as in parallel/
 def dot(eq: str, x, w, out_dtype=None):
   """Contracts an activation with a weight leaf: `dot("btd,df->btf", x_btd, up_df)`.
 
-  Args:
-    eq: einsum equation of two operands; every letter stands in at least two of its three terms.
-    x: activation, compute dtype.
-    w: weight of any kind (`core/weight.py`); arrays are cast to the dtype of `x`, and their
-      gradients come back in their own dtype, unrounded.
-    out_dtype: dtype of the result; that of `x` by default.
-  Returns:
-    The contraction, summed in fp32.
+  Arguments and result are those of `contract`; gradients of the weight are not rounded.
   """
   return contract(eq, x, w, out_dtype)
 

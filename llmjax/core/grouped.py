@@ -1,8 +1,6 @@
-"""`grouped_dot`: a grouped matrix product of rows sorted by group, one weight per group.
-
-It is to a stack of experts what `core.dot` is to one weight. A TPU has a kernel for it. On a CPU
-each group's rows are multiplied in blocks: XLA's `ragged_dot` multiplies by every weight there.
-"""
+"""`grouped_dot`: rows sorted by group, each times its group's weight, as for a stack of experts. A
+TPU has a kernel for it. On a CPU each group's rows are multiplied in blocks: XLA's `ragged_dot`
+multiplies by every weight there."""
 
 import functools
 

@@ -1,8 +1,6 @@
-"""Ctrl-C ends a command soon, even while a library runs that does not check for signals.
-
-Python raises KeyboardInterrupt only between its own instructions, so training a tokenizer or
-compiling would finish first. A thread sees the signal at once and ends the process if need be.
-"""
+"""Ctrl-C ends a command soon, even while a library runs that does not check for signals. Python
+raises KeyboardInterrupt only between its own instructions, so training a tokenizer or compiling
+would finish first; a thread sees the signal at once and ends the process if need be."""
 
 import contextlib
 import os

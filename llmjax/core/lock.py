@@ -1,8 +1,6 @@
-"""One run per workdir: a lock file that names its owner, and that a dead owner loses.
-
-The file is created with O_EXCL, which network file systems respect, and touched every few seconds.
-An owner is dead if this machine no longer runs its process, or if another one's touches stop.
-"""
+"""One run per workdir: a lock file that names its owner, created with O_EXCL, which network file
+systems respect, and touched every few seconds. An owner is dead, and loses the lock, if this
+machine no longer runs its process, or if another machine's touches stop."""
 
 import contextlib
 import json

@@ -1,8 +1,6 @@
-"""Settings of the C allocator for XLA's buffers, which are few, large and allocated every step.
-
-By default glibc maps and unmaps every large buffer, so that each CPU step zeroes all pages again (a
-sixth of a small step), and compiling leaves hundreds of megabytes of freed pages unreturned.
-"""
+"""Settings of the C allocator for XLA's buffers, which are few, large and allocated every step. By
+default glibc maps and unmaps each, so that every CPU step zeroes all pages again (a sixth of a
+small step), and compiling leaves hundreds of megabytes of freed pages unreturned."""
 
 import ctypes
 import os

@@ -1,15 +1,9 @@
-"""Tree paths and path patterns: how parameters are named and selected, everywhere.
+"""Tree paths, by which parameters are named everywhere: the keys that lead to a leaf, joined by
+`/`, as in `model/blocks/mlp/up_df`."""
 
-A path is the parts of a leaf's place joined by `/`: `model/blocks/mlp/up_df`. A pattern is a shell
-glob in which `*` also crosses `/`. Selecting with a pattern that matches nothing is an error.
-"""
-
-import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
-
-from llmjax.core.errors import UserError, nearest
 
 
 def path_of(keys) -> str:
@@ -36,24 +30,4 @@ def map_with_path(function: Callable, tree, *rest, is_leaf: Callable | None = No
   """Maps `function(path, leaf, *others)` over a tree."""
   return jax.tree_util.tree_map_with_path(
     lambda keys, *leaves: function(path_of(keys), *leaves), tree, *rest, is_leaf=is_leaf
-  )
-
-
-def select(tree, patterns: Sequence[str]):
-  """Marks the leaves whose path matches any pattern.
-
-  Args:
-    tree: any pytree.
-    patterns: shell globs over whole paths, `*` crossing `/`.
-  Returns:
-    The tree with a Python bool at every leaf.
-  Raises:
-    UserError: a pattern matches no path.
-  """
-  paths = list(flatten(tree))
-  for pattern in patterns:
-    if not fnmatch.filter(paths, pattern):
-      raise UserError(f"pattern {pattern!r} matches no parameter; {nearest(pattern, paths)}")
-  return map_with_path(
-    lambda path, _: any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns), tree
   )

@@ -1,9 +1,7 @@
-"""Weight kinds: what may stand where a parameter array stood, and what a product asks of it.
-
-A weight is a sum of products of *leaves*; an array is one leaf, `LoRA(base, a, b)` is base + s·a·b.
-A leaf decodes to an array in the compute dtype and takes that array's gradient back. `core/dot.py`,
-`core/grouped.py` and the embedding ask for no more, so kinds nest and no layer knows them.
-"""
+"""Weight kinds: what may stand in place of a parameter array. A weight is a sum of products of
+leaves: an array is one, `LoRA(base, a, b)` is base + s·a·b. A leaf decodes to an array in the
+compute dtype and takes that array's gradient back; products ask for no more, so kinds nest and no
+layer knows them."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,9 +1,6 @@
-"""New tokens as new text, piece by piece: decode(prompt + new) without decode(prompt).
-
-What a token reads like depends on those before it: SentencePiece drops the space before the first,
-and bytes make characters together. So each token is decoded together with those whose text was
-added last, as vLLM does, and a text that ends within a character waits for the rest of it.
-"""
+"""New tokens as new text, piece by piece: decode(prompt + new) without decode(prompt). How a token
+reads depends on those before it, so each is decoded together with those whose text was added last,
+as vLLM does, and a text that ends within a character waits for the rest of it."""
 
 import os
 from bisect import bisect_left

@@ -1,8 +1,6 @@
-"""Prompts as token ids, with what a model's kind, tokenizer and chat template add to a text.
-
-A decoder continues the text itself; an encoder-decoder reads it and begins anew. Each image stands
-in a row as one image token for every patch; chats are rendered with the tokenizer's template.
-"""
+"""Prompts as token ids, with what a model's kind, tokenizer and chat template add to a text. A
+decoder continues the text, an encoder-decoder reads it and begins anew. Each image stands in a row
+as one image token for every patch."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,8 +1,6 @@
 """The one state of decoding: rows of a batch, each with its own length, sampling and cache.
-
 `prefill` reads prompts, `step` writes a token of every row, `insert` and `free` let rows come and
-go between two steps. What a row writes depends on its prompt and its key alone.
-"""
+go between two steps. What a row writes depends on its prompt and its key alone."""
 
 import dataclasses
 import functools
