@@ -15,9 +15,10 @@ from llmjax.data.batch import Batch
 from llmjax.data.loader import DataConfig
 from llmjax.data.tasks import language_model
 from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.training import step as steps
 from llmjax.training.config import Config, TrainConfig
 from llmjax.training.optim import OptimConfig
-from llmjax.training.parameters import abstract_state, init_sharded
+from llmjax.training.parameters import TrainState, abstract_state, init_sharded
 from llmjax.training.step import compile_step, compiler_options, micro_batches
 from tests.gradients import loss_and_grad
 from tests.models.variants import VARIANTS, batch_of, inputs, scored_places, weights_of
@@ -84,6 +85,36 @@ def test_a_batch_without_predictions_has_no_loss_and_no_gradient(tiny_decoder, b
   loss, grads, count, _ = micro(tiny_decoder, empty, 2)
   assert float(loss) == float(count) == 0
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_every_micro_batch_draws_for_itself(tiny_decoder, batch):
+  def objective(model, batch, key):
+    drawn = jax.random.uniform(key)
+    return drawn, jnp.float32(1), {"loss": drawn, "square": drawn**2}
+
+  leaves = {"embed/token_vd": tree.flatten(tiny_decoder)["embed/token_vd"]}
+  key = jax.random.key(0, impl="rbg")  # the default compiles slowly
+  means, *_ = steps.loss_and_grad(tiny_decoder, leaves, batch, objective, ROWS, key)
+  assert means["square"] - means["loss"] ** 2 > 1e-3  # the variance of four draws
+
+
+def test_every_step_and_seed_draws_for_itself(tiny_config, tiny_decoder, batch, monkeypatch):
+  class Called(Exception):
+    pass
+
+  keys = []
+
+  def called(model, trainable, batch, objective, accumulation, key, *_):
+    keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+    raise Called
+
+  monkeypatch.setattr(steps, "loss_and_grad", called)
+  config = experiment(dataclasses.replace(tiny_config, dropout=0.5), 1)
+  for number, seed in ((0, 0), (1, 0), (1, 1), (1, 1)):
+    state = TrainState(jnp.int32(number), tree.flatten(tiny_decoder), {}, None)
+    with pytest.raises(Called):
+      steps.advance(state, batch, dataclasses.replace(config, seed=seed))
+  assert keys[2] == keys[3] and len(set(keys)) == 3
 
 
 def test_micro_batches_hold_every_row_once():
