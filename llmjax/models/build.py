@@ -21,13 +21,10 @@ KINDS = {
 
 
 def build(key, config: ModelConfig) -> nnx.Module:
-  """Makes a model with random weights.
+  """Makes a model with random weights; `config.vocab_size` must be filled in.
 
-  Args:
-    key: PRNG key of the whole model.
-    config: the architecture, `vocab_size` filled in.
   Returns:
-    A module with `hidden(batch, cache, key) -> (x_btd, cache, routing)` and `logits(x_btd)`.
+    A module with `hidden(batch, cache, key) -> (x_btd, cache, stats)` and `logits(x_btd)`.
   """
   model = KINDS[config.kind](key, config)
   return apply_kinds(model, config.weights, jax.random.fold_in(key, 1))

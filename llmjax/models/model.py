@@ -60,8 +60,8 @@ class Model:
   def decoding(self) -> nnx.Module:
     """The parameters as decoding reads them: layers unstacked, matrices in the compute dtype.
 
-    Made at the first use. On a single CPU device, weights that are not cast are the same memory as
-    those of `parameters`.
+    Computed at the first use. On a single CPU device, weights that are not cast share their memory
+    with `parameters`.
     """
     leaves = jax.tree.leaves(self.parameters)
     if {d for leaf in leaves for d in leaf.devices()} == {jax.devices("cpu")[0]}:

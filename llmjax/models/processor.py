@@ -1,7 +1,6 @@
-"""How a model wants its images prepared: `preprocessor_config.json`, read and written.
+"""Image preprocessing as `preprocessor_config.json` describes it, read and written.
 
-Keys and classes are those of transformers' image processors; a key that a file leaves out has the
-default of its class.
+Keys, classes and their defaults are those of transformers' image processors.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ _CROPPED = _CLIP | {
   "crop_size": {"height": 224, "width": 224}, "do_convert_rgb": True,
 }
 _RESIZED = _HALF | {"size": {"height": 224, "width": 224}}
-# Class → what it sets otherwise than `Processor` does. Numbers of resample are Pillow's.
+# Class → its defaults that differ from those of `Processor`. Numbers of resample are Pillow's.
 _CLASSES = {
   "CLIPImageProcessor": _CROPPED,
   "LlavaImageProcessor": _CROPPED,
@@ -27,7 +26,7 @@ _CLASSES = {
   "SiglipImageProcessor": _RESIZED | {"do_convert_rgb": True, "default_to_square": False},
   "Gemma3ImageProcessor": _RESIZED | {"do_convert_rgb": True, "resample": 2},
 }
-# What changes nothing: names, and how transformers hands arrays over.
+# Keys that do not change the pixels.
 _HARMLESS = (
   "image_processor_type", "feature_extractor_type", "processor_class", "image_seq_length",
   "return_tensors", "input_data_format", "data_format", "device", "disable_grouping", "pad_size",

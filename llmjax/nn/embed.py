@@ -86,7 +86,7 @@ class Embed(nnx.Module):
       tokens_bt: int32 ids.
       positions_bt: int32 positions within the document.
       dtype: of the result.
-      types_bt: int32 token types; all 0 by default.
+      types_bt: int32 token types; None: all 0.
       replace: (bool [b, t], x_btd): vectors that replace tokens', such as an image's.
     """
     config = self.config

@@ -1,7 +1,8 @@
 """Routers in fp32: which experts a token goes to and with which weights, and load statistics.
 
 Padding and tokens over capacity go to expert number e, which does not exist. Statistics are sums
-over tokens beside their count, so that micro-batches add up and are divided once."""
+over tokens beside their count, so that micro-batches add up and are divided once.
+"""
 
 import dataclasses
 

@@ -101,7 +101,7 @@ class LatentAttention(nnx.Module):
   """Latent attention of a row to itself or to a cache of latents.
 
   In names of weights r is the rank of a latent, and h the channels of a head that the weight
-  computes. Arguments as of `AttentionVariant.layer`; `norm` is that of the latents but for its eps.
+  computes. Arguments as of `AttentionVariant.layer`; `norm` is the latents', apart from its eps.
 
   Source: DeepSeek-V2, arXiv:2405.04434, sec. 2.1, eq. 9 to 19 and appendix C.
   """

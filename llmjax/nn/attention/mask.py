@@ -1,7 +1,8 @@
 """Attention masks as a static rule with positions and segments, not as [t, s] arrays.
 
 Any tile of the mask can be computed by itself, so blockwise attention needs O(t) memory and fully
-masked key blocks are skipped."""
+masked key blocks are skipped.
+"""
 
 import dataclasses
 
