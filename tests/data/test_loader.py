@@ -59,6 +59,14 @@ def test_a_finished_run_has_no_batches_left(rows, sharding):
   assert list(loader.batches(rows, Task(), sharding, BATCH, 12, 12)) == []
 
 
+def test_a_process_makes_the_rows_that_its_devices_hold(rows, sharding, monkeypatch):
+  [whole] = loader.batches(rows, Task(), sharding, BATCH, 3, 4)
+  monkeypatch.setattr(loader, "local_rows", lambda *_: [1, 3])  # as in one of two processes
+  monkeypatch.setattr(loader, "place", lambda batch, *_: batch)
+  [own] = loader.batches(rows, Task(), sharding, BATCH, 3, 4)
+  assert_array_equal(own.tokens_bt, np.asarray(whole.tokens_bt)[[1, 3]])
+
+
 def test_one_process_holds_all_rows(sharding):
   assert loader.local_rows(sharding, 6) == [0, 1, 2, 3, 4, 5]
 
