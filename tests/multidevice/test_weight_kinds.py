@@ -35,9 +35,9 @@ def adapters_that_do_something(monkeypatch):
     return dataclasses.replace(made, b=b)
 
   monkeypatch.setattr(kinds, "_lora", lora)
-  check._made.cache_clear()
+  check._init.cache_clear()
   yield
-  check._made.cache_clear()
+  check._init.cache_clear()
 
 
 @pytest.mark.parametrize(
