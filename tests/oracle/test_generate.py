@@ -11,7 +11,7 @@ import llmjax
 from llmjax.models.vision import patchify
 from llmjax.serve.generate import generate_ids
 from llmjax.serve.prompt import Prompts
-from llmjax.serve.sample import filter_logits, penalize
+from llmjax.serve.sample import RowSampling, Sampling, filter_logits, penalize
 from llmjax.text.folder import save
 from llmjax.text.raw import Bytes
 
@@ -108,7 +108,9 @@ def test_scores_are_changed_as_transformers_changes_them(torch, penalty, top_k):
       want = step(torch.tensor(ids), want)
     seen = np.zeros((8, 50), bool)
     seen[np.arange(8)[:, None], ids] = True
-    found = filter_logits(penalize(logits, seen, penalty), temperature, top_k, top_p, min_p)
+    one = Sampling(temperature, top_k, top_p, min_p=min_p, repetition_penalty=penalty)
+    rows = RowSampling.of([one] * 8, [()] * 8)
+    found = filter_logits(penalize(logits, seen, rows.penalty_b), rows)
     np.testing.assert_array_equal(np.isinf(found), np.isinf(want.numpy()))
     np.testing.assert_allclose(found, want.numpy(), rtol=1e-6)  # one product and one quotient
 
