@@ -51,7 +51,7 @@ def test_the_golden_defaults_are_those_of_the_classes():
 def test_every_key_of_a_class_is_known(name):
   family = hf.FAMILIES.get(name, CLIP)
   config_class = CONFIG_MAPPING[name]
-  known = HARMLESS.union(REFUSED, family.keys, *(part.keys for part in family.parts))
+  known = HARMLESS.union(REFUSED, family.keys, *(codec.keys for codec in family.codecs))
   known |= {key.other for key in family.keys.values()}
   keys = {field.name for field in dataclasses.fields(config_class)}
   assert keys | set(config_class.attribute_map) | set(whole({"model_type": name})) <= known
