@@ -76,7 +76,8 @@ def apply_kinds(model, rows: tuple, key):
   Returns:
     The module with other leaves, which computes the same but for quantization and masks.
   Raises:
-    UserError: a pattern matches no weight that can be of another kind.
+    UserError: a pattern matches no weight that can be of another kind, or none that earlier rows
+      leave; a weight cannot be of its kind.
   """
   if not rows:
     return model
@@ -93,7 +94,13 @@ def apply_kinds(model, rows: tuple, key):
       raise UserError(
         f"model.weights: pattern {pattern!r} matches no matrix; {nearest(pattern, able)}"
       )
-    options |= {path: wanted for path in matching if path not in options}
+    taken = {path: wanted for path in matching if path not in options}
+    if not taken:
+      raise UserError(
+        f"model.weights: pattern {pattern!r} matches only matrices that earlier rows match, "
+        f"such as {matching[0]!r}"
+      )
+    options |= taken
 
   def change(path, leaf):
     if path not in options:
@@ -142,6 +149,11 @@ def _quantized(leaf, letters: str, options: dict, path: str) -> Quantized:
   how, stacked = options["kind"], leaf.ndim - len(letters)
   inputs = [stacked + letters.index(letter) for letter in scale_skips(letters)]
   if how == "int8":
+    if options["activations"] and letters[0] in "er" and len(letters) > 2:
+      raise UserError(
+        f"model.weights: activations={options['activations']!r} would change nothing for {path!r}: "
+        "grouped products of experts and products with latents decode their weights first"
+      )
     channels = [dim for dim in range(leaf.ndim) if dim not in inputs]
     array = quantize(leaf, "int8", channelwise_axes=channels)
     scale = jnp.squeeze(array.scale, inputs)

@@ -145,12 +145,12 @@ def weight_shardings(mesh: Mesh, model, table: dict = WEIGHTS):
 def _sharding(mesh: Mesh, path: str, letters: str, shape, table: dict) -> NamedSharding:
   if letters[:1] == "l" and shape[0] % mesh.shape["stage"]:
     table = table | {"l": None, "d": (*axes_of("d", table), "stage")}
-  table = _without_single(letters, shape, table)
+  table = replicate_single(letters, shape, table)
   check_divides(mesh, path, letters, shape, table)
   return NamedSharding(mesh, spec(letters, table))
 
 
-def _without_single(letters: str, shape, table: dict) -> dict:
+def replicate_single(letters: str, shape, table: dict) -> dict:
   """A table that replicates widths of one: the scales of a weight whose inputs are one block."""
   sizes = zip(letters, shape, strict=True)
   return table | {letter: None for letter, size in sizes if size == 1 and letter in "df"}
@@ -168,7 +168,7 @@ def shard_weights(weights, table: dict, reduce_dtype: str = "float32"):
 
   def one(path, leaf):
     letters = letters_of(path, leaf.ndim)
-    axes = spec(letters, _without_single(letters, leaf.shape, table))
+    axes = spec(letters, replicate_single(letters, leaf.shape, table))
     if len(letters.removeprefix("l")) < 2 or "fsdp" not in axes:
       return leaf
     place = ShardSpec("fsdp", axes.index("fsdp") - len(letters), reduce_dtype)
@@ -189,7 +189,7 @@ def weight_specs(weights: dict) -> dict:
   def specs(path, leaf):
     sharded = isinstance(leaf, ShardedWeight)
     letters = leaf.letters if sharded else letters_of(path, leaf.ndim)
-    table = _without_single(letters, leaf.shape, WEIGHTS if sharded else REPLICATED)
+    table = replicate_single(letters, leaf.shape, WEIGHTS if sharded else REPLICATED)
     one = spec(letters, table)
     return dataclasses.replace(leaf, array=one) if sharded else one
 

@@ -23,7 +23,7 @@ from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.depth import Group, count, run_layers
 from llmjax.parallel.pipeline import leaves_read, run_pipeline
-from llmjax.parallel.rules import REPLICATED, WEIGHTS, spec
+from llmjax.parallel.rules import REPLICATED, WEIGHTS, replicate_single, spec
 from llmjax.parallel.schedules import KINDS, check_numbers, make_schedule
 from llmjax.training.objective import Objective
 
@@ -233,10 +233,11 @@ class StageAssignment:
 
     def one(path, leaf):
       letters = letters_of(path, leaf.ndim)
+      table = replicate_single(letters, leaf.shape, self.table)
       if missing:
         leaf = jnp.pad(leaf, ((0, missing), *[(0, 0)] * (leaf.ndim - 1)), mode="edge")
       leaf = leaf.reshape(self.chunks, self.stages, self.per_stage, *leaf.shape[1:]).swapaxes(0, 1)
-      rest = spec(letters[1:], self.table)
+      rest = spec(letters[1:], table)
       return jax.lax.with_sharding_constraint(leaf, PartitionSpec("stage", None, None, *rest))
 
     return tree.map_with_path(one, blocks)

@@ -83,8 +83,21 @@ def test_merged_weights_give_the_same_logits(tiny_config, tiny_decoder):
     ((("*", {"kind": "masked", "keep": 2}),), r"keep 2 is not in \(0, 1\]"),
     (("*",), r"holds '\*', not \(pattern"),
     ((("*", "lora"),), "'lora' is not {\"kind\""),
+    (
+      (("*", {"kind": "int8"}), ("*/mlp/*", {"kind": "lora"})),
+      r"'\*/mlp/\*' matches only matrices that earlier rows match, such as 'decoder/blocks/mlp",
+    ),
   ],
 )
 def test_a_row_that_cannot_be_is_one_sentence(tiny_config, rows, said):
   with pytest.raises(UserError, match=said):
     abstract(with_kinds(tiny_config, *rows))
+
+
+def test_int8_activations_are_refused_where_weights_are_decoded_first(tiny_config):
+  """Not ignored: experts' grouped products and those with latents know float rows alone."""
+  moe = dataclasses.replace(tiny_config.moe, experts=2, top_k=1, width=16, renormalize=False)
+  config = dataclasses.replace(tiny_config, moe=moe)
+  rows = (("*_edf", {"kind": "int8", "activations": "int8"}),)
+  with pytest.raises(UserError, match=r"'int8' would change nothing for '.*_edf'"):
+    abstract(with_kinds(config, *rows))

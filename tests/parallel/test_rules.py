@@ -11,6 +11,7 @@ from numpy.testing import assert_array_equal
 from docs.layout_plot import STREAM, draw_layouts, owners
 from llmjax.core import tree
 from llmjax.core.dims import LETTERS
+from llmjax.core.dot import TENSOR_LETTERS
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
 from llmjax.parallel import rules
@@ -168,3 +169,8 @@ def test_the_scales_of_a_weight_of_one_block_are_replicated():
   assert made["codes_df"].spec == P("fsdp", "tensor")
   with pytest.raises(UserError, match="'scale_df' has 3 residual width"):
     weight_shardings(mesh, {"scale_df": jnp.zeros((3, 6))})
+
+
+def test_a_row_has_one_scale_over_all_letters_that_tensor_shards():
+  """`core.dot` cannot import the tables, and names the letters for int8 products itself."""
+  assert {a for a in ACTIVATIONS if "tensor" in axes_of(a, ACTIVATIONS)} == TENSOR_LETTERS
