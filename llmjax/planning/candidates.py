@@ -66,11 +66,11 @@ class Candidate:
 
 def change(config, changes: dict):
   """Sets values of a frozen config by dotted key; {"train.zero_stage": 1}."""
-  own = {key: value for key, value in changes.items() if "." not in key}
+  values = {key: value for key, value in changes.items() if "." not in key}
   for section in {key.partition(".")[0] for key in changes if "." in key}:
     inner = {k.partition(".")[2]: v for k, v in changes.items() if k.startswith(f"{section}.")}
-    own[section] = _changed(getattr(config, section), tuple(inner.items()))
-  return dataclasses.replace(config, **own)
+    values[section] = _changed(getattr(config, section), tuple(inner.items()))
+  return dataclasses.replace(config, **values)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -176,12 +176,12 @@ def _knobs(config: Config, sizes: dict[str, int]) -> Iterator[dict]:
             yield knobs | {"pipeline.schedule": schedule, "pipeline.chunks": chunks}
 
 
-def refined(one: Candidate) -> Iterator[Candidate]:
+def refined(candidate: Candidate) -> Iterator[Candidate]:
   """Lists a candidate with attention blocks that make other tiles, other chunks, other saved names.
 
   The search does it for the best of some meshes alone: of all it would be a hundred times as many.
   """
-  config, local = one.config, one.config.model.max_seq_len // one.sizes["context"]
+  config, local = candidate.config, candidate.config.model.max_seq_len // candidate.sizes["context"]
   tiles = {}
   for block in (config.model.attention.block, *_BLOCKS):
     tiles.setdefault(splash_tile(block, config.model.max_seq_len), block)
@@ -194,19 +194,20 @@ def refined(one: Candidate) -> Iterator[Candidate]:
     saved |= {special.get(names, "+".join(names)) for names in sets}
   for block, chunk, remat in itertools.product(tiles.values(), chunks, sorted(saved)):
     other = {"model.attention.block": block, "loss.chunk": chunk, "model.remat": remat}
-    yield dataclasses.replace(one, config=change(config, other), changes=one.changes | other)
+    yield _changed_further(candidate, other)
 
 
-def with_vmem(one: Candidate) -> list[Candidate]:
+def _changed_further(candidate: Candidate, other: dict) -> Candidate:
+  config = change(candidate.config, other)
+  return dataclasses.replace(candidate, config=config, changes=candidate.changes | other)
+
+
+def with_vmem(candidate: Candidate) -> list[Candidate]:
   """Lists a candidate with other amounts of fast memory for a fusion; nothing for GPUs and a v4."""
-  if not one.chips.chip.sizes or one.chips.chip.name == "v4":
+  if not candidate.chips.chip.sizes or candidate.chips.chip.name == "v4":
     return []
-  sizes = [size for size in _VMEM_MIB if size != one.config.train.vmem_mib]
-  changes = [{"train.vmem_mib": size} for size in sizes]
-  return [
-    dataclasses.replace(one, config=change(one.config, other), changes=one.changes | other)
-    for other in changes
-  ]
+  sizes = [size for size in _VMEM_MIB if size != candidate.config.train.vmem_mib]
+  return [_changed_further(candidate, {"train.vmem_mib": size}) for size in sizes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +218,7 @@ class Estimate:
   mfu: float
 
 
-def estimate(one: Candidate) -> Estimate:
+def estimate(candidate: Candidate) -> Estimate:
   """Estimates a step's seconds, to put candidates in order; never below the roofline.
 
   Assumed: products reach 0.92 of peak, less where a device's share of the feed-forward width is
@@ -228,50 +229,52 @@ def estimate(one: Candidate) -> Estimate:
   their way to experts and sums of gradients nothing, as the compiler's programs have it
   (docs/LOG.md).
   """
-  config, sizes, model = one.config, one.sizes, one.config.model
-  line, stages, chunks = roofline(config, one.chips, sizes), sizes["stage"], config.pipeline.chunks
+  config, sizes, model = candidate.config, candidate.sizes, candidate.config.model
+  stages, chunks = sizes["stage"], config.pipeline.chunks
+  bound = roofline(config, candidate.chips, sizes)
   width = (model.moe.width or model.mlp_width) / sizes["tensor"]
   head = 2 * model.width * model.vocab_size / forward_flops_per_token(model, model.max_seq_len)
   stacked = stacked_layers(model)
   fullest = math.ceil(stacked / (stages * chunks)) * stages * chunks / stacked
-  few = (1 + 128 / width) * (1 + _TOKENS / micro_batch_tokens(config, sizes))
-  busy_s = line.compute_s / _SHARE * few * (fullest + head * (stages - 1))
-  busy_s += _tiles_s(one, line.compute_s / line.model_s)
+  narrowness = (1 + 128 / width) * (1 + _TOKENS / micro_batch_tokens(config, sizes))
+  busy_s = bound.compute_s / _SHARE * narrowness * (fullest + head * (stages - 1))
+  busy_s += _tiles_s(candidate, bound.compute_s / bound.model_s)
   idle = _bubble(config.pipeline.schedule, stages, config.train.grad_accum_steps, chunks)
-  work_s = busy_s / (1 - idle) + line.hbm_s + _elementwise_s(one)
-  slow = slow_axes(config, one.chips, sizes)
-  sent = [(_hidden(x), sent_s(x, one.chips.chip, slow)) for x in collective_bytes(config, sizes)]
-  hidden_s = sum(share * seconds for share, seconds in sent)
+  work_s = busy_s / (1 - idle) + bound.hbm_s + _elementwise_s(candidate)
+  slow = slow_axes(config, candidate.chips, sizes)
+  sent = [(one, sent_s(one, candidate.chips.chip, slow)) for one in collective_bytes(config, sizes)]
+  hidden_s = sum(_hidden(collective) * seconds for collective, seconds in sent)
   step_s = work_s + sum(seconds for _, seconds in sent) - min(hidden_s, work_s)
-  return Estimate(step_s, line.model_s / step_s)
+  return Estimate(step_s, bound.model_s / step_s)
 
 
-def _hidden(sent: CollectiveBytes) -> float:
+def _hidden(collective: CollectiveBytes) -> float:
   """Share of a collective's seconds that work hides."""
-  return 0.0 if sent.axis in _AWAITED or sent.kind in _SUMS else _HIDDEN
+  return 0.0 if collective.axis in _AWAITED or collective.kind in _SUMS else _HIDDEN
 
 
-def _elementwise_s(one: Candidate) -> float:
+def _elementwise_s(candidate: Candidate) -> float:
   """Summing the head's gradient, fp32, for every chunk but the first; what experts' tokens take."""
-  config, model, chip = one.config, one.config.model, one.chips.chip
-  local, times = model.max_seq_len / one.sizes["context"], config.train.grad_accum_steps
+  config, model, chip = candidate.config, candidate.config.model, candidate.chips.chip
+  local, times = model.max_seq_len / candidate.sizes["context"], config.train.grad_accum_steps
   chunks = math.ceil(local / min(config.loss.chunk or local, local))
-  table = 4 * model.width * model.vocab_size / one.sizes["tensor"]
+  table = 4 * model.width * model.vocab_size / candidate.sizes["tensor"]
   moved = times * (chunks - 1) * 2 * table
   if model.moe.experts:
-    layers = stacked_layers(model) / one.sizes["stage"] * times
-    moved += layers * _PASSES * layer_bytes(config, one.sizes)
+    layers = stacked_layers(model) / candidate.sizes["stage"] * times
+    moved += layers * _PASSES * layer_bytes(config, candidate.sizes)
   return moved * chip.devices / chip.hbm_rate
 
 
-def _tiles_s(one: Candidate, again: float) -> float:
+def _tiles_s(candidate: Candidate, recompute: float) -> float:
   """What attention costs beyond its products: masked halves of tiles, and a step for each tile."""
-  model, t = one.config.model, one.config.model.max_seq_len
-  tile, sequences = splash_tile(model.attention.block, t), one.config.data.batch_size
+  model, t = candidate.config.model, candidate.config.model.max_seq_len
+  tile, sequences = splash_tile(model.attention.block, t), candidate.config.data.batch_size
   masked = t * tile / 2 if model.causal else 0
   tiles = (t * t / 2 + masked if model.causal else t * t) / tile**2
-  one_s = 4 * model.dims["h"] * masked / one.chips.chip.peak(model.dtype) + tiles * _TILE_STEP_S
-  return 3 * again * sequences / one.chips.chips * model.layers * model.heads * one_s
+  peak = candidate.chips.chip.peak(model.dtype)
+  head_s = 4 * model.dims["h"] * masked / peak + tiles * _TILE_STEP_S  # of one head of a layer
+  return 3 * recompute * sequences / candidate.chips.chips * model.layers * model.heads * head_s
 
 
 @functools.cache

@@ -76,14 +76,15 @@ def plan(
       raise UserError(f"nothing is compiled, so nothing can be kept: {lacking}")
     return result | {"compiler": f"{lacking}: formulas alone"}
   if decode:
-    prompts = _said("prefill", config, chips, sizes, _flops(config, config.model.max_seq_len))
-    said = _said("decode", config, chips, sizes, _flops(config, 1), keep_hlo)
+    flops = _flops(config, config.model.max_seq_len)
+    prompts = _compile_and_read("prefill", config, chips, sizes, flops)
+    answer = _compile_and_read("decode", config, chips, sizes, _flops(config, 1), keep_hlo)
     result["prefill"] |= prompts
   else:
     flops = result["model_flops_per_step"]
-    said = _said("train", config, chips, sizes, flops, keep_hlo, keep_executable)
+    answer = _compile_and_read("train", config, chips, sizes, flops, keep_hlo, keep_executable)
   steps = 0 if decode else config.train.steps
-  return result | said | _costs(chips, said.get("est_step_s"), result["tokens_per_step"], steps)
+  return result | answer | _costs(chips, answer.get("est_step_s"), result["tokens_per_step"], steps)
 
 
 def above_zero(flag: str, value: float | None):
@@ -109,33 +110,33 @@ def _about(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
 
 
 def _trained(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
-  line, held = roofline(config, chips, sizes), memory(config, sizes, chips.chip)
+  bound, held = roofline(config, chips, sizes), memory(config, sizes, chips.chip)
   tokens = config.data.batch_size * config.model.max_seq_len
   return {
     **_fits(chips, held.peak),
     "memory_by_formula": dataclasses.asdict(held),
     "tokens_per_step": tokens,
-    "model_flops_per_step": line.model_s * _peak(config, chips),
-    "repeated_flops_per_step": (line.compute_s - line.model_s) * _peak(config, chips),
-    "sends_by_formula": [dataclasses.asdict(one) for one in collective_bytes(config, sizes)],
-    "roofline": dataclasses.asdict(line),
-    "bound": line.bound,
-    "ideal_step_s": line.step_s,
-    "ideal_mfu": line.mfu,
-    **_costs(chips, line.step_s, tokens, config.train.steps),
+    "model_flops_per_step": bound.model_s * _peak(config, chips),
+    "repeated_flops_per_step": (bound.compute_s - bound.model_s) * _peak(config, chips),
+    "sends_by_formula": [dataclasses.asdict(each) for each in collective_bytes(config, sizes)],
+    "roofline": dataclasses.asdict(bound),
+    "bound": bound.bound,
+    "ideal_step_s": bound.step_s,
+    "ideal_mfu": bound.mfu,
+    **_costs(chips, bound.step_s, tokens, config.train.steps),
   }
 
 
 def _served(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
   rows, length = config.data.batch_size, config.model.max_seq_len
-  line = serving(config.model, chips, rows, length, length)
+  bound = serving(config.model, chips, rows, length, length)
   return {
-    **_fits(chips, line.device_bytes),
+    **_fits(chips, bound.device_bytes),
     "tokens_per_step": rows,
-    "ideal_step_s": line.token_s,
-    "cache_bytes": line.cache_bytes,
-    "prefill": {"tokens_per_step": rows * length, "ideal_step_s": line.prefill_s},
-    **_costs(chips, line.token_s, rows),
+    "ideal_step_s": bound.token_s,
+    "cache_bytes": bound.cache_bytes,
+    "prefill": {"tokens_per_step": rows * length, "ideal_step_s": bound.prefill_s},
+    **_costs(chips, bound.token_s, rows),
   }
 
 
@@ -165,19 +166,19 @@ def _costs(chips: Topology, step_s: float | None, tokens: int, steps: int = 0) -
   """
   if not step_s:
     return {}
-  said = bill(chips, 1e9, tokens / step_s)
+  per_billion = bill(chips, 1e9, tokens / step_s)
   run = bill(chips, steps * tokens, tokens / step_s)
-  whole = {"run_days": run.days, "run_cost_usd": run.usd or None, "run_kwh": run.kwh or None}
-  return (whole if steps else {}) | {
+  run_costs = {"run_days": run.days, "run_cost_usd": run.usd or None, "run_kwh": run.kwh or None}
+  return (run_costs if steps else {}) | {
     "tokens_per_s": tokens / step_s,
-    "tokens_per_day": said.tokens_per_day,
-    "cost_usd_per_btokens": said.usd or None,
-    "cost_usd_per_mtokens": said.usd / 1000 or None,
-    "kwh_per_btokens": said.kwh or None,
+    "tokens_per_day": per_billion.tokens_per_day,
+    "cost_usd_per_btokens": per_billion.usd or None,
+    "cost_usd_per_mtokens": per_billion.usd / 1000 or None,
+    "kwh_per_btokens": per_billion.kwh or None,
   }
 
 
-def _said(
+def _compile_and_read(
   program: str, config: Config, chips: Topology, sizes, flops: float, keep_hlo="",
   keep_executable="",
 ) -> dict:
@@ -185,17 +186,17 @@ def _said(
   compiled = compile_ahead(config, chips, program, keep_executable)
   if keep_hlo and compiled.text:
     Path(keep_hlo).write_text(compiled.text)
-  said = {
+  answer = {
     "fits": bool(compiled.text),
     "compile_s": compiled.compile_s,
     "cached": compiled.cached,
-    "largest_buffers": [one._asdict() for one in compiled.largest],
+    "largest_buffers": [each._asdict() for each in compiled.largest],
   }
   if not compiled.text:
     wanted, limit = compiled.wanted_bytes, compiled.limit_bytes
     change = changes(config, chips, wanted / limit, program)
-    return said | {"peak_bytes": wanted, "usable_bytes": limit, "change": change}
-  return said | _read(config, chips, sizes, compiled, flops)
+    return answer | {"peak_bytes": wanted, "usable_bytes": limit, "change": change}
+  return answer | _read(config, chips, sizes, compiled, flops)
 
 
 def _read(config: Config, chips: Topology, sizes, compiled: Compiled, flops: float) -> dict:
@@ -212,9 +213,9 @@ def _read(config: Config, chips: Topology, sizes, compiled: Compiled, flops: flo
     "mfu": flops / _peak(config, chips) / count.step_s,
     "collectives": [
       {
-        "kind": one.kind, "axis": "+".join(one.axes), "count": one.count, "bytes": one.bytes,
-        "overlapped": one.overlapped,
+        "kind": each.kind, "axis": "+".join(each.axes), "count": each.count, "bytes": each.bytes,
+        "overlapped": each.overlapped,
       }
-      for one in found
+      for each in found
     ],
   }

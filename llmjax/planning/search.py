@@ -59,7 +59,7 @@ class Limits:
 
 def search(
   config: Config,
-  places: Sequence[Topology],
+  topologies: Sequence[Topology],
   limits: Limits | None = None,
   keep: int = 8,
   jobs: int = 0,
@@ -93,103 +93,105 @@ def search(
   """
   limits, report = limits or Limits(), report or (lambda line: None)
   filled, rows, considered = check_config(config), [], 0
-  for place in places:
-    report(f"{place.name}: estimating meshes and knobs by formula")
-    pool, count = _pool(filled, place, flat(config), limits)
+  for topology in topologies:
+    report(f"{topology.name}: estimating meshes and knobs by formula")
+    pool, count = _pool(filled, topology, flat(config), limits)
     considered += count
     fit = sum(row["fits"] for _, row in pool)
-    report(f"{place.name}: {count:,} candidates; {fit:,} fit and are near the best of these")
-    rows += _compiled(pool, keep and max(1, keep // len(places)), jobs, compile, report, limits)
+    report(f"{topology.name}: {count:,} candidates; {fit:,} fit and are near the best of these")
+    rows += _compiled(pool, keep and max(1, keep // len(topologies)), jobs, compile, report, limits)
   if not rows:
-    names = ", ".join(place.name for place in places)
+    names = ", ".join(topology.name for topology in topologies)
     raise UserError(f"no mesh of {names} divides this model and {config.data.batch_size} rows")
-  hurry = limits.budget_usd and not limits.max_days
-  rows.sort(key=lambda row: (*_flaws(row), *_merits(row, len(places) > 1, hurry)))
+  by_days = limits.budget_usd and not limits.max_days
+  rows.sort(key=lambda row: (*_disqualifiers(row), *_ranking(row, len(topologies) > 1, by_days)))
   winner = rows[0] if rows[0]["fits"] and rows[0]["within"] else None
-  unpriced = {p.chip.name for p in places if not (limits.usd_per_hour or p.chip.usd_per_hour)}
+  unpriced = {p.chip.name for p in topologies if not (limits.usd_per_hour or p.chip.usd_per_hour)}
   return {
     "winner": winner, "fits": rows[0]["fits"], "says": says(rows[0], limits, unpriced),
     "considered": considered, "unpriced": sorted(unpriced), "rows": rows,
   }
 
 
-def _flaws(row: dict) -> tuple:
+def _disqualifiers(row: dict) -> tuple:
   """What puts a row behind others, worst first."""
   return "error" in row, not row["fits"], not row["within"], row["outdone"]
 
 
-def _merits(row: dict, several: bool, hurry: bool) -> tuple:
+def _ranking(row: dict, several: bool, by_days: bool) -> tuple:
   """What puts a row behind others of its kind: no price, dollars or, within a budget, days."""
   if not several:
     return (row["step_s"],)
-  slow = row["days"] if hurry and row["within"] else row["usd_per_btokens"]
+  slow = row["days"] if by_days and row["within"] else row["usd_per_btokens"]
   return row["usd_per_btokens"] is None, slow or 0, row["step_s"]
 
 
-def _pool(config: Config, place: Topology, base: dict, limits: Limits) -> tuple[list, int]:
+def _pool(config: Config, topology: Topology, base: dict, limits: Limits) -> tuple[list, int]:
   """Pairs (candidate, row) of those that fit by formula, fastest first; and how many there were.
 
   Walks in order of predicted seconds and stops where they are far above the first that fits, so
   the best by formula is always among them. If nothing fits: the one that wants least.
   """
-  ranked = [(estimate(one), one) for one in candidates(config, place)]
+  ranked = [(estimate(candidate), candidate) for candidate in candidates(config, topology)]
   ranked.sort(key=lambda pair: pair[0].step_s)
   pool, least = [], None
-  for said, one in ranked:
-    if pool and said.step_s > _FAR * pool[0][1]["step_s"]:
+  for estimated, candidate in ranked:
+    if pool and estimated.step_s > _FAR * pool[0][1]["step_s"]:
       break
-    row = _row(one, said, base, limits)
+    row = _row(candidate, estimated, base, limits)
     if row["fits"]:
-      pool.append((one, row))
+      pool.append((candidate, row))
     elif least is None or row["peak_bytes"] < least[1]["peak_bytes"]:
-      least = one, row
+      least = candidate, row
   if not pool:
     return [least] if least else [], len(ranked)
-  heads = _heads(pool)[:_REFINED]
-  for one, _ in heads:
-    finer = [(one, _row(one, estimate(one), base, limits)) for one in refined(one)]
+  best = _best_per_mesh(pool)[:_REFINED]
+  for candidate, _ in best:
+    finer = [(other, _row(other, estimate(other), base, limits)) for other in refined(candidate)]
     finer.sort(key=lambda pair: pair[1]["step_s"])
     for share in _FULL:
       near = [pair for pair in finer if pair[1]["peak_bytes"] <= share * pair[1]["hbm_bytes"]]
-      have = [one.config for one, _ in pool]
+      have = [candidate.config for candidate, _ in pool]
       pool += [pair for pair in near[:1] if pair[0].config not in have]
   return sorted(pool, key=lambda pair: pair[1]["step_s"]), len(ranked)
 
 
-def _heads(pool: list) -> list:
+def _best_per_mesh(pool: list) -> list:
   """The fastest of each mesh, in order."""
-  heads = {}
+  best = {}
   for pair in pool:
-    heads.setdefault(str(pair[1]["mesh"]), pair)
-  return list(heads.values())
+    best.setdefault(str(pair[1]["mesh"]), pair)
+  return list(best.values())
 
 
-def _row(one: Candidate, said: Estimate, base: dict, limits: Limits) -> dict:
+def _row(candidate: Candidate, estimated: Estimate, base: dict, limits: Limits) -> dict:
   """A candidate in numbers, by formula."""
-  chip = one.chips.chip
-  peak, hbm = memory(one.config, one.sizes, chip).peak, chip.hbm_bytes / chip.devices
+  chip = candidate.chips.chip
+  peak, hbm = memory(candidate.config, candidate.sizes, chip).peak, chip.hbm_bytes / chip.devices
   return {
-    "topology": one.chips.name, "slices": one.chips.slices,
-    "mesh": {axis: size for axis, size in one.sizes.items() if size > 1},
-    "changes": {key: value for key, value in one.changes.items() if base[key] != value},
-    "by": "formula", "predicted_s": said.step_s, "step_s": said.step_s, "mfu": said.mfu,
+    "topology": candidate.chips.name, "slices": candidate.chips.slices,
+    "mesh": {axis: size for axis, size in candidate.sizes.items() if size > 1},
+    "changes": {key: value for key, value in candidate.changes.items() if base[key] != value},
+    "by": "formula", "predicted_s": estimated.step_s, "step_s": estimated.step_s,
+    "mfu": estimated.mfu,
     "peak_bytes": peak, "hbm_bytes": hbm, "fits": peak <= hbm, "outdone": False,
-    **_costs(one, said.step_s, limits),
+    **_costs(candidate, estimated.step_s, limits),
   }
 
 
-def _costs(one: Candidate, step_s: float, limits: Limits) -> dict:
-  chips, tokens = one.chips, one.config.data.batch_size * one.config.model.max_seq_len
+def _costs(candidate: Candidate, step_s: float, limits: Limits) -> dict:
+  chips, config = candidate.chips, candidate.config
+  tokens = config.data.batch_size * config.model.max_seq_len
   price = limits.usd_per_hour or chips.chip.usd_per_hour
   days_per_token = step_s / tokens / DAY_S
   days = limits.tokens * days_per_token
   usd_per_day = rent_usd(chips.chip, chips.chips, 24, price) if price else None
   usd = usd_per_day and usd_per_day * days
-  dear = limits.budget_usd > 0 and (usd is None or usd > limits.budget_usd)
+  over_budget = limits.budget_usd > 0 and (usd is None or usd > limits.budget_usd)
   return {
     "days": days, "cost_usd": usd,
     "usd_per_btokens": usd_per_day and usd_per_day * days_per_token * 1e9,
-    "within": not dear and not 0 < limits.max_days < days,
+    "within": not over_budget and not 0 < limits.max_days < days,
   }
 
 
@@ -202,33 +204,34 @@ def _compiled(pool, keep: int, jobs: int, compile, report, limits: Limits) -> li
   run = lambda pairs: _compile_all(pairs, jobs, compile, report, limits)  # noqa: E731
   near = [pair for pair in pool if pair[1]["peak_bytes"] <= _NEAR * pair[1]["hbm_bytes"]]
   tried = _beam(near, keep)
-  told, rest = run(tried), [pair for pair in pool if pair not in tried]
-  if tried and not any(row["fits"] for row in told):
+  compiled_rows, rest = run(tried), [pair for pair in pool if pair not in tried]
+  if tried and not any(row["fits"] for row in compiled_rows):
     wanted = [
       new["peak_bytes"] / old["peak_bytes"]
-      for new, (_, old) in zip(told, tried, strict=True) if "error" not in new
+      for new, (_, old) in zip(compiled_rows, tried, strict=True) if "error" not in new
     ]
-    rest = [(one, _scaled(row, max([1.0, *wanted]))) for one, row in rest]
+    rest = [(candidate, _scaled(row, max([1.0, *wanted]))) for candidate, row in rest]
     smaller = _beam([pair for pair in rest if pair[1]["fits"]], keep)
-    told, rest = told + run(smaller), [pair for pair in rest if pair not in smaller]
+    compiled_rows += run(smaller)
+    rest = [pair for pair in rest if pair not in smaller]
     tried = tried + smaller
-  told += run(_with_vmem(tried, told))
-  outdone = any(row["by"] == "compiler" and row["fits"] for row in told)
+  compiled_rows += run(_with_vmem(tried, compiled_rows))
+  outdone = any(row["by"] == "compiler" and row["fits"] for row in compiled_rows)
   others = [row | {"outdone": outdone} for _, row in rest]
   front = [row for row in pareto(others) if row not in others[:_SHOWN]]
-  return told + others[:_SHOWN] + front
+  return compiled_rows + others[:_SHOWN] + front
 
 
-def _with_vmem(tried: list, told: list[dict]) -> list:
+def _with_vmem(tried: list, compiled_rows: list[dict]) -> list:
   """The fastest that was compiled, with other amounts of fast memory."""
-  good = [pair for pair in zip(tried, told, strict=True) if pair[1]["by"] == "compiler"]
+  good = [pair for pair in zip(tried, compiled_rows, strict=True) if pair[1]["by"] == "compiler"]
   good = [pair for pair in good if pair[1]["fits"]]
   if not good:
     return []
   (best, row), _ = min(good, key=lambda pair: pair[1]["step_s"])
   return [
-    (one, row | {"changes": row["changes"] | {"train.vmem_mib": one.config.train.vmem_mib}})
-    for one in with_vmem(best)
+    (other, row | {"changes": row["changes"] | {"train.vmem_mib": other.config.train.vmem_mib}})
+    for other in with_vmem(best)
   ]
 
 
@@ -239,7 +242,7 @@ def _scaled(row: dict, factor: float) -> dict:
 
 def _beam(pool: list, keep: int) -> list:
   """Picks what is compiled: the fastest of each of some meshes, then the fastest of all others."""
-  chosen = _heads(pool)[: -(-keep // 2)]
+  chosen = _best_per_mesh(pool)[: -(-keep // 2)]
   return (chosen + [pair for pair in pool if pair not in chosen])[:keep]
 
 
@@ -253,24 +256,24 @@ def _compile_all(pairs, jobs: int, compile, report, limits: Limits) -> list[dict
     }
     for done, future in enumerate(as_completed(futures), 1):
       number = futures[future]
-      rows[number] = _told(*pairs[number], future, limits)
+      rows[number] = _with_result(*pairs[number], future, limits)
       if rows[number]["by"] == "compiler":
         report(f"{done}/{len(pairs)} {show_row(rows[number])}")
   return [rows[number] for number in range(len(pairs))]
 
 
-def _told(one: Candidate, row: dict, future, limits: Limits) -> dict:
+def _with_result(candidate: Candidate, row: dict, future, limits: Limits) -> dict:
   """A row with what the compiler said of it."""
   try:
-    said = future.result()
+    result = future.result()
   except Exception as error:  # one of several: the others go on
     return row | {"by": "compiler", "fits": False, "error": " ".join(str(error).split())}
-  if "compiler" in said:  # why there is none
-    return row | {"compiler": said["compiler"]}
+  if "compiler" in result:  # why there is none
+    return row | {"compiler": result["compiler"]}
   keys = ("fits", "peak_bytes", "hbm_bytes", "compile_s")
-  row = row | {"by": "compiler"} | {key: said[key] for key in keys}
-  if "est_step_s" not in said:
+  row = row | {"by": "compiler"} | {key: result[key] for key in keys}
+  if "est_step_s" not in result:
     return row
-  step_s = said["est_step_s"]
-  return row | {"step_s": step_s, "mfu": said["mfu"], **_costs(one, step_s, limits)}
+  step_s = result["est_step_s"]
+  return row | {"step_s": step_s, "mfu": result["mfu"], **_costs(candidate, step_s, limits)}
 
