@@ -1,10 +1,12 @@
 """From a config to a model: the table of kinds, and what can be told without making an array."""
 
 import functools
+import math
 
 import jax
 from flax import nnx
 
+from llmjax.core.weight import LoRA, is_kind
 from llmjax.models.config import ModelConfig
 from llmjax.models.decoder import Decoder
 from llmjax.models.encdec import EncoderDecoder
@@ -38,5 +40,11 @@ def abstract(config: ModelConfig) -> nnx.Module:
 
 @functools.cache
 def count_parameters(config: ModelConfig) -> int:
-  """Counts the weights of a config, from their declarations."""
-  return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)))
+  """Counts the weights of a config, those of adapters too; codes count as what they stand for."""
+
+  def size(weight) -> int:
+    if isinstance(weight, LoRA):
+      return size(weight.base) + weight.a.size + weight.b.size
+    return math.prod(weight.shape)
+
+  return sum(map(size, jax.tree.leaves(abstract(config), is_leaf=is_kind)))

@@ -66,8 +66,7 @@ class Model:
     leaves = jax.tree.leaves(self.parameters)
     if {d for leaf in leaves for d in leaf.devices()} == {jax.devices("cpu")[0]}:
       return cast_weights(unstack_layers(self.parameters, views), self.config.dtype)
-    prepare = lambda model: cast_weights(unstack_layers(model), self.config.dtype)  # noqa: E731
-    weights = jax.jit(prepare)(self.parameters)
+    weights = jax.jit(decoding_weights)(self.parameters)
     return weights if self.mesh is None else jax.device_put(
       weights, weight_shardings(self.mesh, weights)
     )
@@ -98,6 +97,11 @@ class Model:
         f"the vocabulary from 0 to {self.config.vocab_size - 1}"
       )
     return _logits(self.parameters, Batch(tokens_bt))
+
+
+def decoding_weights(model: nnx.Module) -> nnx.Module:
+  """A model as decoding reads it: layers unstacked, matrices in the compute dtype."""
+  return cast_weights(unstack_layers(model), model.config.dtype)
 
 
 def cast_weights(model: nnx.Module, dtype) -> nnx.Module:

@@ -10,7 +10,7 @@ from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
-from llmjax.models.depth import unstack_layers
+from llmjax.models.model import decoding_weights
 from llmjax.parallel.rules import (
   ACTIVATIONS,
   batch_sharding,
@@ -59,11 +59,11 @@ def serving_program(program: str, config: Config, mesh: Mesh):
 
 
 def _weights(model: ModelConfig, mesh: Mesh):
-  """The model as decoding reads it, every layer by itself."""
-  layers = jax.eval_shape(unstack_layers, abstract(model))
+  """The model as decoding reads it, without arrays."""
+  weights = jax.eval_shape(decoding_weights, abstract(model))
   return jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, model.dtype, sharding=place),
-    layers, weight_shardings(mesh, layers),
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    weights, weight_shardings(mesh, weights),
   )
 
 

@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import jax
+
 from llmjax.core.chips import Chip, Topology
-from llmjax.models.build import count_parameters
+from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.models.formulas import cache_bytes_per_token, forward_flops_per_token
+from llmjax.models.model import decoding_weights
 from llmjax.parallel.mesh import AXES
 from llmjax.planning.cost import memory, step_flops
 from llmjax.planning.trace import DTYPE_BYTES
@@ -174,7 +177,7 @@ def serving(
   """Bounds prefill and decoding from below.
 
   Args:
-    model: architecture; its dtype is that of weights and cache.
+    model: architecture; its dtype is that of the cache, and of weights that are plain arrays.
     topology: chips, over which weights and cache are spread evenly.
     batch_size: sequences at once.
     prompt: tokens of each prompt.
@@ -184,7 +187,8 @@ def serving(
   chip, size = topology.chip, DTYPE_BYTES[model.dtype]
   rate, read_rate = chip.peak(model.dtype) * topology.chips, chip.hbm_rate * topology.chips
   cache = cache_bytes_per_token(model, size) * length * batch_size
-  held = count_parameters(model) * size + cache
+  weights = jax.tree.leaves(jax.eval_shape(decoding_weights, abstract(model)))
+  held = sum(leaf.size * leaf.dtype.itemsize for leaf in weights) + cache
   read_s = held / read_rate
   token_s = max(read_s, batch_size * forward_flops_per_token(model, length) / rate)
   prefill_s = batch_size * prompt * forward_flops_per_token(model, prompt) / rate

@@ -1,11 +1,15 @@
 """A device's bytes by traces and shardings, against arithmetic and what the compiler reported."""
 
+import jax
 import pytest
 
-from llmjax.core.chips import CHIPS
+from llmjax.core.chips import CHIPS, topology
 from llmjax.core.config import override
-from llmjax.parallel.mesh import AXES
+from llmjax.models.build import count_parameters
+from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from llmjax.planning.cost import memory
+from llmjax.planning.decode import serving_program
+from llmjax.planning.formulas import serving
 from llmjax.planning.trace import trace_layers
 from llmjax.training.config import Config
 
@@ -54,6 +58,20 @@ def test_a_frozen_base_in_int8_is_a_byte_a_weight_and_has_neither_gradient_nor_m
   assert made.gradients == made.sums == 4 * (adapters + others)
   assert made.optimizer == pytest.approx(2 * made.gradients)
   assert made.weights == base + 4 * (adapters + others + scales)
+
+
+def test_a_model_of_4_bits_is_served_as_one():
+  """Two codes a byte, a scale for each 128 inputs; tables in bf16; and it counts 6.74e9 weights."""
+  config = config_of(*LLAMA_7B, "model.weights=(('*/blocks/*',{'kind':'int4'}),)")
+  assert count_parameters(config.model) == 6_738_415_616
+  base = 32 * (4 * 4096**2 + 3 * 4096 * 11_008)
+  cache = 32 * 2 * 2048 * 4096 * 2
+  held = base / 2 + 4 * base / 128 + 2 * 2 * 32_000 * 4096 + 4 * 65 * 4096 + cache
+  seen = serving(config.model, topology("a100:1"), batch_size=1, prompt=2048, length=2048)
+  assert seen.device_bytes == held
+  _, (weights, _) = serving_program("decode", config, make_mesh(MeshConfig(), jax.devices()[:1]))
+  codes = weights.decoder.blocks[0].mlp.up_df.codes
+  assert (codes.dtype, codes.shape) == ("uint8", (2048, 11_008))
 
 
 def test_full_remat_keeps_each_layers_input_alone():
