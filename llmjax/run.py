@@ -161,7 +161,13 @@ def _check_run(config: Config, workdir: str | Path, mesh, meta: dict | None) -> 
 
 def _check_workdir(config: Config, meta: dict, workdir: Path):
   """Refuses a workdir whose checkpoints have another config, naming the differences."""
-  there = configs.flat(configs.freeze(meta["config"], Config))
+  values = configs.with_new_names(meta["config"])
+  if values != meta["config"]:
+    raise UserError(
+      f"{workdir} holds a run of an earlier version, whose optimizer state has another form: begin "
+      f"a run in another --workdir with --config.init.checkpoint={workdir}"
+    )
+  there = configs.flat(configs.freeze(values, Config))
   here = configs.flat(config)
   here["model.vocab_size"] = here["model.vocab_size"] or there["model.vocab_size"]
   differing = [key for key, value in binding(here).items() if value != there[key]]
@@ -255,7 +261,7 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
   model, meta = load_model(checkpoint)
   if model.tokenizer is None:
     raise UserError(f"{str(checkpoint)!r} holds no tokenizer, so no text can be scored")
-  config = configs.freeze(meta["config"], Config)
+  config = configs.freeze(configs.with_new_names(meta["config"]), Config)
   config = configs.override(config, overrides)
   keys = [argument.removeprefix("--config.").partition("=")[0] for argument in overrides]
   for key in keys:

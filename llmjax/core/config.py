@@ -3,6 +3,7 @@ changes values, `--config.section.key=value` changes them again, and the run get
 dataclasses. Unknown keys are errors that name the nearest one."""
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import re
@@ -33,6 +34,11 @@ RENAMED = {
 }
 
 
+_CONVERT = {
+  "optim.no_decay": lambda patterns: (*((p, {"decay": 0.0}) for p in patterns), ("*", {})),
+}
+
+
 class Options(dict):
   """A dict that is never changed, so that a config that holds it can be hashed."""
 
@@ -44,7 +50,22 @@ def unknown_key(key: str, known) -> UserError:
   """Returns the error for an unknown key, with its new name or the nearest known one."""
   if key in RENAMED:
     return UserError(f"config key {key!r} is now called {RENAMED[key]!r}")
+  old = difflib.get_close_matches(key, [*known, *RENAMED], n=1, cutoff=0.5)
+  if old and old[0] in RENAMED:
+    return UserError(f"unknown config key {key!r}: {old[0]!r} is now called {RENAMED[old[0]]!r}")
   return UserError(f"unknown config key {key!r}; {nearest(key, known)}")
+
+
+def with_new_names(values: dict, prefix: str = "") -> dict:
+  """Gives a stored config, nested dicts, the keys of today; values are converted where need be."""
+  out = {}
+  for name, value in values.items():
+    key = prefix + name
+    if isinstance(value, dict):
+      value = with_new_names(value, f"{key}.")
+    convert = _CONVERT.get(key, lambda value: value)
+    out[RENAMED.get(key, name).rpartition(".")[2]] = convert(value)
+  return out
 
 
 def defaults(schema: type) -> ConfigDict:

@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from llmjax.core import tree
-from llmjax.core.config import config_hash, freeze, to_dict
+from llmjax.core.config import config_hash, freeze, to_dict, with_new_names
 from llmjax.core.errors import RunFailed, UserError
 from llmjax.core.files import check_exists, full_disk
 from llmjax.data.loader import DataConfig
@@ -145,7 +145,7 @@ def load_model(path: str | Path) -> tuple[Model, dict]:
 
 
 def _model_config(meta: dict) -> ModelConfig:
-  return freeze(meta["config"]["model"], ModelConfig, "model.")
+  return freeze(with_new_names(meta["config"]["model"], "model."), ModelConfig, "model.")
 
 
 def _candidates(path: Path) -> list[Path]:

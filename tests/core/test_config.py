@@ -245,3 +245,25 @@ def test_an_old_key_answers_with_its_new_name(tmp_path):
   path.write_text(head + "  config.task.mask_prop = 0.2\n  return config\n")
   with pytest.raises(UserError, match=r"no config key 'mask_prop' there; did you mean 'mask_prob'"):
     configs.load(str(path), [], Config)
+
+
+def test_a_stored_config_of_old_keys_is_read_as_one_of_today():
+  """Values too where the meaning changed: patterns without decay are rows of groups."""
+  stored = json.loads(json.dumps(configs.to_dict(Config())))
+  today = json.loads(json.dumps(stored))
+  for old, new in configs.RENAMED.items():
+    (*sections, name), (*_, new_name) = old.split("."), new.split(".")
+    section = stored
+    for each in sections:
+      section = section[each]
+    section[name] = section.pop(new_name)
+  stored["optim"]["no_decay"] = ["*/up_df"]
+  stored["model"]["context"] = 77
+  assert configs.with_new_names(today) == today
+  found = configs.freeze(configs.with_new_names(stored), Config)
+  assert found.model.max_seq_len == 77
+  groups = OptimConfig(groups=(("*/up_df", {"decay": 0.0}), ("*", {}))).groups
+  assert found.optim == dataclasses.replace(Config().optim, groups=groups)
+  assert found.task == Config().task and found.train == Config().train
+  with pytest.raises(UserError, match=r"'model.contxt': 'model.context' is now called"):
+    raise configs.unknown_key("model.contxt", configs.flat(Config()))
