@@ -21,6 +21,7 @@ from llmjax.core.choices import check_choice, check_least
 from llmjax.core.dims import letters_of
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
+from llmjax.models.config import ModelConfig
 from llmjax.models.depth import Group, count, run_layers
 from llmjax.parallel.pipeline import leaves_read, run_pipeline
 from llmjax.parallel.rules import REPLICATED, WEIGHTS, replicate_single, spec
@@ -88,23 +89,9 @@ def pipelined_grad(
   single, remat = key is not None and microbatches == 1, config.schedule != "zb_h1"
   chunk = _Chunk(model, assignment, layout, single, remat)
 
-  def stage(blocks, frozen_blocks, outer, inputs):
-    blocks, frozen_blocks = jax.tree.map(lambda leaf: leaf[0], (blocks, frozen_blocks))
-    inputs = _Inputs(*inputs, frozen_blocks)
-    b, t = inputs.batches.tokens_bt.shape[1:]
-    x = jax.ShapeDtypeStruct((b, t, model.config.width), jnp.dtype(model.config.dtype))
-    one = jax.tree.map(lambda leaf: leaf[0], blocks)
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    run = functools.partial(chunk, inputs)
-    sums = jax.eval_shape(run, one, outer, x, number, number)[2]
-    read = leaves_read(functools.partial(chunk.layer_inputs, inputs, microbatch=0), outer)
-    totals = run_pipeline(schedule, run, blocks, outer, x, sums, read)
-    outer_grads, sums = jax.lax.psum((totals.outer, totals.sums), "stage")
-    return jax.tree.map(lambda leaf: leaf[None], totals.weights), outer_grads, sums
-
   by_stage, replicated = PartitionSpec("stage"), PartitionSpec()
   run = jax.shard_map(
-    stage,
+    functools.partial(_run_stage, schedule, chunk, model.config),
     in_specs=(by_stage, by_stage, replicated, replicated),
     out_specs=(by_stage, replicated, replicated),
     axis_names={"stage"},
@@ -118,6 +105,22 @@ def pipelined_grad(
     metrics["routing"] = jax.tree.map(lambda leaf: leaf[:layers], metrics["routing"])
   block_grads = {prefix + path: grad for path, grad in pull(block_grads)[0].items()}
   return {path: (block_grads | outer_grads)[path] for path in trainable}, predictions, metrics
+
+
+def _run_stage(schedule, chunk, config: ModelConfig, blocks, frozen_blocks, outer, inputs):
+  """One stage's part of the schedule: (its blocks' gradients, those of the rest, metrics)."""
+  blocks, frozen_blocks = jax.tree.map(lambda leaf: leaf[0], (blocks, frozen_blocks))
+  inputs = _Inputs(*inputs, frozen_blocks)
+  b, t = inputs.batches.tokens_bt.shape[1:]
+  x = jax.ShapeDtypeStruct((b, t, config.width), jnp.dtype(config.dtype))
+  first = jax.tree.map(lambda leaf: leaf[0], blocks)
+  number = jax.ShapeDtypeStruct((), jnp.int32)
+  run = functools.partial(chunk, inputs)
+  sums = jax.eval_shape(run, first, outer, x, number, number)[2]
+  read = leaves_read(functools.partial(chunk.layer_inputs, inputs, microbatch=0), outer)
+  totals = run_pipeline(schedule, run, blocks, outer, x, sums, read)
+  outer_grads, sums = jax.lax.psum((totals.outer, totals.sums), "stage")
+  return jax.tree.map(lambda leaf: leaf[None], totals.weights), outer_grads, sums
 
 
 class _Inputs(NamedTuple):
