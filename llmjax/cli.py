@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -57,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(args, overrides) -> dict:
   join.join()
-  result = run.train(configs.load(args.config, overrides, Config), args.workdir)
+  config = configs.load(args.config, overrides, Config)
+  result = run.train(config, args.workdir)
   if not multihost.is_writer():
     return result
   if "bits_per_byte" in result:
@@ -68,18 +70,29 @@ def _train(args, overrides) -> dict:
   else:
     print(f"held-out text: {result['nats_per_token']:.3f} nats per masked token")
   print(f"{args.workdir} holds loss.png, samples.txt, result.json. What to try next:")
-  me = _command()
-  print(f"  {me} generate --checkpoint={args.workdir} --prompt='def main('")
-  print(f"  {me} eval --checkpoint={args.workdir} --config.data.sources=FOLDER")
-  print(f"  {me} train --config={args.config} --workdir=runs/mine --config.data.sources=FOLDER")
+  for line in _next_commands(args, config.model.kind, result["first_words"]):
+    print(f"  {line}")
   return result
 
 
-def _command() -> str:
-  """Returns how this program was called, so that printed commands can be pasted."""
-  if Path(sys.argv[0]).name != "llmjax":
-    return "python -m llmjax"
-  return "llmjax" if shutil.which("llmjax") == sys.argv[0] else os.path.relpath(sys.argv[0])
+def _next_commands(args, kind: str, words: str) -> list[str]:
+  """Commands for a finished run, ready to be pasted; `words` are text for its model."""
+  me, text = _program(), shlex.quote(words)
+  workdir, config = shlex.quote(args.workdir), shlex.quote(args.config)
+  another = shlex.quote(f"{args.workdir.rstrip('/')}-2")
+  use = f"embed --text={text}" if kind == "encoder" else f"generate --prompt={text}"
+  return [
+    f"{me} {use} --checkpoint={workdir}",
+    f"{me} eval --checkpoint={workdir}",
+    f"{me} train --config={config} --workdir={another} --config.data.sources=FOLDER",
+  ]
+
+
+def _program() -> str:
+  """How this program was called, so that printed commands can be pasted."""
+  name, tail = ("llmjax", "") if Path(sys.argv[0]).name == "llmjax" else ("python", " -m llmjax")
+  called = sys.executable if tail else sys.argv[0]
+  return (name if shutil.which(name) == called else shlex.quote(os.path.relpath(called))) + tail
 
 
 def _launch(args, overrides) -> dict:
@@ -219,7 +232,7 @@ VERBS = {
     ("--prompt", "", "prefix of every text; default: the model's own", "TEXT"),
   ), False),
   "eval": _Verb(_evaluate, "Measure the loss on held-out text, or on --config.data.sources=DIR.", (
-    ("--checkpoint", None, "workdir or checkpoint", "DIR"),
+    ("--checkpoint", None, _MODEL, "PATH"),
   )),
   "convert": _Verb(_convert, "Write a model in another format.", (
     ("--from", None, _MODEL, "PATH"),

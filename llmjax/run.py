@@ -16,9 +16,8 @@ from llmjax.core import config as configs
 from llmjax.core import files
 from llmjax.core.errors import UserError
 from llmjax.core.lock import locked
-from llmjax.data.loader import make_store, make_tokenizer, read_split
-from llmjax.data.prepare import store_key
-from llmjax.data.sources import read_sources
+from llmjax.data.loader import DataConfig, make_store, make_tokenizer, read_all, read_split
+from llmjax.data.prepare import prepare, store_key
 from llmjax.eval.loss import compressor_bits_per_byte, evaluate_loss
 from llmjax.formats.gguf import file as gguf
 from llmjax.formats.hf import folder as hf
@@ -41,7 +40,10 @@ from llmjax.training.runnable import check_run, with_vocab
 from llmjax.training.stored import load_model, newest_meta
 
 _REPORTED = 1000  # held-out documents that the tokenizer is measured on
-EVAL_KEYS = ("data.sources", "data.cache", "eval.batch_size", "eval.stride")
+EVAL_KEYS = (
+  "data.sources", "data.text_field", "data.not_text", "data.cache", "eval.batch_size",
+  "eval.stride",
+)
 
 
 def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
@@ -107,15 +109,16 @@ def _train(config: Config, workdir: Path) -> dict:
     f"held out: {held_store.size_bytes:,} bytes in {len(held_store):,} documents"
   )
 
-  def evaluate(model):
-    return evaluate_loss(model, held_store, mesh, task, config.eval.batch_size, config.eval.stride)
+  def evaluate(model, show=False):
+    size, stride = config.eval.batch_size, config.eval.stride
+    return evaluate_loss(model, held_store, mesh, task, size, stride, show)
 
   fitted = fit(
     config, workdir, tokenizer, store, mesh, evaluate, functools.partial(_initial, config),
     lambda i: documents[i].path,
   )
   multihost.say("evaluating on held-out text")
-  scores = evaluate(fitted.model)
+  scores = evaluate(fitted.model, show=True)
   if samples:
     fitted = dataclasses.replace(fitted, model=multihost.to_writer(fitted.model))
 
@@ -208,6 +211,7 @@ def _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s) -> di
     "steps": config.train.steps,
     "parameters": count_parameters(config.model),
     "config_hash": configs.config_hash(config),
+    "first_words": _first_words(held_out[0].text, config.model.max_seq_len),
     "tokenizer": report(tokenizer, [document.text for document in held_out[:_REPORTED]]),
   }
   plot_loss(workdir, workdir / "loss.png", _levels(result))
@@ -220,6 +224,11 @@ def _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s) -> di
   result["total_seconds"] = round(time.perf_counter() - began_s, 2)
   files.replace(workdir / "result.json", files.to_json(result, indent=1) + "\n")
   return result
+
+
+def _first_words(text: str, context: int) -> str:
+  """The beginning of a text; even in tokens of one byte it takes at most half of the context."""
+  return " ".join(text.split()[:5])[: min(40, max(1, context // 8))].strip()
 
 
 def load(path: str | Path) -> Model:
@@ -241,47 +250,52 @@ def load(path: str | Path) -> Model:
 
 
 def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:
-  """Measures the loss of a checkpoint on text.
+  """Measures the loss of a model on text. Writes nothing, unless `data.cache` names a folder.
 
   Args:
-    checkpoint: workdir or checkpoint folder.
+    checkpoint: anything `load` reads: a workdir, a checkpoint, a Hugging Face folder, a GGUF file.
     overrides: `--config.a.b=v` arguments for the checkpoint's config, with keys of `EVAL_KEYS`. If
       `data.sources` is one of them, all of that text is scored, else the run's held-out text.
   Returns:
     `nats_per_token`, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and the bits per byte of
     gzip and xz on the same bytes.
   Raises:
-    UserError: no checkpoint, no text, or a key that an evaluation does not read.
+    UserError: no model, no text, or a key that an evaluation does not read.
   """
-  if gguf.is_file(checkpoint) or hf.is_folder(checkpoint):
-    raise UserError(
-      f"{str(checkpoint)!r} is not a checkpoint; eval reads what "
-      f"llmjax convert --from={checkpoint} --to=DIR --format=checkpoint writes"
-    )
-  model, meta = load_model(checkpoint)
+  model, config, data_key = _load_run(checkpoint)
   if model.tokenizer is None:
     raise UserError(f"{str(checkpoint)!r} holds no tokenizer, so no text can be scored")
-  config = configs.freeze(configs.with_new_names(meta["config"]), Config)
   config = configs.override(config, overrides)
   keys = [argument.removeprefix("--config.").partition("=")[0] for argument in overrides]
   for key in keys:
     if key not in EVAL_KEYS:
       raise UserError(f"config key {key!r} changes nothing here; eval reads {', '.join(EVAL_KEYS)}")
   if "data.sources" in keys:
-    documents = read_sources(config.data.sources)
+    documents = read_all(config.data)
   else:
     trained, documents = read_split(config.data)
-    if store_key(trained, model.tokenizer) != meta["data_key"]:
+    if store_key(trained, model.tokenizer) != data_key:
       multihost.say(
         f"llmjax: warning: the text of {config.data.sources!r} has changed since this run was "
         "trained, so text scored here may have been trained on"
       )
   mesh = make_mesh(MeshConfig())
-  decoder = jax.device_put(model.parameters, weight_shardings(mesh, model.parameters))
-  store = make_store(config.data, documents, model.tokenizer, _workdir(checkpoint))
-  task = config.task_of(model.tokenizer)
-  scores = evaluate_loss(decoder, store, mesh, task, config.eval.batch_size, config.eval.stride)
+  parameters = jax.device_put(model.parameters, weight_shardings(mesh, model.parameters))
+  store = prepare(documents, model.tokenizer, config.data.cache)
+  task, of_eval = config.task_of(model.tokenizer), config.eval
+  scores = evaluate_loss(
+    parameters, store, mesh, task, of_eval.batch_size, of_eval.stride, show=True
+  )
   return {**scores, **compressor_bits_per_byte(documents)}
+
+
+def _load_run(path: str | Path) -> tuple[Model, Config, str]:
+  """A model with the config of its run and the key of its training text, where it has a run."""
+  if gguf.is_file(path) or hf.is_folder(path):
+    model = load(path)
+    return model, Config(model=model.config, data=DataConfig(sources="")), ""
+  model, meta = load_model(path)
+  return model, configs.freeze(configs.with_new_names(meta["config"]), Config), meta["data_key"]
 
 
 def _levels(result: dict) -> dict[str, float]:
@@ -300,13 +314,6 @@ def _last_fifth(workdir: Path, name: str) -> float:
   """Averages a metric over the last fifth of the reported steps."""
   values = [line[name] for line in read_metrics(workdir) if name in line]
   return round(statistics.fmean(values[-max(1, len(values) // 5) :]), 4)
-
-
-def _workdir(checkpoint) -> Path:
-  path = Path(checkpoint).absolute()
-  while path.name.isdigit() or path.name == "checkpoints":
-    path = path.parent
-  return path
 
 
 def _sampling(config: Config) -> Sampling:

@@ -1,6 +1,7 @@
 """The command line: results on standard output, one clear line and exit 2 for ordinary mistakes."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def setup(tmp_path_factory):
   sources = write_text(folder / "text")
   config = folder / "config.py"
   config.write_text(CONFIG.format(sources=str(sources)))
-  workdir = folder / "run"
+  workdir = folder / "it's a run"
   assert main(["train", f"--config={config}", f"--workdir={workdir}"]) == 0
   return config, workdir, sources
 
@@ -46,11 +47,20 @@ def train(setup, tmp_path, *more):
 
 
 def test_json_is_the_last_line_of_standard_output(setup, capsys):
-  config, workdir, _ = setup
+  config, workdir, sources = setup
   capsys.readouterr()
   assert main(["train", f"--config={config}", f"--workdir={workdir}", "--json"]) == 0
-  result = json.loads(capsys.readouterr().out.splitlines()[-1])
+  lines = capsys.readouterr().out.splitlines()
+  result = json.loads(lines[-1])
   assert result == json.loads((workdir / "result.json").read_text())
+  # What the command proposes can be pasted into a shell, and is about this run and its text.
+  generate, evaluate, other = (line.split(" -m llmjax ")[1] for line in lines[-4:-1])
+  assert main([*shlex.split(generate), "--max_tokens=4"]) == 0
+  assert capsys.readouterr().out.startswith(result["first_words"])
+  texts = [file.read_text() for file in sources.iterdir()]
+  assert len(result["first_words"]) > 1 and any(t.startswith(result["first_words"]) for t in texts)
+  assert main(shlex.split(evaluate)) == 0
+  assert shlex.split(other)[2] == f"--workdir={workdir}-2"
 
 
 def test_generate_continues_a_prompt_the_same_way_twice(setup, capsys):
@@ -100,8 +110,13 @@ def test_eval_prints_its_scores(setup, capsys):
     ("--config.data.sources=/no/such/folder", "source '/no/such/folder' does not exist"),
     ("--config.data.sources=", "data.sources is empty"),
     ("--config.data.sources={tmp}/empty", "source '.*/empty' holds no text"),
-    ("--config.data.sources={tmp}/binary", r"'.*/binary/a.bin' is not text: byte 2 is not UTF-8"),
-    ("--config.data.sources={tmp}/nul", r"'.*/nul/a.txt' is not text: byte 1 is NUL"),
+    (
+      "--config.data.sources={tmp}/binary --config.data.not_text=refuse",
+      r"'.*/binary/a.bin' is not text: byte 2 is not UTF-8",
+    ),
+    ("--config.data.sources={tmp}/nul", r"holds no text: .* 'a.txt' \(byte 1 is NUL\)"),
+    ("--config.data.not_text=drop", "data.not_text 'drop' is unknown"),
+    ("--config.data.sources={tmp}/a.jsonl", r"'.*/a.jsonl' line 1 has no field 'text'"),
     ("--config.data.held_out=0", "data.held_out 0.0 is not between 0 and 1"),
     ("--config.tokenizer.vocab_size=50000", "50000 is more than this text supports: at most"),
     ("--config.tokenizer.vocab_size=100", "100 is too small: 256 bytes"),
@@ -139,6 +154,7 @@ def test_bad_input_to_train_is_one_line_and_leaves_nothing(
   (tmp_path / "empty").mkdir()
   (tmp_path / "binary").mkdir()
   (tmp_path / "binary/a.bin").write_bytes(b"ab\xff\xfe")
+  (tmp_path / "a.jsonl").write_text('{"body": "ka lo"}\n')
   (tmp_path / "nul").mkdir()
   (tmp_path / "nul/a.txt").write_bytes(b"a\0b")
   overrides = override.format(tmp=tmp_path).split()

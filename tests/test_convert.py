@@ -1,6 +1,7 @@
 """`convert` moves a model between formats and changes none of its answers."""
 
 import json
+import os
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 import llmjax
 from llmjax.cli import main
+from llmjax.convert import FORMATS
 from llmjax.core import tree
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
@@ -77,6 +79,17 @@ def test_a_checkpoint_becomes_a_folder_and_a_checkpoint_again(model, checkpoint,
   same(llmjax.load(tmp_path / "back"), model)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_who_may_read_what_is_written_is_left_to_the_umask(checkpoint, tmp_path, format):
+  before = os.umask(0o027)
+  try:
+    llmjax.convert(checkpoint, tmp_path / "made", format)
+  finally:
+    os.umask(before)
+  modes = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "made").rglob("*")}
+  assert modes == {path: 0o750 if path.is_dir() else 0o640 for path in modes}
+
+
 def test_half_precision_rounds_once(model, checkpoint, tmp_path):
   result = llmjax.convert(checkpoint, tmp_path / "hf", dtype="bfloat16")
   assert result["bytes"] < llmjax.convert(checkpoint, tmp_path / "wide")["bytes"]
@@ -102,6 +115,8 @@ def test_a_gguf_file_becomes_a_folder_of_the_same_logits(tmp_path, capsys):
 
 
 def test_what_was_converted_generates_and_is_evaluated(checkpoint, tmp_path, capsys):
+  (tmp_path / "a.txt").write_text("the quick brown fox\n" * 9)
+  scores = []
   for source in (checkpoint, tmp_path / "hf"):
     if source != checkpoint:
       llmjax.convert(checkpoint, source)
@@ -111,10 +126,14 @@ def test_what_was_converted_generates_and_is_evaluated(checkpoint, tmp_path, cap
     made = json.loads(capsys.readouterr().out.splitlines()[-1])
     want = llmjax.generate(llmjax.load(source), ["the fox"], Sampling(0, max_tokens=5))[0]
     assert made["ids"] == want.ids
-  (tmp_path / "a.txt").write_text("the quick brown fox\n" * 9)
-  argv = ["eval", f"--checkpoint={checkpoint}", f"--config.data.sources={tmp_path / 'a.txt'}"]
-  assert main([*argv, f"--config.data.cache={tmp_path / 'cache'}", "--json"]) == 0
-  assert json.loads(capsys.readouterr().out.splitlines()[-1])["bytes"] == 20 * 9
+    before = sorted((path, path.stat().st_mtime_ns) for path in source.rglob("*"))
+    argv = ["eval", f"--checkpoint={source}", f"--config.data.sources={tmp_path / 'a.txt'}"]
+    assert main([*argv, "--json"]) == 0
+    scores.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert sorted((path, path.stat().st_mtime_ns) for path in source.rglob("*")) == before
+  assert scores[0]["bytes"] == 20 * 9 and scores[0] == scores[1]
+  assert main([*argv, f"--config.data.cache={tmp_path / 'cache'}"]) == 0
+  assert list((tmp_path / "cache").iterdir())
 
 
 def test_a_chat_is_rendered_and_ends_with_the_turn(model, checkpoint, capsys):
@@ -182,7 +201,7 @@ def test_an_empty_folder_is_filled_and_a_broken_attempt_leaves_nothing(
 
 def test_eval_and_load_say_what_a_path_is(checkpoint, tmp_path):
   llmjax.convert(checkpoint, tmp_path / "hf")
-  with pytest.raises(UserError, match="is not a checkpoint; eval reads what llmjax convert --from"):
+  with pytest.raises(UserError, match=r"data\.sources is empty; name a folder"):
     llmjax.evaluate(tmp_path / "hf")
   (tmp_path / "a.txt").write_text("text")
   with pytest.raises(UserError, match=r"a\.txt' is a file, but not a GGUF file"):

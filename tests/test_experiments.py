@@ -154,7 +154,7 @@ def test_the_quickstart_shrunk_runs_on_the_standard_library(tmp_path, monkeypatc
   held_bytes = sum(document.size_bytes for document in held_out)
   assert 0.01 < held_bytes / sum(doc.size_bytes for doc in everything) < 0.12
   assert not {doc.path for doc in train} & {doc.path for doc in held_out}
-  monkeypatch.setattr(loader.sources, "read_sources", lambda spec: everything[:60])
+  monkeypatch.setattr(loader.sources, "read_sources", lambda *_: everything[:60])
   overrides = ["model.width=32", "model.heads=2", "model.mlp_width=64", "model.layers=1"]
   overrides += ["train.steps=6", "optim.warmup=2", "tokenizer.vocab_size=600"]
   overrides += ["model.max_seq_len=64"]

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from llmjax.core.choices import check_least
+from llmjax.core.choices import check_choice, check_least
 from llmjax.core.errors import UserError
 from llmjax.data import sources
 from llmjax.data.batch import Batch
@@ -30,12 +30,16 @@ class DataConfig:
 
   Attributes:
     sources: comma-separated `stdlib`, folders and files.
+    text_field: the field of a JSON Lines record (`.jsonl`) that is its text.
+    not_text: what becomes of files in a folder that are not UTF-8 text: skip, refuse.
     held_out: share of the text that is kept for evaluation, in (0, 1).
     batch_size: rows of the global batch, over all hosts.
     cache: folder for tokenized text; empty means `data/` in the workdir.
   """
 
   sources: str = "stdlib"
+  text_field: str = "text"
+  not_text: str = "skip"
   held_out: float = 0.05
   batch_size: int = 16
   cache: str = ""
@@ -43,12 +47,18 @@ class DataConfig:
   def __post_init__(self):
     if not 0 < self.held_out < 1:
       raise UserError(f"data.held_out {self.held_out} is not between 0 and 1")
+    check_choice("data.not_text", self.not_text, ("skip", "refuse"))
     check_least("data", self, batch_size=1)
+
+
+def read_all(config: DataConfig) -> list[sources.Document]:
+  """Reads all of the config's text."""
+  return sources.read_sources(config.sources, config.text_field, config.not_text)
 
 
 def read_split(config: DataConfig) -> tuple[list[sources.Document], list[sources.Document]]:
   """Reads the config's text and divides it into training and held-out documents."""
-  return sources.split(sources.read_sources(config.sources), config.held_out)
+  return sources.split(read_all(config), config.held_out)
 
 
 def make_tokenizer(config: TokenizerConfig, documents: list[sources.Document]) -> Tokenizer:

@@ -4,6 +4,8 @@ Any row is computed by itself from (seed, epoch, row number), on any host, and r
 the step number."""
 
 import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,24 +70,55 @@ class PackedRows:
     return numbers, start - int(ends[first] - self._store.lengths[numbers[0]])
 
 
-def windows(store: TokenStore, row_tokens: int, stride: int):
-  """Cuts every document into overlapping rows that predict each of its tokens exactly once.
+class Window(NamedTuple):
+  """A part of a document that is scored as one row.
+
+  Attributes:
+    document: its number in the store.
+    start: its first token.
+    stop: the token after its last.
+    scored_from: the first token to be predicted; those before it are context only.
+  """
+
+  document: int
+  start: int
+  stop: int
+  scored_from: int
+
+  @property
+  def positions(self) -> int:
+    """Positions that a row needs for it: the last token is only predicted."""
+    return self.stop - self.start - 1
+
+
+def windows(lengths: Sequence[int], row_tokens: int, stride: int) -> Iterator[Window]:
+  """Cuts every document into overlapping windows that predict each of its tokens exactly once.
 
   Args:
-    row_tokens: positions in a row.
-    stride: new predictions a row after a document's first, at most `row_tokens`; the other
-      positions are context only.
-  Returns:
-    An iterator over (tokens, segments, scored), each [row_tokens + 1]; `scored` is true where the
-    token itself is to be predicted.
+    lengths: tokens of each document.
+    row_tokens: most positions of a window.
+    stride: new predictions a window after a document's first, at most `row_tokens`.
   """
-  for index in range(len(store)):
-    ids = store[index]
-    done = 1  # BOS is given, never predicted
-    for start in range(0, max(1, len(ids) - 1 - row_tokens + stride), stride):
-      piece = ids[start : start + row_tokens + 1]
-      pad = (0, row_tokens + 1 - len(piece))
-      places = np.arange(start, start + row_tokens + 1)
-      scored = (places >= done) & (places < len(ids))
-      done = start + len(piece)
-      yield np.pad(piece, pad), np.pad(np.ones(len(piece), np.int32), pad), scored
+  for document, length in enumerate(map(int, lengths)):
+    scored_from = 1  # BOS is given, never predicted
+    for start in range(0, max(1, length - 1 - row_tokens + stride), stride):
+      stop = min(length, start + row_tokens + 1)
+      yield Window(document, start, stop, scored_from)
+      scored_from = stop
+
+
+def window_row(ids: np.ndarray, window: Window, row_tokens: int):
+  """Cuts a window out of its document, as a padded row.
+
+  Args:
+    ids: int32 ids of the whole document.
+    window: where to cut.
+    row_tokens: positions of the row, `window.positions` or more.
+  Returns:
+    (tokens, segments, scored), each [row_tokens + 1]; `scored` is true where the token itself is to
+    be predicted.
+  """
+  piece = ids[window.start : window.stop]
+  pad = (0, row_tokens + 1 - len(piece))
+  scored = np.arange(len(piece)) >= window.scored_from - window.start
+  return tuple(np.pad(row, pad) for row in (piece, np.ones(len(piece), np.int32), scored))

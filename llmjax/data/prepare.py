@@ -8,9 +8,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -60,9 +60,18 @@ def store_key(documents: Sequence[Document], tokenizer: Tokenizer) -> str:
   return digest.hexdigest()[:16]
 
 
-def prepare(documents: Sequence[Document], tokenizer: Tokenizer, cache: Path) -> TokenStore:
-  """Tokenizes documents, numbered in this order, into `cache/<key>/`, or finds them there."""
+def prepare(
+  documents: Sequence[Document], tokenizer: Tokenizer, cache: str | Path = ""
+) -> TokenStore:
+  """Tokenizes documents, numbered in this order, into `cache/<key>/`, or finds them there.
+
+  Without a cache they stay in memory.
+  """
   key = store_key(documents, tokenizer)
+  if not cache:
+    rows = list(_encoded(documents, tokenizer))
+    lengths = np.asarray([len(row) // _DTYPE.itemsize for row in rows], np.int64)
+    return TokenStore(key, lengths, _size_bytes(documents), rows)
   folder = Path(cache, key)
   if not folder.is_dir():
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +95,8 @@ def _remove_stale(cache: Path):
 
 
 def _make(documents: Sequence[Document], tokenizer: Tokenizer, folder: Path):
-  partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+  partial = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+  partial.mkdir()  # `tempfile` would make a folder that nobody else may read
   try:
     (partial / _OWNER).write_text(json.dumps(identity()))
     _write(documents, tokenizer, partial)
@@ -99,18 +109,27 @@ def _make(documents: Sequence[Document], tokenizer: Tokenizer, folder: Path):
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(documents: Sequence[Document], tokenizer: Tokenizer, folder: Path):
-  writer = ArrayRecordWriter(str(folder / "tokens.array_record"), "group_size:1")
-  lengths = []
+def _encoded(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[bytes]:
+  """Each document's record: the bytes of its ids."""
   before, after = frame(tokenizer)
   for start in range(0, len(documents), _CHUNK):
     texts = [document.text for document in documents[start : start + _CHUNK]]
     for ids in tokenizer.encode_batch(texts):
-      row = np.asarray([before, *ids, after], _DTYPE)
-      lengths.append(len(row))
-      writer.write(row.tobytes())
+      yield np.asarray([before, *ids, after], _DTYPE).tobytes()
+
+
+def _size_bytes(documents: Sequence[Document]) -> int:
+  return sum(document.size_bytes for document in documents)
+
+
+def _write(documents: Sequence[Document], tokenizer: Tokenizer, folder: Path):
+  writer = ArrayRecordWriter(str(folder / "tokens.array_record"), "group_size:1")
+  lengths = []
+  for row in _encoded(documents, tokenizer):
+    lengths.append(len(row) // _DTYPE.itemsize)
+    writer.write(row)
   writer.close()
   np.save(folder / "lengths.npy", np.asarray(lengths, np.int64))
-  size_bytes = sum(document.size_bytes for document in documents)
+  size_bytes = _size_bytes(documents)
   meta = {"documents": len(lengths), "size_bytes": size_bytes, "tokens": int(sum(lengths))}
   (folder / "meta.json").write_text(json.dumps(meta))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmjax.core.errors import UserError
+from llmjax.data.text_files import NotText, read_texts
 from llmjax.parallel.multihost import say
 
 _STDLIB_SUFFIXES = (".py", ".txt", ".rst")
@@ -27,7 +28,7 @@ class Document:
 
   Attributes:
     source: the entry of the source spec that it belongs to.
-    path: relative to the source, with `/`.
+    path: relative to the source, with `/`; of a record, with its line.
     text: its content, decoded from UTF-8, line ends as they are on disk.
   """
 
@@ -41,55 +42,83 @@ class Document:
     return len(self.text.encode())
 
 
-def read_sources(spec: str) -> list[Document]:
-  """Reads every document of a source spec, empty files left out.
+def read_sources(
+  spec: str, text_field: str = "text", not_text: str = "skip"
+) -> list[Document]:
+  """Reads every document of a source spec, empty ones left out.
 
   A file that is named twice, by two entries or by links, is read once, and that is said.
 
   Args:
     spec: comma-separated `stdlib`, files, and folders, which are walked, links followed; hidden
       names and `__pycache__` are skipped.
+    text_field: the field of a JSON Lines record that is its text.
+    not_text: what becomes of files in a folder that are not UTF-8 text: `skip` leaves them out and
+      names them in a note, `refuse` raises.
   Returns:
-    Documents ordered by source, then path.
+    Documents ordered by source, then path. The path of a record ends in its line, `a.jsonl:3`.
   Raises:
     UserError: something named or found cannot be read, is neither folder nor file, is a link back
-      to a folder that it is in, or is not UTF-8 text; or a source holds no text.
+      to a folder that it is in, or is not UTF-8 text; a record is not JSON or lacks its text; or a
+      source holds no text.
   """
   entries = [entry.strip() for entry in spec.split(",") if entry.strip()]
   if not entries:
     raise UserError("data.sources is empty; name a folder, a file or 'stdlib'")
-  documents, again, seen = [], [], set()
+  documents, again, skipped, seen = [], [], [], set()
   for entry in entries:
-    before = len(documents) + len(again)
-    for document, file in _read_entry(entry, seen):
-      if file in seen:
-        again.append(document)
-      elif document.text:
-        documents.append(document)
-      seen.add(file)
-    if len(documents) + len(again) == before:
-      raise UserError(f"source {entry!r} holds no text: there is no non-empty file in it")
+    read, repeated, unread = _read_entry(entry, text_field, not_text == "skip", seen)
+    if not read and not repeated:
+      why = f"what is in it is not text: {_list(unread)}" if unread else "no file in it has any"
+      raise UserError(f"source {entry!r} holds no text: {why}")
+    documents, again, skipped = documents + read, again + repeated, skipped + unread
   if again:
-    first = f"{again[0].path!r} of source {again[0].source!r}"
-    say(f"llmjax: warning: {len(again)} files named again are read once, the first {first}")
+    say(f"llmjax: warning: {len(again)} files named again are read once, the first {again[0]}")
+  if skipped:
+    say(
+      f"llmjax: note: files that are not text are skipped (data.not_text=refuse refuses them): "
+      f"{_list(skipped)}"
+    )
   return documents
 
 
-def _read_entry(entry: str, seen: set) -> Iterator[tuple[Document, tuple]]:
-  """Reads the files of one entry, without the text of those in `seen`: (document, identity)."""
+def _read_entry(entry: str, text_field: str, skip: bool, seen: set) -> tuple[list, list, list]:
+  """Reads the files of one entry that are not in `seen`: (documents, those that are, not text)."""
+  documents, again, skipped = [], [], []
+  named = entry != "stdlib" and Path(entry).expanduser().is_file()
+  for path, name, identity in _files_of(entry):
+    if identity in seen:
+      again.append(f"{name!r} of source {entry!r}")
+      continue
+    seen.add(identity)
+    try:
+      texts = read_texts(path, text_field)
+    except UserError as error:
+      if entry == "stdlib":  # a few of its encodings' own sample files are not UTF-8
+        continue
+      if named or not skip or not isinstance(error, NotText):
+        raise
+      skipped.append(f"{name!r} ({error.reason})")
+      continue
+    documents += [Document(entry, name + place, text) for place, text in texts if text]
+  return documents, again, skipped
+
+
+def _list(names: list[str]) -> str:
+  """The first of many names, and how many more there are."""
+  more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+  return ", ".join(names[:3]) + more
+
+
+def _files_of(entry: str) -> Iterator[tuple[Path, str, tuple]]:
+  """The files of one entry, in order: (path, name relative to the entry, identity)."""
   stdlib = entry == "stdlib"
   root = Path(sysconfig.get_paths()["stdlib"] if stdlib else os.path.expanduser(entry))
   if not os.path.lexists(root):
     raise UserError(f"source {entry!r} does not exist; name a folder, a file or 'stdlib'")
-  for path, file in _files(root, _STDLIB_SKIPPED if stdlib else _SKIPPED, not stdlib):
-    if stdlib and path.suffix not in _STDLIB_SUFFIXES:
-      continue
-    name = path.relative_to(root).as_posix() if path != root else root.name
-    try:
-      yield Document(entry, name, "" if file in seen else _read_text(path)), file
-    except UserError:
-      if not stdlib:  # a few of its encodings' own sample files are not UTF-8
-        raise
+  for path, identity in _files(root, _STDLIB_SKIPPED if stdlib else _SKIPPED, not stdlib):
+    if not stdlib or path.suffix in _STDLIB_SUFFIXES:
+      yield path, path.relative_to(root).as_posix() if path != root else root.name, identity
 
 
 def _files(path: Path, skipped: set, strict: bool, above=()) -> Iterator[tuple[Path, tuple]]:
@@ -127,19 +156,6 @@ def _stat(path: Path, above) -> tuple[tuple, list[str] | None]:
   if identity in above:
     raise UserError(f"{shown} is a link to {os.path.realpath(path)!r}, a folder that it is in")
   return identity, names
-
-
-def _read_text(path: Path) -> str:
-  try:
-    data = path.read_bytes()
-    text = data.decode()
-  except OSError as error:
-    raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-  except UnicodeDecodeError as error:
-    raise UserError(f"{str(path)!r} is not text: byte {error.start} is not UTF-8") from error
-  if "\0" in text:
-    raise UserError(f"{str(path)!r} is not text: byte {data.index(0)} is NUL")
-  return text
 
 
 def text_hash(text: str) -> float:

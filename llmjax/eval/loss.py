@@ -5,7 +5,9 @@ import gzip
 import itertools
 import lzma
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +16,41 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llmjax.core.errors import RunFailed
+from llmjax.core.progress import ProgressLine
 from llmjax.data.batch import Batch
 from llmjax.data.loader import place
-from llmjax.data.pack import windows
+from llmjax.data.pack import window_row, windows
 from llmjax.data.prepare import TokenStore
 from llmjax.data.sources import Document
 from llmjax.data.tasks import Task, score_only
+from llmjax.models.config import ModelConfig
+from llmjax.models.formulas import forward_flops_per_token
+from llmjax.parallel import multihost
 from llmjax.parallel.rules import ACTIVATIONS, axes_of, batch_sharding
 from llmjax.training.losses import LossConfig
 from llmjax.training.objective import make_objective
 from llmjax.training.step import compiler_options
+
+_UNIT = 128  # positions; kernels want rows in multiples of it
+
+
+class RowBatch(NamedTuple):
+  """Rows that are computed together.
+
+  Attributes:
+    numbers: of windows of the text.
+    rows: of the batch; those beyond `numbers` are padding.
+    width: positions of each row.
+  """
+
+  numbers: list[int]
+  rows: int
+  width: int
+
+  @property
+  def positions(self) -> int:
+    """Positions of all rows, padding included."""
+    return self.rows * self.width
 
 
 def evaluate_loss(
@@ -33,8 +60,9 @@ def evaluate_loss(
   task: Task | None = None,
   batch_size: int = 16,
   stride: int = 0,
+  show: bool = False,
 ) -> dict:
-  """Computes the loss of held-out text in rows of `max_seq_len` tokens.
+  """Computes the loss of held-out text in rows of at most `max_seq_len` positions.
 
   Language models predict every token exactly once, in overlapping rows: after a document's first
   row, each prediction has at least max_seq_len - stride tokens before it. Tasks that mask tokens
@@ -45,8 +73,9 @@ def evaluate_loss(
     store: held-out documents; each document's end counts as one more token to predict.
     mesh: its data axes divide the rows.
     task: what is predicted; language modelling by default.
-    batch_size: rows of a batch, rounded up to what the mesh divides.
+    batch_size: most rows of a batch, rounded up to what the mesh divides.
     stride: predictions of each overlapping row; 0 means half of `max_seq_len`.
+    show: tell on standard error what there is to compute, then how much of it is done.
   Returns:
     `nats_per_token`, `perplexity`, `tokens` (predicted), `bytes`; `bits_per_byte` of a model that
     predicts all of the text.
@@ -57,18 +86,23 @@ def evaluate_loss(
   all_tokens = task.config.name in ("language_model", "prefix_lm")
   context = model.config.max_seq_len
   stride = min(stride or max(1, context // 2), context) if all_tokens else context
+  rows = list(windows(store.lengths, context, stride))
   shards = math.prod(mesh.shape[axis] for axis in axes_of("b", ACTIVATIONS))
-  batch_size = math.ceil(batch_size / shards) * shards
-  sharding = batch_sharding(mesh)
-  sums, loss_sum = [], _compiled_loss_sum(mesh, task.config.name)
+  # What a task hides is drawn for rows as wide as the context.
+  unit = _UNIT * mesh.shape["context"] if all_tokens else context
+  batches = plan_batches([row.positions for row in rows], batch_size, shards, unit, context)
+  if show:
+    multihost.say(_describe(model.config, store, batches))
+  read = functools.lru_cache(maxsize=1)(store.__getitem__)
+  sharding, loss_sum = batch_sharding(mesh), _compiled_loss_sum(mesh, task.config.name)
+
+  def start(batch: RowBatch):
+    cut = [(n, *window_row(read(rows[n].document), rows[n], batch.width)) for n in batch.numbers]
+    cut += [(0, *map(np.zeros_like, cut[0][1:]))] * (batch.rows - len(cut))
+    return batch, loss_sum(model, place(_batch(None if all_tokens else task, cut), sharding))
+
   with jax.set_mesh(mesh):
-    for batch in _batches(store, None if all_tokens else task, context, stride, batch_size):
-      sums.append(loss_sum(model, place(batch, sharding)))
-  totals = [[float(value) for value in pair] for pair in sums]
-  for number, (nats, _) in enumerate(totals, 1):
-    if not math.isfinite(nats):
-      raise RunFailed(f"the held-out loss is {nats} in batch {number} of {len(totals)}")
-  nats, tokens = (math.fsum(column) for column in zip(*totals, strict=True))
+    nats, tokens = _total(map(start, batches), batches, show and multihost.is_writer())
   scores = {
     "nats_per_token": nats / tokens,
     "perplexity": math.exp(min(nats / tokens, 700)),
@@ -80,6 +114,66 @@ def evaluate_loss(
   return scores
 
 
+def plan_batches(
+  positions: Sequence[int], batch_size: int, shards: int, unit: int, context: int
+) -> list[RowBatch]:
+  """Divides rows of different lengths into batches of similar ones, the longest first.
+
+  Batches have equal numbers of rows. A batch is as wide as the one before it or, where half of that
+  is enough, as its longest row needs: every further width has to be compiled.
+
+  Args:
+    positions: that each row needs.
+    batch_size: most rows of a batch.
+    shards: number that divides the rows of a batch; `batch_size` is rounded up to it.
+    unit: number that divides a width less than the context.
+    context: most positions of a row.
+  """
+  order = sorted(range(len(positions)), key=lambda number: -positions[number])
+  count = math.ceil(len(order) / (math.ceil(batch_size / shards) * shards))
+  rows = math.ceil(math.ceil(len(order) / count) / shards) * shards
+  width, batches = 2 * context, []
+  for first in range(0, len(order), rows):
+    longest = positions[order[first]]
+    if longest <= width / 2:
+      width = min(context, math.ceil(longest / unit) * unit)
+    batches.append(RowBatch(order[first : first + rows], rows, width))
+  return batches
+
+
+def _describe(config: ModelConfig, store: TokenStore, batches: Sequence[RowBatch]) -> str:
+  """Says what there is to compute, one line."""
+  positions = sum(batch.positions for batch in batches)
+  flops = sum(b.positions * forward_flops_per_token(config, b.width) for b in batches)
+  return (
+    f"scoring {store.size_bytes:,} bytes in {len(store):,} documents, "
+    f"{int(store.lengths.sum()) - len(store):,} tokens: "
+    f"{sum(len(batch.numbers) for batch in batches):,} rows in {len(batches):,} batches, "
+    f"{positions:,} positions with padding, {flops:.2g} FLOPs"
+  )
+
+
+def _total(started: Iterator, batches: Sequence[RowBatch], show: bool) -> tuple[float, float]:
+  """Adds up (nats, predictions) of batches, waiting for each when two later ones are started."""
+  line = ProgressLine(sum(batch.positions for batch in batches), unit="positions") if show else None
+  nats = tokens = done = 0
+  pending = deque()
+  try:
+    for number in range(1, len(batches) + 1):
+      pending.extend(itertools.islice(started, 3 - len(pending)))
+      batch, sums = pending.popleft()
+      of_batch, predictions = np.asarray(sums).tolist()
+      if not math.isfinite(of_batch):
+        raise RunFailed(f"the held-out loss is {of_batch} in batch {number} of {len(batches)}")
+      nats, tokens, done = nats + of_batch, tokens + predictions, done + batch.positions
+      if line:
+        line.update(done, f"{nats / max(1, tokens):.3f} nats per token")
+  finally:
+    if line:
+      line.close()
+  return nats, tokens
+
+
 @functools.cache
 def _compiled_loss_sum(mesh: Mesh, task: str):
   """(model, batch) → [sum of the loss, predictions], compiled with training's options."""
@@ -89,13 +183,6 @@ def _compiled_loss_sum(mesh: Mesh, task: str):
     return jnp.stack((metrics["loss"], count))
 
   return jax.jit(loss_sum, compiler_options=compiler_options(mesh))
-
-
-def _batches(store, task: Task | None, context, stride, batch_size):
-  numbered = enumerate(windows(store, context, stride))
-  while rows := [(number, *row) for number, row in itertools.islice(numbered, batch_size)]:
-    rows += [(0, *map(np.zeros_like, rows[0][1:]))] * (batch_size - len(rows))
-    yield _batch(task, rows)
 
 
 def _batch(task: Task | None, rows):

@@ -12,10 +12,10 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from llmjax.core.chips import Topology
@@ -104,8 +104,8 @@ def _key(task: dict) -> str:
 
 def _compile(task: dict, folder: Path):
   """Has the compiler's process fill a folder, which is whole once it has its name."""
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  partial = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+  partial = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+  partial.mkdir(parents=True)
   try:
     (partial / "task.json").write_text(json.dumps(task))
     kept = {key: value for key, value in os.environ.items() if not key.startswith(_CLEAN)}

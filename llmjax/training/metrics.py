@@ -2,20 +2,17 @@
 
 import json
 import sys
-import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmjax.core.files import replace, to_json
+from llmjax.core.progress import ProgressLine
 from llmjax.training.experts import Starving
 from llmjax.training.rates import Peak, StepClock
 
-_EVERY_S = 10.0  # between plain lines of progress
 # What a run spends time on beside its steps: name in `metrics.jsonl`, without `_s` → in words.
 _BESIDE = {
   "startup": "start-up", "data_wait": "data", "evaluation": "evaluation",
@@ -100,40 +97,6 @@ class Pending:
     taken = [self._queue.popleft() for _ in range(max(0, count))]
     host = lambda values: {k: np.asarray(v).tolist() for k, v in values.items()}  # noqa: E731
     return [(step, host(values), mark) for step, values, mark in taken]
-
-
-class ProgressLine:
-  """A bar on a terminal, a plain line every few seconds elsewhere; always on standard error."""
-
-  def __init__(self, total: int, done: int):
-    console = Console(stderr=True)
-    self._total, self._first = total, done
-    self._start_s = self._last_s = time.perf_counter()
-    self._bar = None
-    if console.is_terminal:
-      self._bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-      )
-      self._task = self._bar.add_task("starting", total=total, completed=done)
-      self._bar.start()
-
-  def update(self, step: int, text: str):
-    if self._bar:
-      self._bar.update(self._task, completed=step, description=text)
-      return
-    now_s = time.perf_counter()
-    if now_s - self._last_s >= _EVERY_S or step == self._total:
-      self._last_s = now_s
-      left_s = (now_s - self._start_s) / max(1, step - self._first) * (self._total - step)
-      print(f"step {step}/{self._total}  {text}  {left_s:.0f} s left", file=sys.stderr, flush=True)
-
-  def close(self):
-    if self._bar:
-      self._bar.stop()
 
 
 class NoReport:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from numpy.testing import assert_array_equal
 
 from llmjax.core.errors import UserError
-from llmjax.data.pack import PackedRows, windows
+from llmjax.data.pack import PackedRows, window_row, windows
 from llmjax.data.prepare import TokenStore
 from llmjax.data.tasks import language_model, score_only
 from tests.reference.packing import packed_rows
@@ -103,8 +103,11 @@ def test_windows_score_each_token_once_after_enough_context(lengths, row_tokens,
   store, documents = store_of(lengths)
   where = {int(t): (n, i) for n, ids in enumerate(documents) for i, t in enumerate(ids)}
   counted = collections.Counter()
-  for tokens, segments, scored in windows(store, row_tokens, stride):
-    assert tokens.shape == segments.shape == scored.shape == (row_tokens + 1,)
+  for window in windows(store.lengths, row_tokens, stride):
+    assert window.positions <= row_tokens
+    row = max(1, window.positions)  # no wider than what it needs
+    tokens, segments, scored = window_row(store[window.document], window, row)
+    assert tokens.shape == segments.shape == scored.shape == (row + 1,)
     batch = score_only(tokens[None], segments[None], scored[None])
     for place in np.flatnonzero(batch.loss_mask_bt[0]):
       target = int(batch.targets_bt[0, place])

@@ -28,8 +28,15 @@ def tokenizer():
   return SentencePiece.train([document.text for document in DOCUMENTS], 290)
 
 
-def test_documents_come_back_between_bos_and_eos(tmp_path, tokenizer):
-  store = prepare(DOCUMENTS, tokenizer, tmp_path)
+@pytest.mark.parametrize("cached", [True, False])
+def test_documents_come_back_between_bos_and_eos(tmp_path, tokenizer, cached):
+  before = os.umask(0o027)
+  try:
+    store = prepare(DOCUMENTS, tokenizer, tmp_path if cached else "")
+  finally:
+    os.umask(before)
+  modes = [path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")]
+  assert sorted(modes) == ([0o640, 0o640, 0o640, 0o750] if cached else [])
   assert len(store) == 3
   for index, document in enumerate(DOCUMENTS):
     ids = store[index]

@@ -1,5 +1,7 @@
 """Proves that text is read exactly and in a fixed order, and that the held-out split is stable."""
 
+import gzip
+import json
 import os
 import socket
 import tempfile
@@ -10,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 
 from llmjax.core.errors import UserError
+from llmjax.data import sources
+from llmjax.data.loader import DataConfig, read_all
 from llmjax.data.sources import Document, read_sources, split, text_hash
 
 
@@ -65,12 +69,87 @@ def test_the_standard_library_is_a_source_without_tests_and_installed_packages()
     ({"folder/empty": ""}, "folder", "holds no text"),
     ({"file": b"ab\xff"}, "file", "byte 2 is not UTF-8"),
     ({"file": b"a\xc3\xa9\0"}, "file", "byte 3 is NUL"),
+    ({"file": b"a" * 70_000 + b"\0"}, "file", "byte 70000 is NUL"),
+    ({"x.png": b"\x89PNG\r\n\x1a\n\0"}, "x.png", "'.*x.png' is not text: byte 8 is NUL"),
+    (
+      {"folder/x.bin": b"ab\xff"}, "folder",
+      r"'.*folder' holds no text: what is in it is not text: 'x.bin' \(byte 2 is not UTF-8\)",
+    ),
+    ({"x.jsonl": "\n"}, "x.jsonl", "holds no text"),
+    ({"x.jsonl.gz": b"no gzip"}, "x.jsonl.gz", "cannot be read: Not a gzipped file"),
   ],
 )
 def test_what_holds_no_text_is_a_user_error_that_says_why(tmp_path, files, entry, words):
   write(tmp_path, files)
   with pytest.raises(UserError, match=words):
     read_sources(str(tmp_path / entry))
+
+
+RECORDS = [{"text": "é\u2028one\n", "n": 1}, {"text": ""}, {"n": [3], "text": "two"}]
+
+
+@pytest.mark.parametrize(
+  ("name", "encode"),
+  [
+    ("a.jsonl", str.encode),
+    ("a.ndjson", lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()),
+    ("a.jsonl.gz", lambda text: gzip.compress(text.encode())),
+  ],
+)
+def test_each_line_of_json_lines_is_a_document(tmp_path, name, encode):
+  lines = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
+  write(tmp_path, {name: encode("\n".join((lines[0], "", *lines[1:])) + "\n"), "b.txt": "{}"})
+  found = read_sources(str(tmp_path))
+  assert [(doc.path, doc.text) for doc in found] == [
+    (f"{name}:1", "é\u2028one\n"), (f"{name}:4", "two"), ("b.txt", "{}")
+  ]
+  (alone,) = read_sources(str(tmp_path / "b.txt"))
+  assert alone.text == "{}"
+
+
+def test_the_field_of_a_record_is_a_config_key(tmp_path):
+  write(tmp_path, {"a.jsonl": '{"text": "no", "content": "yes"}'})
+  (document,) = read_all(DataConfig(sources=str(tmp_path), text_field="content"))
+  assert document.text == "yes"
+
+
+@pytest.mark.parametrize(
+  ("line", "words"),
+  [
+    ("{'text': 'x'}", "is not JSON: Expecting property name"),
+    ('{"text": "cut', "is not JSON: Unterminated string starting at \\(column 10\\)$"),
+    ("[" * 10**5, "is not JSON that can be read: it is nested too deeply"),
+    ('"text"', "is a string, not a JSON object"),
+    ("17", "is a number, not a JSON object"),
+    (
+      '{"body": "x", "id": 3}',
+      r"has no field 'text' \(data.text_field\); its fields: 'body', 'id'$",
+    ),
+    ('{"text": null}', "field 'text' is null, not a string"),
+    ('{"text": ["a"]}', "field 'text' is an array, not a string"),
+    (r'{"text": "a\u0000b"}', r"has the character U\+0000, not text"),
+    (r'{"text": "\ud83d"}', r"has the character U\+D83D, not text"),
+  ],
+)
+def test_a_record_without_its_text_is_one_line_with_file_and_line(tmp_path, line, words):
+  write(tmp_path, {"a.jsonl": '{"text": "x"}\n\n' + line + "\n"})
+  with pytest.raises(UserError, match=rf"^'.*a\.jsonl' line 3:? {words}"):
+    read_sources(str(tmp_path))
+
+
+def test_files_that_are_not_text_are_named_and_skipped_or_refused(tmp_path, capsys):
+  binary = {f"{n}.png": b"\x89PNG\r\n\x1a\n\0" for n in range(4)}
+  write(tmp_path, {**binary, "latin": "é".encode("latin-1"), "a.txt": "A"})
+  (document,) = read_sources(str(tmp_path))
+  assert document.text == "A"
+  said = capsys.readouterr().err
+  assert said.count("\n") == 1 and "note: files that are not text are skipped" in said
+  assert "'0.png' (byte 8 is NUL), '1.png'" in said
+  assert said.endswith("'2.png' (byte 8 is NUL) and 2 more\n")
+  with pytest.raises(UserError, match=r"0\.png' is not text: byte 8 is NUL"):
+    read_all(DataConfig(sources=str(tmp_path), not_text="refuse"))
+  with pytest.raises(UserError, match=r"latin' is not text: byte 0 is not UTF-8"):
+    read_sources(str(tmp_path / "latin"))
 
 
 @pytest.mark.parametrize("spec", ["", " , "])
@@ -153,8 +232,8 @@ def test_what_may_not_be_read_is_a_user_error(locked):
 
 def test_a_file_that_vanishes_while_text_is_read_is_a_user_error(tmp_path, monkeypatch):
   write(tmp_path, {"a.txt": "a", "b.txt": "b"})
-  read = Path.read_bytes
-  monkeypatch.setattr(Path, "read_bytes", lambda path: (path.unlink(), read(path)))
+  read = sources.read_texts
+  monkeypatch.setattr(sources, "read_texts", lambda path, field: (path.unlink(), read(path, field)))
   with pytest.raises(UserError, match=r"a.txt' cannot be read: No such file or directory"):
     read_sources(str(tmp_path))
 

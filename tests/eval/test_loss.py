@@ -5,15 +5,18 @@ import gzip
 import lzma
 import math
 
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from numpy.testing import assert_allclose
 
 from llmjax.data.prepare import prepare
 from llmjax.data.sources import Document
-from llmjax.eval.loss import compressor_bits_per_byte, evaluate_loss
+from llmjax.eval import loss
+from llmjax.eval.loss import compressor_bits_per_byte, evaluate_loss, plan_batches
 from llmjax.models.build import abstract
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.text.sentencepiece import SentencePiece
@@ -83,12 +86,41 @@ def test_bits_per_byte_are_those_of_scoring_each_token_alone(
   assert_allclose(found["perplexity"], math.exp(nats / tokens), rtol=2e-5)
 
 
-def test_the_loss_does_not_depend_on_the_batch_size(decoder, store):
+def test_the_loss_does_not_depend_on_the_batch_size_and_the_width_of_rows(
+  decoder, store, monkeypatch
+):
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  one, many = (evaluate_loss(decoder, store, mesh, batch_size=size) for size in (4, 3))
-  # The same rows in other sums.
-  assert_allclose(one["nats_per_token"], many["nats_per_token"], rtol=1e-6)
-  assert one["tokens"] == many["tokens"]
+  one, *others = (evaluate_loss(decoder, store, mesh, batch_size=size) for size in (4, 3))
+  monkeypatch.setattr(loss, "_UNIT", 4)
+  others.append(evaluate_loss(decoder, store, mesh, batch_size=2))
+  for other in others:  # the same rows in other sums
+    assert_allclose(one["nats_per_token"], other["nats_per_token"], rtol=1e-6)
+    assert one["tokens"] == other["tokens"]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+  st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.integers(1, 20),
+  st.sampled_from([1, 2, 8]),
+)
+def test_batches_hold_every_row_once_in_few_shapes_and_little_padding(needs, batch_size, shards):
+  context, unit = 1000, 16
+  batches = plan_batches(needs, batch_size, shards, unit, context)
+  assert sorted(n for batch in batches for n in batch.numbers) == list(range(len(needs)))
+  for batch in batches:
+    longest = max(needs[number] for number in batch.numbers)
+    assert longest <= batch.width <= context and (batch.width % unit == 0 or batch.width == context)
+    assert batch.width < 2 * longest + unit
+    assert len(batch.numbers) <= batch.rows <= batch_size + shards - 1 and batch.rows % shards == 0
+  assert len({batch.rows for batch in batches}) == 1
+  assert len({batch.width for batch in batches}) <= 8  # each at most about half of the one before
+  # Padding rows: less than a row, rounded up to the shards, for each batch.
+  assert sum(batch.rows for batch in batches) < len(needs) + len(batches) * shards
+
+
+def test_one_short_text_costs_what_it_is_long():
+  (batch,) = plan_batches([4511], 16, 1, 128, 8192)
+  assert (batch.rows, batch.width) == (1, 4608)
 
 
 def test_compressors_are_measured_on_all_documents_as_one_stream():

@@ -82,7 +82,11 @@ def save_tensors(tensors: dict, path: Path):
   for number, shard in enumerate(shards, 1):
     suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
     name = f"model{suffix}.safetensors"
+    # safetensors replaces the file by one that its owner alone may read.
+    (path / name).touch()
+    mode = (path / name).stat().st_mode
     save_file(shard, path / name, metadata={"format": "pt"})
+    (path / name).chmod(mode)
     weight_map |= dict.fromkeys(shard, name)
   if len(shards) > 1:
     total = sum(array.nbytes for array in tensors.values())
