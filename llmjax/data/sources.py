@@ -85,7 +85,7 @@ def read_sources(
 def _read_entry(entry: str, text_field: str, skip: bool, seen: set) -> tuple[list, list, list]:
   """Reads the files of one entry that are not in `seen`: (documents, those that are, not text)."""
   documents, again, skipped = [], [], []
-  named = entry != "stdlib" and Path(entry).expanduser().is_file()
+  named = entry != "stdlib" and os.path.isfile(os.path.expanduser(entry))
   for path, name, identity in _files_of(entry):
     if identity in seen:
       again.append(f"{name!r} of source {entry!r}")

@@ -127,8 +127,8 @@ def test_the_field_of_a_record_is_a_config_key(tmp_path):
     ),
     ('{"text": null}', "field 'text' is null, not a string"),
     ('{"text": ["a"]}', "field 'text' is an array, not a string"),
-    (r'{"text": "a\u0000b"}', r"has the character U\+0000, not text"),
-    (r'{"text": "\ud83d"}', r"has the character U\+D83D, not text"),
+    (r'{"text": "a\u0000b"}', r"field 'text' has the character U\+0000, not text"),
+    (r'{"text": "\ud83d"}', r"field 'text' has the character U\+D83D, not text"),
   ],
 )
 def test_a_record_without_its_text_is_one_line_with_file_and_line(tmp_path, line, words):
