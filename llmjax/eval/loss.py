@@ -145,11 +145,11 @@ def _describe(config: ModelConfig, store: TokenStore, batches: Sequence[RowBatch
   """Says what there is to compute, one line."""
   positions = sum(batch.positions for batch in batches)
   flops = sum(b.positions * forward_flops_per_token(config, b.width) for b in batches)
+  rows = sum(len(batch.numbers) for batch in batches)
   return (
-    f"scoring {store.size_bytes:,} bytes in {len(store):,} documents, "
-    f"{int(store.lengths.sum()) - len(store):,} tokens: "
-    f"{sum(len(batch.numbers) for batch in batches):,} rows in {len(batches):,} batches, "
-    f"{positions:,} positions with padding, {flops:.2g} FLOPs"
+    f"scoring {store.size_bytes:,} bytes, {int(store.lengths.sum()) - len(store):,} tokens "
+    f"(documents: {len(store):,}, rows: {rows:,}, batches: {len(batches):,}, "
+    f"positions with padding: {positions:,}), {flops:.2g} FLOPs"
   )
 
 
