@@ -11,6 +11,9 @@ from numpy.testing import assert_allclose
 
 from llmjax.core import tree
 from llmjax.data.batch import Batch
+from llmjax.data.prepare import TokenStore
+from llmjax.eval import loss
+from llmjax.eval.loss import evaluate_loss
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import WEIGHTS, batch_sharding, shard_weights, weight_shardings
 from llmjax.training.check import GRADIENT_LIMIT, _quick, compare, on_mesh, on_one_device
@@ -83,3 +86,22 @@ def test_frozen_parameters_in_a_pipeline_and_under_fsdp(sizes):
   assert not any("/mlp/" in path or "embed" in path for path in want.grads)
   row = compare(on_mesh(config, make_mesh(MeshConfig(data=1, **sizes)), batch), want)
   assert row["ok"], row
+
+
+@pytest.mark.slow
+def test_scores_of_rows_of_several_widths_are_those_of_one_device(monkeypatch):
+  config = make_config(
+    width=16, heads=4, kv_heads=2, mlp_width=32, vocab_size=96, max_seq_len=32, layers=2
+  )
+  model, rng = weights_of(config), np.random.default_rng(0)
+  lengths = np.asarray([70, 9, 33, 5, 8, 17, 6, 4, 40])
+  records = [rng.integers(0, 96, length).astype("<u4").tobytes() for length in lengths]
+  store = TokenStore("key", lengths, 1000, records)
+  expected = evaluate_loss(model, store, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+  monkeypatch.setattr(loss, "_UNIT", 4)
+  mesh = make_mesh(MeshConfig(data=2, context=2, tensor=2))
+  sharded = jax.device_put(model, weight_shardings(mesh, model))
+  found = evaluate_loss(sharded, store, mesh, batch_size=4)
+  assert found["tokens"] == expected["tokens"] == sum(lengths) - len(lengths)
+  # fp32 sums of some hundred terms in another order.
+  assert_allclose(found["nats_per_token"], expected["nats_per_token"], rtol=1e-6)
