@@ -160,10 +160,9 @@ def _convert(args, overrides) -> dict:
 
 def _bench(args, overrides) -> dict:
   peers = tuple(name.strip() for name in args.peers.split(",") if name.strip())
-  options = suite.Options(
-    args.size, args.dtype, peers, args.rounds, args.seconds, tuple(overrides)
+  result = suite.bench(
+    args.name, args.size, args.dtype, peers, args.rounds, args.seconds, overrides
   )
-  result = suite.bench(args.name, options)
   print(suite.show(result))
   return result
 
@@ -242,7 +241,7 @@ VERBS = {
     ("--family", "", "model_type to write; default: the first that fits"),
   ), False),
   "bench": _Verb(_bench, "Compare with other programs; --config.section.key=value tunes llmjax.", (
-    ("name", None, "train, moe, decode, data, attention or plan", "NAME"),
+    ("name", None, "train, moe, decode, data or attention", "NAME"),
     ("--size", "L", "model size: L (35.7 M parameters), S (4.5 M) or tiny"),
     ("--dtype", "float32", "float32 or bfloat16"),
     ("--peers", "", "programs to compare with; default: all", "A,B"),

@@ -1,23 +1,29 @@
-"""llmjax as a competitor, through the functions a run and a user call.
+"""llmjax as a competitor, through the functions that a run and a user call.
 
-Training and decoding; and the data side, tokenizing, and packing with batching, as competitors of
-the training step.
+Training and decoding; tokenizing, and packing with batching, as competitors of the training step;
+kernels of attention as competitors of each other.
 """
 
 import dataclasses
+import functools
 import itertools
+import os
 import tempfile
-import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llmjax import run
 from llmjax.bench.sizes import (
   ADAMW,
+  NEW_TOKENS,
+  NORM_EPS,
+  PROMPT_TOKENS,
+  ROPE_THETA,
   SIZES,
-  hf_config,
+  Size,
   prepare_decode,
   prepare_steps,
   timed_steps,
@@ -30,8 +36,15 @@ from llmjax.data import loader
 from llmjax.data.pack import PackedRows
 from llmjax.data.tasks import language_model
 from llmjax.formats.hf import folder as hf
-from llmjax.models.build import abstract
+from llmjax.models.build import abstract, build
+from llmjax.models.config import ModelConfig
 from llmjax.models.model import Model
+from llmjax.nn.attention.kernels import attend
+from llmjax.nn.attention.mask import MaskSpec, self_mask
+from llmjax.nn.attention.scores import Scores
+from llmjax.nn.moe import MoeConfig
+from llmjax.nn.norm import NormConfig
+from llmjax.nn.position import PositionConfig
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import batch_sharding
 from llmjax.serve.generate import generate_ids
@@ -45,19 +58,21 @@ from llmjax.training.step import compile_step
 tune_allocator()  # as `import llmjax` does: a worker's own `llmjax` is the bare folder
 
 
-def make_config(size: str, dtype: str, overrides=()) -> Config:
+def make_config(size: Size, dtype: str, overrides=()) -> Config:
   """Makes the experiment of a size: unrolled layers, AdamW at a constant rate, no clipping.
 
   Raises:
     UserError: an override is wrong.
   """
-  wanted = SIZES[size]
-  theirs = hf_config(wanted)
-  model = hf.read_config(hf.family_of(theirs), theirs)
   beta1, beta2 = ADAMW["betas"]
   config = Config(
-    model=dataclasses.replace(model, max_seq_len=wanted.length, dtype=dtype, scan=False),
-    data=loader.DataConfig(batch_size=wanted.batch_size),
+    model=ModelConfig(
+      layers=size.layers, width=size.width, heads=size.heads, mlp_width=size.mlp_width,
+      vocab_size=size.vocab_size, max_seq_len=size.length, tie_embeddings=False, dtype=dtype,
+      scan=False, norm=NormConfig(eps=NORM_EPS), position=PositionConfig(theta=ROPE_THETA),
+      moe=MoeConfig(experts=size.experts),
+    ),
+    data=loader.DataConfig(batch_size=size.batch_size),
     loss=LossConfig(moe_aux=0.0),
     optim=OptimConfig(
       learning_rate=ADAMW["lr"], warmup=0, min_lr_ratio=1.0, beta1=beta1, beta2=beta2,
@@ -65,6 +80,14 @@ def make_config(size: str, dtype: str, overrides=()) -> Config:
     ),
   )
   return override(config, overrides)
+
+
+def write_weights(size: Size, folder: Path) -> None:
+  """Writes a Hugging Face folder of random fp32 weights, a Llama or a Mixtral, for all peers."""
+  config = make_config(size, "float32").model
+  config = dataclasses.replace(config, max_seq_len=max(size.length, PROMPT_TOKENS + NEW_TOKENS))
+  weights = jax.jit(lambda key: build(key, config))(jax.random.key(0))
+  hf.save_folder(Model(config, weights), folder, family="mixtral" if size.experts else "llama")
 
 
 def _loaded(spec: Spec, config) -> Model:
@@ -76,7 +99,7 @@ def _loaded(spec: Spec, config) -> Model:
 def train(spec: Spec):
   """Prepares the whole training step of a run."""
   size = SIZES[spec.size]
-  config = make_config(spec.size, spec.dtype, spec.overrides)
+  config = make_config(size, spec.dtype, spec.overrides)
   mesh = make_mesh(config.mesh)
   state = init_sharded(config, mesh)
   trainable, _ = split(_loaded(spec, config.model).parameters, config.optim.groups)
@@ -103,7 +126,7 @@ def train(spec: Spec):
 def decode(spec: Spec):
   """Prepares greedy decoding."""
   size = SIZES[spec.size]
-  config = make_config(spec.size, spec.dtype, spec.overrides).model
+  config = make_config(size, spec.dtype, spec.overrides).model
   model = _loaded(spec, dataclasses.replace(config, max_seq_len=max(config.max_seq_len, 256)))
 
   def write(rows, new_tokens: int) -> list[list[int]]:
@@ -116,30 +139,20 @@ def _text(spec: Spec):
   """(config, documents of the standard library, a tokenizer of the size's vocabulary)."""
   vocab_size = max(SIZES[spec.size].vocab_size, 512)  # 256 bytes and the text's characters
   ours = f"--config.tokenizer.vocab_size={vocab_size}", "--config.tokenizer.train_bytes=2000000"
-  config = make_config(spec.size, spec.dtype, (*ours, *spec.overrides))
+  config = make_config(SIZES[spec.size], spec.dtype, (*ours, *spec.overrides))
   documents, _ = loader.read_split(config.data)
   return config, documents, loader.make_tokenizer(config.tokenizer, documents)
 
 
 def tokenize(spec: Spec):
-  """Prepares `encode_batch` on the text of the standard library."""
+  """Prepares `encode_batch` on the text of the standard library, 64 documents a step."""
   _, documents, tokenizer = _text(spec)
   texts = [document.text for document in documents]
   parts = [texts[start : start + 64] for start in range(0, len(texts), 64)]
-
-  def measure(request: dict) -> dict:
-    done, sizes, began_s = 0, 0, time.perf_counter()
-    for part in itertools.cycle(parts):
-      done += sum(map(len, tokenizer.encode_batch(part)))
-      sizes += sum(map(len, part))
-      spent_s = time.perf_counter() - began_s
-      if spent_s > request["seconds"]:
-        break
-    rates = {"tokens_per_s": done / spent_s, "characters_per_s": sizes / spent_s}
-    return {"tokens": done, "seconds": spent_s, **rates}
-
-  measure({"seconds": 0})
-  return {}, measure
+  tokens = sum(len(row) for part in parts for row in tokenizer.encode_batch(part))
+  feed = itertools.cycle(parts)
+  run_step = lambda: tokenizer.encode_batch(next(feed)) and None  # noqa: E731
+  return {}, lambda request: timed_steps(run_step, tokens / len(parts), request["seconds"])
 
 
 def load(spec: Spec):
@@ -163,3 +176,38 @@ def load(spec: Spec):
   run_step()
   measure.folder = folder  # lives as long as what reads from it
   return {}, measure
+
+
+def _attention(spec: Spec, kernel: str):
+  """Prepares the gradient of causal attention by a kernel, of as many positions as are asked for.
+
+  Memory is what XLA allocates for temporaries, so it is known for lengths that are too long to run.
+  """
+
+  def loss(arrays):
+    q_btnh, k_bskh, v_bskh = arrays
+    mask = self_mask(MaskSpec(), None, jnp.arange(q_btnh.shape[1])[None])
+    o_btnh = attend(q_btnh, k_bskh, v_bskh, mask, Scores(q_btnh.shape[-1] ** -0.5), kernel)
+    return jnp.sum(jnp.square(o_btnh.astype(jnp.float32)))
+
+  @functools.cache
+  def prepare(positions: int) -> tuple:
+    keys, shape = jax.random.split(jax.random.key(0), 3), (1, positions, 2, 64)
+    arrays = [jax.random.normal(key, shape, jnp.dtype(spec.dtype)) for key in keys]
+    compiled = jax.jit(jax.grad(loss)).lower(arrays).compile()
+    run_step = lambda: jax.block_until_ready(compiled(arrays)) and None  # noqa: E731
+    return compiled.memory_analysis().temp_size_in_bytes, run_step
+
+  def measure(request: dict) -> dict:
+    temp_bytes, run_step = prepare(request["positions"])
+    if temp_bytes > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
+      return {"temp_bytes": temp_bytes}
+    return {"temp_bytes": temp_bytes} | timed_steps(
+      run_step, request["positions"], request["seconds"]
+    )
+
+  return {}, measure
+
+
+attention_direct = functools.partial(_attention, kernel="direct")
+attention_blockwise = functools.partial(_attention, kernel="blockwise")

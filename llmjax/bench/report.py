@@ -23,38 +23,30 @@ def summary(rounds: Sequence[dict]) -> dict:
     The median of each number; for `tokens_per_s` also `least_per_s` and `most_per_s`; for
     `peak_bytes` the largest.
   """
-  made = {
-    key: statistics.median(answer[key] for answer in rounds)
-    for key, value in rounds[0].items()
-    if isinstance(value, int | float)
+  values = {
+    key: [answer[key] for answer in rounds]
+    for key, value in rounds[0].items() if isinstance(value, int | float)
   }
-  rates = [answer["tokens_per_s"] for answer in rounds]
-  made |= {"least_per_s": min(rates), "most_per_s": max(rates)}
-  if "peak_bytes" in made:
-    made["peak_bytes"] = max(answer["peak_bytes"] for answer in rounds)
-  return made
-
-
-def ratio(ours: Sequence[dict], theirs: Sequence[dict], key: str = "tokens_per_s") -> float:
-  """Computes the median over rounds of ours ÷ theirs; rounds of one number ran side by side."""
-  pairs = zip(ours, theirs, strict=True)
-  return statistics.median(mine[key] / other[key] for mine, other in pairs)
+  row = {key: statistics.median(numbers) for key, numbers in values.items()}
+  if rates := values.get("tokens_per_s"):
+    row |= {"least_per_s": min(rates), "most_per_s": max(rates)}
+  return row | {key: max(values[key]) for key in ("peak_bytes",) if key in values}
 
 
 def compare(rounds: Mapping[str, Sequence[dict]], base: str) -> list[dict]:
-  """Makes one row a peer, in order, out of the peers' answers.
+  """Turns the peers' answers into one row a peer, in order.
 
   Returns:
-    `peer`, what `summary` says, and where the base was measured `ratio` = base ÷ peer;
-    `decode_ratio` where there are decoding rates.
+    `peer`, what `summary` says, and where the base was measured `ratio` = base ÷ peer, the median
+    over rounds, which ran side by side; `decode_ratio` where there are decoding rates.
   """
   rows = []
-  for name, made in rounds.items():
-    row = {"peer": name, **summary(made)}
-    if base in rounds:
-      row["ratio"] = ratio(rounds[base], made)
-      if "decode_tokens_per_s" in row:
-        row["decode_ratio"] = ratio(rounds[base], made, "decode_tokens_per_s")
+  for name, answers in rounds.items():
+    row = {"peer": name, **summary(answers)}
+    pairs = list(zip(rounds[base], answers, strict=True)) if base in rounds else ()
+    for ratio, key in (("ratio", "tokens_per_s"), ("decode_ratio", "decode_tokens_per_s")):
+      if pairs and key in pairs[0][0] and key in pairs[0][1]:
+        row[ratio] = statistics.median(ours[key] / theirs[key] for ours, theirs in pairs)
     rows.append(row)
   return rows
 
@@ -72,10 +64,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 
 def _cell(value) -> str:
-  if value is None:
-    return "–"
-  if isinstance(value, str):
-    return value
+  if value is None or isinstance(value, str):
+    return value or "–"
   return f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.2f}"
 
 

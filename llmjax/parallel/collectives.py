@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
@@ -15,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from llmjax.core.errors import UserError
 from llmjax.parallel.hlo import Op, Run, numbers, size_bytes, walk
 
+_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 KINDS = (
   *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
   *("collective-permute", "collective-broadcast"),
@@ -33,11 +35,11 @@ class Collective:
   Attributes:
     kind: one of `KINDS`, whether it runs asynchronously or not.
     axes: mesh axes its groups run along, in the mesh's order; `("?",)` if no set of axes fits.
-    bytes: what a device holds of the whole, see `collectives`.
+    bytes: of the array that it makes or reads, see `collectives`.
     count: executions in one run of the program, the product of its loops' trip counts.
     dtype: XLA's name of the (first) operand's type, such as `bf16`.
-    op_name: JAX's name of what made it, "" if the program does not say.
-    ways: devices of a group; slices, if it runs between them.
+    op_name: JAX's name of what it was compiled from, "" if the program does not say.
+    shards: devices of a group; slices, if it runs between them.
     links: of a device that it keeps busy, one way each: as the TPU's compiler notes of its rings,
       else 2, a ring along one dimension both ways; of a permute 1.
     dcn: whether it runs between slices.
@@ -47,11 +49,11 @@ class Collective:
 
   kind: str
   axes: tuple[str, ...]
-  bytes: int
-  count: int
-  dtype: str
-  op_name: str
-  ways: int = 1
+  bytes: float
+  count: int = 1
+  dtype: str = ""
+  op_name: str = ""
+  shards: int = 1
   links: int = 2
   dcn: bool = False
   start: int = 0
@@ -68,11 +70,11 @@ def collectives(
 ) -> list[Collective]:
   """Reads every collective out of a compiled program's text.
 
-  Bytes are those of the array that is whole on a device, unpadded by layouts: an all-gather's
-  result; the operand of an all-reduce, reduce-scatter, all-to-all or permute; of a combined one the
-  sum; of a ragged all-to-all no more than either side has room for. A loop whose trip count cannot
-  be read counts once, and so does every branch of a conditional. A permute's axes are those that
-  any of its pairs crosses. Groups of one device send nothing and are left out, as custom calls are.
+  Bytes are those of an all-gather's result; of the operand of an all-reduce, reduce-scatter,
+  all-to-all or permute, unpadded by layouts; of a combined one the sum; of a ragged all-to-all no
+  more than either side has a buffer for. Every branch of a conditional counts once. A permute's
+  axes are those that any of its pairs crosses. Groups of one device send nothing and are left out,
+  as custom calls are.
 
   For several slices the TPU's compiler makes the program of one, which all of them run: its groups
   are of a slice's devices, and what goes to other slices is sent by its host. Each such transfer is
@@ -106,23 +108,22 @@ def collectives(
   for kind, run, start, done in _executed(hlo_text):
     dcn = run.op.code == "send"
     groups = [] if dcn else _groups(run.op, inner.size)
-    axes = (across,) if dcn else _axes(groups, inner, whole=kind != "collective-permute")
+    axes = (across,) if dcn else _axes(groups, inner, complete=kind != "collective-permute")
     if not axes:
       continue
-    ways = slices if dcn else len(groups[0])
+    shards = slices if dcn else len(groups[0])
     shapes = [run.body[name].shape for name in run.op.operands]
     if kind == "ragged-all-to-all":
-      shapes = [min(shapes[:2], key=size_bytes)]  # the room on either side; others say where
-    size = sum(map(size_bytes, shapes)) * (ways if kind == "all-gather" else 1)
-    dtype = re.match(r"\(*(\w+)", shapes[0])[1]
-    links = _links(kind, run.op)
+      shapes = [min(shapes[:2], key=size_bytes)]  # the buffers on either side; others say where
+    size = sum(map(size_bytes, shapes)) * (shards if kind == "all-gather" else 1)
+    dtype, links = re.match(r"\(*(\w+)", shapes[0])[1], _links(kind, run.op)
     found.append(
-      Collective(kind, axes, size, run.count, dtype, run.origin, ways, links, dcn, start, done)
+      Collective(kind, axes, size, run.count, dtype, run.origin, shards, links, dcn, start, done)
     )
   return found
 
 
-def summary(found: list[Collective]) -> dict[tuple[str, tuple[str, ...]], int]:
+def summary(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], int]:
   """Adds up bytes × count for each (kind, axes)."""
   totals = Counter()
   for one in found:
@@ -130,25 +131,24 @@ def summary(found: list[Collective]) -> dict[tuple[str, tuple[str, ...]], int]:
   return dict(totals)
 
 
-def describe(found: list[Collective]) -> str:
-  """Formats a summary for people: `all-gather fsdp 1.2 MB ×8, all-reduce data 300.0 kB`.
+def describe(found: Sequence[Collective]) -> str:
+  """Formats a summary for people: `all-gather fsdp 1.20 GiB in 8, all-reduce data 3.00 KiB`.
 
   Returns:
-    For each kind and axes the mean bytes of an execution and their number, most bytes first.
+    For each kind and axes the bytes of all executions and their number, most bytes first.
   """
   parts = []
   for (kind, axes), total in Counter(summary(found)).most_common():
     count = sum(one.count for one in found if (one.kind, one.axes) == (kind, axes))
-    times = f" ×{count:,}" if count > 1 else ""
-    parts.append(f"{kind} {'+'.join(axes)} {_human(total / count)}{times}")
+    times = f" in {count:,}" if count > 1 else ""
+    parts.append(f"{kind} {'+'.join(axes)} {show_bytes(total)}{times}")
   return ", ".join(parts) or "no collectives"
 
 
-def _human(size_bytes: float) -> str:
-  for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-    if size_bytes >= scale:
-      return f"{size_bytes / scale:.1f} {unit}"
-  return f"{size_bytes:.0f} B"
+def show_bytes(size: float) -> str:
+  """Formats a size in GiB, MiB or KiB."""
+  unit, name = next(each for each in _UNITS if size >= each[0] or each[0] == 2**10)
+  return f"{size / unit:,.2f} {name}"
 
 
 def _executed(hlo_text: str) -> list[list]:
@@ -244,10 +244,10 @@ def _order(text: str) -> np.ndarray:
   return np.arange(math.prod(sizes)).reshape(sizes).transpose(*turn).reshape(-1)
 
 
-def _axes(groups: list[list[int]], mesh: Mesh | AbstractMesh, whole: bool) -> tuple[str, ...]:
-  """The mesh axes along which groups run; () if nobody has company.
+def _axes(groups: list[list[int]], mesh: Mesh | AbstractMesh, complete: bool) -> tuple[str, ...]:
+  """The mesh axes along which groups run; () if every group is of one device.
 
-  With `whole` the groups must each be all devices along these axes and together the mesh.
+  With `complete` the groups must each be all devices along these axes and together the mesh.
   """
   sizes = tuple(mesh.shape.values())
   moves = np.zeros(len(sizes), bool)
@@ -255,6 +255,6 @@ def _axes(groups: list[list[int]], mesh: Mesh | AbstractMesh, whole: bool) -> tu
     cells = np.stack(np.unravel_index(group, sizes))
     moves |= (cells != cells[:, :1]).any(1)
   axes = tuple(name for name, moved in zip(mesh.axis_names, moves, strict=True) if moved)
-  ways = math.prod(mesh.shape[name] for name in axes)
-  full = all(len(group) == ways for group in groups) and ways * len(groups) == mesh.size
-  return axes if full or not whole or not axes else ("?",)
+  shards = math.prod(mesh.shape[name] for name in axes)
+  full = all(len(group) == shards for group in groups) and shards * len(groups) == mesh.size
+  return axes if full or not complete or not axes else ("?",)

@@ -1,8 +1,4 @@
-"""A compiled program's text: its instructions, how often each runs, their bytes and products.
-
-The TPU's compiler writes most products as convolutions, whose windows stand for batches of them;
-`product_flops` counts the multiply-adds that meet a value and no padding.
-"""
+"""A compiled program's text: its instructions, how often each runs, how large its arrays are."""
 
 import dataclasses
 import itertools
@@ -10,8 +6,6 @@ import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
-
-import numpy as np
 
 from llmjax.core.errors import UserError
 
@@ -163,42 +157,6 @@ def _added(body: dict[str, Op], name: str, index: str) -> int:
   while op.code == "add" and (amount := _constant(body, op.operands[1])) is not None:
     op, total = _origin(body, op.operands[0]), total + amount
   return total if op.code == "get-tuple-element" and op.find(r"index=(\d+)") == index else 0
-
-
-def product_flops(op: Op, body: dict[str, Op]) -> int:
-  """Counts what one execution of a `dot` or a `convolution` multiplies and adds, as two FLOPs.
-
-  Args:
-    op: any instruction; of others it is 0, also of fusions, whose parts `walk` yields.
-    body: its computation.
-  """
-  if op.code not in ("dot", "convolution"):
-    return 0
-  left, right = (dims(body[name].shape) for name in op.operands[:2])
-  if op.code == "dot":
-    summed = numbers(op.find(r"lhs_contracting_dims={([\d,]*)}"))
-    return 2 * math.prod(dims(op.shape)) * math.prod(left[i] for i in summed)
-  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes).groups()
-  inputs, kernel, made = (
-    dict(zip(names, sizes, strict=True))
-    for names, sizes in zip(labels, (left, right, dims(op.shape)), strict=True)
-  )
-  places = [label for label in sorted(kernel) if label.isdigit()]
-  met = (_met(op, int(at), inputs[at], kernel[at], made[at]) for at in places)
-  return 2 * made["b"] * made["f"] * kernel["i"] * math.prod(met)
-
-
-def _met(op: Op, at: int, given: int, width: int, made: int) -> int:
-  """Pairs of a result's place and a window's along dimension `at` that meet a value."""
-
-  def noted(key, default):
-    parts = op.find(rf"window={{[^}}]*\b{key}=([\dx_-]+)").split("x")
-    return int(parts[at].split("_")[0]) if parts[0] else default
-
-  stride, low = noted("stride", 1), noted("pad", 0)
-  holes, step = noted("lhs_dilate", 1), noted("rhs_dilate", 1)
-  place = np.arange(made)[:, None] * stride + np.arange(width) * step - low
-  return int(((place % holes == 0) & (place >= 0) & (place < given * holes)).sum())
 
 
 def size_bytes(shape: str) -> int:

@@ -1,71 +1,58 @@
-"""What to change in a config whose program does not fit: keys with values, the least harm first."""
+"""What to change in a config whose program does not fit."""
 
 import math
-from collections.abc import Iterator
 
 from llmjax.core.chips import GIB, Topology
-from llmjax.core.config import override
+from llmjax.core.config import flat
 from llmjax.parallel.mesh import axis_sizes
-from llmjax.planning.cost import memory
+from llmjax.planning.candidates import of_mesh
+from llmjax.planning.estimate import estimate
 from llmjax.training.config import Config
 
 
 def changes(config: Config, chips: Topology, times: float, program: str) -> list[str]:
-  """Lists what would take less memory; of training, by how much, and nothing that would not.
+  """Suggests what takes less memory; of training the fastest settings of the mesh that fit.
 
   Args:
     config: the experiment.
     chips: what it is to run on.
-    times: what it wants, in units of what there is.
+    times: what it wants, in units of what there is; estimates by formula are scaled alike.
     program: train, prefill or decode.
   Returns:
-    Sentences `key=value …: why`, of keys that are not so already.
+    Sentences `key=value …: why`.
   """
   sizes = axis_sizes(config.mesh, chips.devices)
-  copies = chips.slices if config.mesh.across == "data" else 1
-  said = []
-  for keys, why in (_trained if program == "train" else _served)(config, sizes, copies):
-    if program != "train":
-      said.append(f"{keys}: {why}")
-    elif (then := _peak(_changed(config, keys), chips)) < (now := _peak(config, chips)):
-      said.append(f"{keys}: {why}; {then / GIB:.1f} GiB by formula instead of {now / GIB:.1f}")
+  found = (_training if program == "train" else _serving)(config, chips, sizes, times)
   more = math.ceil(times * chips.chips)
-  return [*said, f"about {more} chips instead of {chips.chips}, the mesh grown with them"]
+  return [*found, f"about {more} chips instead of {chips.chips}, the mesh grown with them"]
 
 
-def _changed(config: Config, keys: str) -> Config:
-  return override(config, [f"--config.{key}" for key in keys.split()])
+def _training(config: Config, chips: Topology, sizes: dict[str, int], times: float) -> list[str]:
+  now, own = estimate(config, chips, sizes), flat(config)
+  limit = now.memory.peak / times
+  found = [
+    one.but(**{"loss.chunk": chunk})
+    for one in of_mesh(config, chips, sizes, config.mesh.across)
+    for chunk in {config.loss.chunk, 128}
+  ]
+  found = [one for one in found if one.estimate.memory.peak <= limit]
+  if not found:
+    return ["the mesh: no settings of this one fit by formula, --search tries others"]
+  best = min(found, key=lambda one: one.estimate.step_s)
+  keys = [f"{key}={new}" for key, new in best.changes.items() if own[key] not in (new, -1)]
+  return [
+    f"{' '.join(keys)}: {best.estimate.memory.peak / GIB:.1f} GiB by formula instead of "
+    f"{now.memory.peak / GIB:.1f}, {best.estimate.step_s:.4g} s a step instead of {now.step_s:.4g}"
+  ]
 
 
-def _peak(config: Config, chips: Topology) -> float:
-  return memory(config, axis_sizes(config.mesh, chips.devices), chips.chip).peak
-
-
-def _trained(config: Config, sizes: dict[str, int], copies: int) -> Iterator[tuple[str, str]]:
-  ways = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-  parts = config.train.grad_accum_steps
-  rows = config.data.batch_size // parts // ways
-  if sizes["fsdp"] > 1 and config.train.zero_stage < 3:
-    yield "train.zero_stage=3", "fsdp then cuts weights and gradients too"
-  if sizes["data"] > copies:
-    both = sizes["data"] // copies * sizes["fsdp"]
-    yield f"mesh.data={copies} mesh.fsdp={both}", f"{both} devices share weights and moments"
-  if config.model.remat != "full":
-    yield "model.remat=full", "layers keep their inputs alone, and are computed once more"
-  if rows > 1:
-    fewer = next(n for n in range(2, rows + 1) if rows % n == 0)
-    why = f"a device has {rows // fewer} of a micro-batch's rows instead of {rows}"
-    yield f"train.grad_accum_steps={parts * fewer}", why
-  if config.loss.chunk == 0 or config.loss.chunk > 128:
-    yield "loss.chunk=128", "logits of so many positions of a row exist at a time"
-
-
-def _served(config: Config, sizes: dict[str, int], copies: int) -> Iterator[tuple[str, str]]:
-  ways = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-  rows = config.data.batch_size
-  if rows // ways > 1 and rows % (2 * ways) == 0:
-    yield f"data.batch_size={rows // 2}", "half the rows, half the cache"
-  yield f"model.max_seq_len={config.model.max_seq_len // 2}", "half the cache"
+def _serving(config: Config, chips: Topology, sizes: dict[str, int], times: float) -> list[str]:
+  rows, found = config.data.batch_size, []
+  if rows % (2 * sizes["data"] * sizes["fsdp"] * sizes["expert"]) == 0:
+    found.append(f"data.batch_size={rows // 2}: half the rows, half the cache")
+  found.append(f"model.max_seq_len={config.model.max_seq_len // 2}: half the cache")
+  copies = chips.slices if config.mesh.across == "data" else 1
   if sizes["data"] > copies:
     both = sizes["data"] // copies * sizes["tensor"]
-    yield f"mesh.data={copies} mesh.tensor={both}", f"{both} devices share weights and heads"
+    found.append(f"mesh.data={copies} mesh.tensor={both}: {both} devices share weights and heads")
+  return found

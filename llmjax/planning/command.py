@@ -6,18 +6,18 @@ import sys
 from pathlib import Path
 
 from llmjax.core import config as configs
-from llmjax.core.chips import topology
 from llmjax.core.errors import UserError
 from llmjax.planning import report
 from llmjax.planning.candidates import change
+from llmjax.planning.formulas import priced
 from llmjax.planning.patch import patch
 from llmjax.planning.plan import above_zero, plan
-from llmjax.planning.search import Limits, search
+from llmjax.planning.search import search
 from llmjax.training.config import Config
 
 _UNITS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _ALONE = ("decode", "keep_hlo", "keep_executable")
-_SEARCHING = ("tokens", "budget", "max_days", "patch", "plot")
+_SEARCHING = ("tokens", "patch")
 
 
 # Beside --config: name, default, help and placeholder, as `llmjax/cli.py` says.
@@ -30,12 +30,9 @@ FLAGS = (
   ("--keep-executable", "", "write the compiled step, for train.executable", "FILE"),
   ("--search", False, "search for the best mesh and settings, also over --topology=A,B,C"),
   ("--tokens", "", "tokens of the whole run, such as 20B"),
-  ("--budget", "", "maximum cost of the run, such as '$500'"),
-  ("--max-days", float, "maximum duration of the run in days", "D"),
   ("--compile", 8, "number of candidates to compile", "N"),
   ("--jobs", 0, "parallel compilations; default: one per core"),
   ("--patch", "", "write the best candidate as a patch of the config file", "FILE"),
-  ("--plot", "", "plot step time against memory", "FILE"),
 )
 
 
@@ -64,32 +61,29 @@ def command(args: argparse.Namespace, overrides: list[str]) -> dict:
 
 def _search(args, config: Config) -> dict:
   above_zero("--price", args.price)
-  above_zero("--max-days", args.max_days)
   if args.compile < 0 or args.jobs < 0:
     raise UserError(f"--compile={args.compile} --jobs={args.jobs}: neither may be negative")
-  places = [topology(where.strip(), args.slices) for where in args.topology.split(",")]
-  tokens = amount(args.tokens, "--tokens", "20B")
-  budget = amount(args.budget, "--budget", "'$500'")
-  limits = Limits(tokens, budget, args.max_days or 0.0, args.price or 0.0)
+  topologies = [priced(name.strip(), args.slices, args.price) for name in args.topology.split(",")]
   tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-  result = search(config, places, limits, args.compile, args.jobs, report=tell)
+  tokens = amount(args.tokens)
+  result = search(config, topologies, tokens, args.compile, args.jobs, report=tell)
   print(report.show_search(result))
-  if args.plot:
-    report.plot_pareto(result, Path(args.plot))
   if args.patch and result["winner"]:
-    winning = change(config, result["winner"]["changes"])
-    Path(args.patch).write_text(patch(args.config, winning))
+    if text := patch(args.config, change(config, result["winner"]["changes"])):
+      Path(args.patch).write_text(text)
+    else:
+      tell(f"{args.config} already holds the best settings: {args.patch} is not written")
   return result
 
 
-def amount(text: str, flag: str, example: str) -> float:
-  """Reads `20B`, `1.5T`, `$2,500` or `2e10`; "" is 0.
+def amount(tokens: str) -> float:
+  """Reads `20B`, `1.5T` or `2e10` tokens; "" is 0.
 
   Raises:
-    UserError: another form, told with the example.
+    UserError: another form.
   """
-  found = re.fullmatch(r"\$?([\d,]*\.?\d+(?:e\d+)?)([kKMBT]?)", text.strip() or "0")
+  found = re.fullmatch(r"([\d,]*\.?\d+(?:e\d+)?)([kKMBT]?)", tokens.strip() or "0")
   value = float(found[1].replace(",", "")) * _UNITS[found[2]] if found else 0
-  if text.strip() and not value:
-    raise UserError(f"{flag}={text} is not an amount above 0, such as {flag}={example}")
+  if tokens.strip() and not value:
+    raise UserError(f"--tokens={tokens} is not an amount above 0, such as --tokens=20B")
   return value

@@ -1,19 +1,28 @@
-"""The process that holds the TPU's compiler: reads a task from a folder, leaves an answer there.
+"""Compile-ahead: the actual program, through the TPU's compiler, with no TPU at hand.
 
-`python -m llmjax.planning.compiler FOLDER`, as `planning/ahead.py` calls it.
+The compiler runs in a process of its own with a clean environment, since it wants flags and devices
+that the caller's jax does not. Its answers are cached on disk, by everything that decides them.
 """
 
 import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import math
+import os
 import re
+import secrets
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import jax
 
-from llmjax.core.config import freeze
+from llmjax.core.chips import Topology
+from llmjax.core.config import freeze, to_dict
 from llmjax.core.errors import UserError
 from llmjax.parallel.hlo_arrays import MOST, Buffer, largest_buffers
 from llmjax.parallel.mesh import make_mesh
@@ -25,21 +34,95 @@ from llmjax.training.parameters import abstract_state
 from llmjax.training.shrink import made_up_batch
 from llmjax.training.step import compile_step
 
-_SIZE = r"([\d.]+)([KMGT]?)"
+_START = "import sys; from llmjax.planning.compiler import main; main(sys.argv[1])"
+_CLEAN = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "TPU_", "JAX_", "MEGASCALE")
+_SET = {
+  "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu",
+  "TPU_ACCELERATOR_TYPE": "",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # without it a second compiler at the same time is refused
+  "MALLOC_ARENA_TEST": "8",  # the default, set so that `tune_allocator` leaves each thread its heap
+}
+_SIZE = r"\(?([\d.]+)([KMGT]?)\)?"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# What is wanted, of what there is. Newer compilers say "temporaries" and count arguments too: it
-# grows by as much a row as the peak of programs that fit. Older ones list the largest arrays.
-_FULL = re.compile(
-  rf"Used {_SIZE} of {_SIZE} hbm|temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)"
-)
-_BUFFER = re.compile(
-  rf"Size: {_SIZE}\n(?:\s+Operator: (.*)\n)?\s+Shape: (\w+\[[\d,]*\])"
-)
-_SAID = re.compile(r'(\w+)=(?:"([^"]*)"|(\S+))')
+# What is wanted, of what there is. By "temporaries" arguments are meant too: it grows by as much a
+# row as the peak of programs that fit.
+_FULL = re.compile(rf"(?:temporaries|Used) {_SIZE} (?:exceeds available HBM|of) {_SIZE}")
 
 
-def main(folder: Path):
-  """Compiles the task of a folder and writes `answer.json` and `program.txt.gz` beside it."""
+def compile_ahead(
+  config: Config, topology: Topology, program: str = "train", keep_executable: str = ""
+) -> tuple[dict, str]:
+  """Compiles one of an experiment's programs for a topology, or finds an earlier answer.
+
+  Args:
+    config: the experiment, `model.vocab_size` filled in.
+    topology: chips; TPUs.
+    program: train, prefill or decode.
+    keep_executable: file for the program itself, for a run to load; it is then always compiled.
+  Returns:
+    (`compile_s`, whether it is `cached`, the `largest_buffers`, and by kind the `memory` of a
+    device; the optimized HLO). Of a program that does not fit `peak_bytes` and `usable_bytes` in
+    place of `memory`, and no HLO.
+  Raises:
+    UserError: the TPU's compiler is not installed, or refuses the topology or the program.
+  """
+  task = {
+    "config": to_dict(config), "topology": topology.name, "slices": topology.slices,
+    "program": program,
+  }
+  folder = cache_folder() / _key(task)
+  cached = folder.is_dir() and not keep_executable
+  if not cached:
+    kept = keep_executable and os.path.abspath(keep_executable)
+    _run_compiler(task | {"keep_executable": kept}, folder)
+  answer = json.loads((folder / "answer.json").read_text())
+  text = gzip.decompress((folder / "program.txt.gz").read_bytes()).decode()
+  return answer | {"cached": cached}, text
+
+
+def cache_folder() -> Path:
+  """Where answers are kept: `$LLMJAX_CACHE/plan`, by default `~/.cache/llmjax/plan`."""
+  return Path(os.environ.get("LLMJAX_CACHE") or Path.home() / ".cache" / "llmjax") / "plan"
+
+
+def has_compiler() -> bool:
+  """Whether the TPU's compiler is installed."""
+  return importlib.util.find_spec("libtpu") is not None
+
+
+def _key(task: dict) -> str:
+  """Hashes all that decides an answer: the task, versions, llmjax's own source."""
+  versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
+  decides = json.dumps([task, versions, executable.source_hash()], sort_keys=True)
+  return hashlib.sha256(decides.encode()).hexdigest()[:24]
+
+
+def _run_compiler(task: dict, folder: Path):
+  """Has the compiler's process fill a folder, which is whole once it has its name."""
+  partial = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+  partial.mkdir(parents=True)
+  try:
+    (partial / "task.json").write_text(json.dumps(task))
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(_CLEAN)}
+    command = [sys.executable, "-c", _START, str(partial)]
+    print(f"compiling {task['program']} for {task['topology']}", file=sys.stderr)
+    done = subprocess.run(command, env=kept | _SET, capture_output=True, text=True, check=False)
+    if not (partial / "answer.json").exists():
+      lines = done.stderr.strip().splitlines() or ["it wrote nothing"]
+      raise UserError(f"the TPU's compiler failed: {lines[-1]}")
+    if refused := json.loads((partial / "answer.json").read_text()).get("error"):
+      raise UserError(refused)
+    partial.rename(folder)
+  except OSError:
+    if not folder.is_dir():  # else: another process finished the same task first
+      raise
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def main(folder: str):
+  """The compiler's process: reads the task of a folder, writes its answer and program there."""
+  folder = Path(folder)
   task = json.loads((folder / "task.json").read_text())
   try:
     answer, text = _compile(task)
@@ -55,18 +138,19 @@ def _compile(task) -> tuple[dict, str]:
   run, arguments = _program(task["program"], config, mesh)
   with jax.set_mesh(mesh):
     lowered = run.lower(*arguments)
-  began_s = time.perf_counter()
+  began_s, compiled = time.perf_counter(), None
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    seconds = time.perf_counter() - began_s
-    return read_full(str(error), _given(arguments)) | {"compile_s": seconds}, ""
-  seconds = time.perf_counter() - began_s
-  if task["keep_executable"]:
-    executable.save(task["keep_executable"], compiled, config, mesh)
-  text = compiled.as_text()
-  said = {"memory": _memory(compiled), "compile_s": seconds, "largest": largest_buffers(text)}
-  return said, text
+    answer, text, buffers = read_full(str(error)), "", _argument_buffers(arguments)
+  compile_s = time.perf_counter() - began_s
+  if compiled:
+    if task["keep_executable"]:
+      executable.save(task["keep_executable"], compiled, config, mesh)
+    answer, text = {"memory": _memory(compiled)}, compiled.as_text()
+    buffers = largest_buffers(text)
+  buffers = [buffer._asdict() for buffer in buffers]
+  return answer | {"compile_s": compile_s, "largest_buffers": buffers}, text
 
 
 def _devices(name: str, slices: int):
@@ -94,58 +178,39 @@ def _program(program: str, config: Config, mesh):
   return compile_step(config, mesh), (abstract_state(config, mesh), batch)
 
 
-def _given(arguments) -> list[Buffer]:
-  """A device's parts of all arguments, the largest first."""
+def _argument_buffers(arguments) -> list[Buffer]:
+  """The largest of a device's parts of all arguments; the compiler lists no arrays itself."""
   found = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
     shape = leaf.sharding.shard_shape(leaf.shape)
     name = f"{leaf.dtype.name.replace('float', 'f')}[{','.join(map(str, shape))}]"
     path = jax.tree_util.keystr(path[1:], simple=True, separator=".")
     found.append(Buffer(math.prod(shape) * leaf.dtype.itemsize, name, path, ""))
-  return sorted(found, key=lambda one: -one.bytes)
+  return sorted(found, key=lambda buffer: -buffer.bytes)[:MOST]
 
 
 def _memory(compiled) -> dict:
-  said = compiled.memory_analysis()
-  return {
-    "arguments": said.argument_size_in_bytes,
-    "outputs": said.output_size_in_bytes,
-    "aliased": said.alias_size_in_bytes,
-    "temporaries": said.temp_size_in_bytes,
-    "code": said.generated_code_size_in_bytes,
-    "peak": said.peak_memory_in_bytes,
+  names = {
+    "arguments": "argument_size", "outputs": "output_size", "aliased": "alias_size",
+    "temporaries": "temp_size", "code": "generated_code_size", "peak": "peak_memory",
   }
+  found = compiled.memory_analysis()
+  return {kind: getattr(found, f"{name}_in_bytes") for kind, name in names.items()}
 
 
-def read_full(message: str, given: list[Buffer]) -> dict:
+def read_full(message: str) -> dict:
   """Reads the compiler's report of a program that does not fit.
 
-  Args:
-    message: the report.
-    given: the program's arguments, which stand in where it lists no arrays.
   Returns:
-    `wanted_bytes` and `limit_bytes` of a device, and the `largest` arrays.
+    `peak_bytes`, which it wants of a device, and `usable_bytes`.
   Raises:
     UserError: the report is of something else.
   """
   found = _FULL.search(message)
   if not found:
     raise UserError(f"the TPU's compiler refused the program: {message.splitlines()[0]}")
-  number, unit, limit, limit_unit = (part for part in found.groups() if part is not None)
-  largest = []
-  for size, size_unit, operator, shape in _BUFFER.findall(message):
-    said = {key: quoted or bare for key, quoted, bare in _SAID.findall(operator)}
-    source = f"{said['source_file']}:{said['source_line']}" if "source_file" in said else ""
-    largest.append(Buffer(_bytes(size, size_unit), shape, said.get("op_name", ""), source))
+  wanted, unit, usable, usable_unit = found.groups()
   return {
-    "memory": {}, "wanted_bytes": _bytes(number, unit), "limit_bytes": _bytes(limit, limit_unit),
-    "largest": largest or given[:MOST],
+    "peak_bytes": round(float(wanted) * _UNITS[unit]),
+    "usable_bytes": round(float(usable) * _UNITS[usable_unit]),
   }
-
-
-def _bytes(number: str, unit: str) -> int:
-  return round(float(number) * _UNITS[unit])
-
-
-if __name__ == "__main__":
-  main(Path(sys.argv[1]))

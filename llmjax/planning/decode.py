@@ -1,4 +1,4 @@
-"""Serving for a mesh that is not there: prefill and one decoding step, with no weights."""
+"""Serving on a mesh that is not at hand: prefill and one decoding step, without weights."""
 
 import functools
 
@@ -9,7 +9,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.build import abstract
-from llmjax.models.config import ModelConfig
 from llmjax.models.model import decoding_weights
 from llmjax.parallel.rules import (
   ACTIVATIONS,
@@ -31,7 +30,7 @@ def check_decodes(config: Config, mesh: Mesh | AbstractMesh):
 
 
 def serving_program(program: str, config: Config, mesh: Mesh):
-  """Describes what `generate` runs, weights in the compute dtype and laid out as in training.
+  """Describes what `generate` runs, weights in the compute dtype and sharded as in training.
 
   Args:
     program: prefill, of `data.batch_size` prompts as long as the context; or decode, one token of
@@ -43,33 +42,26 @@ def serving_program(program: str, config: Config, mesh: Mesh):
   Raises:
     UserError: the model writes no text, or the mesh does not divide rows or weights.
   """
-  model, rows = config.model, config.data.batch_size
+  model, rows, slots = config.model, config.data.batch_size, config.model.max_seq_len
   check_decodes(config, mesh)
+  weights = jax.eval_shape(decoding_weights, abstract(model))
+  weights = jax.tree.map(_sharded, weights, weight_shardings(mesh, weights))
   place = batch_sharding(mesh)
   ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)  # noqa: E731
-  prompts = Batch(ids(rows, model.max_seq_len), segments_bt=ids(rows, model.max_seq_len))
-  weights, slots = _weights(model, mesh), model.max_seq_len
+  prompts = Batch(ids(rows, slots), segments_bt=ids(rows, slots))
   with jax.set_mesh(mesh):
     state = jax.eval_shape(lambda weights: empty_state(weights, rows, slots), weights)
-  state = jax.tree.map(lambda leaf: _placed(leaf, mesh), state)
+
+  def place_of(leaf) -> NamedSharding:  # of rows, and of keys' heads if there are enough
+    lone = leaf.ndim < 4 or leaf.shape[1] % mesh.shape["tensor"]
+    return NamedSharding(mesh, spec("b" if lone else "bk", ACTIVATIONS))
+
+  state = jax.tree.map(lambda leaf: _sharded(leaf, place_of(leaf)), state)
   if program == "prefill":
     read = functools.partial(prefill, slots=slots)
     return jax.jit(read), (weights, prompts, state.sampling, ids(rows))
   return jax.jit(step, donate_argnums=1), (weights, state)
 
 
-def _weights(model: ModelConfig, mesh: Mesh):
-  """The model as decoding reads it, without arrays."""
-  weights = jax.eval_shape(decoding_weights, abstract(model))
-  return jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-    weights, weight_shardings(mesh, weights),
-  )
-
-
-def _placed(leaf, mesh: Mesh):
-  """An array of the state: its rows are sharded, and the heads of keys where there are enough."""
-  whole = leaf.ndim < 4 or leaf.shape[1] % mesh.shape["tensor"]
-  letters = "b" if whole else "bk"
-  place = NamedSharding(mesh, spec(letters, ACTIVATIONS))
+def _sharded(leaf, place):
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)

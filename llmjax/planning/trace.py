@@ -1,7 +1,7 @@
 """A model's layers traced on abstract devices: what a token costs and keeps for the backward pass.
 
-A model is traced once for each way to recompute it and to shard its positions and experts. All
-other mesh axes divide what was counted, so a search traces no candidate.
+A model is traced once for each remat and number of shards of its positions and experts. All other
+mesh axes divide what was counted, so a search traces no candidate.
 """
 
 import dataclasses
@@ -66,21 +66,24 @@ def trace_layers(
   cycle = len(model.attention.pattern)
   model = dataclasses.replace(model, layers=max(cycle, model.layers // cycle * cycle))
   traced, kept, tokens = _trace_backward(model, groups, platform, context, expert)
-  count = functools.partial(
-    count_program, traced, filled=filled_share(model, expert) if model.moe.experts else 1.0
+  filled = filled_share(model, expert) if model.moe.experts else 1.0
+  counted, every_pair = (
+    count_program(traced, lambda length, block, share=share: share, filled) for share in (0.0, 1.0)
   )
-  counted, every_pair = (count(seen=lambda length, block, share=n: share) for n in (0.0, 1.0))
-  sums = Counter()
+  kept_bytes = Counter()
   for aval in kept:
-    sums[aval.memory_space.name] += _kept_bytes(aval, model)
-  sent = {
-    (_KINDS[key[0]], key[1]): size * context * expert / tokens
-    for key, size in counted.items() if key != "flops"
-  }
+    kept_bytes[aval.memory_space.name] += _kept_bytes(aval, model)
+  flops = counted.pop("flops")
   return Traced(
-    counted["flops"] / tokens, (every_pair["flops"] - counted["flops"]) / tokens,
-    sums["Device"] / tokens, sums["Host"] / tokens,
-    _live_bytes(dataclasses.replace(model, remat="none"), platform, context, expert), sent,
+    flops=flops / tokens,
+    attention_flops=(every_pair["flops"] - flops) / tokens,
+    kept=kept_bytes["Device"] / tokens,
+    host=kept_bytes["Host"] / tokens,
+    live=_live_bytes(dataclasses.replace(model, remat="none"), platform, context, expert),
+    sent={
+      (_KINDS[primitive], axis): size * context * expert / tokens
+      for (primitive, axis), size in counted.items()
+    },
   )
 
 
@@ -132,11 +135,11 @@ def _kept_bytes(aval, model: ModelConfig) -> int:
 
 def trace_of(config: Config, sizes: dict[str, int], platform: str) -> Traced:
   """The trace that stands for a config on a mesh."""
-  way = config.model.attention.context_parallel if sizes["context"] > 1 else ""
-  if sizes["stage"] > 1 and way == "ring":  # inside of a pipeline keys are gathered
-    way = "gather"
-  kept = sizes["stage"] > 1 and config.pipeline.schedule == "zb_h1"  # it recomputes nothing further
-  model = alike(config.model, "none" if kept else config.model.remat, way)
+  strategy = config.model.attention.context_parallel if sizes["context"] > 1 else ""
+  if sizes["stage"] > 1 and strategy == "ring":  # inside of a pipeline keys are gathered
+    strategy = "gather"
+  keeps_all = sizes["stage"] > 1 and config.pipeline.schedule == "zb_h1"
+  model = alike(config.model, "none" if keeps_all else config.model.remat, strategy)
   expert = sizes["expert"] if model.moe.experts else 1
   return _traced_at(model, config.optim.groups, platform, sizes["context"], expert)
 

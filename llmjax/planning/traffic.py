@@ -4,45 +4,28 @@ Bytes are what one device passes on, not what is complete there: of a gathered a
 devices' shares. The compiled program is held to the same in tests/multidevice/test_budget.py.
 """
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator
 
+from llmjax.parallel.collectives import Collective
 from llmjax.parallel.schedules import make_schedule
 from llmjax.planning.cost import micro_batch_tokens, sharded_bytes, state_leaves
 from llmjax.planning.trace import DTYPE_BYTES, trace_of
 from llmjax.training.config import Config
 
 
-@dataclasses.dataclass(frozen=True)
-class CollectiveBytes:
-  """Bytes that a device passes on in one step.
+def collective_bytes(config: Config, sizes: dict[str, int]) -> list[Collective]:
+  """Lists what a device passes on in one step: one entry for each kind of collective and mesh axis.
 
-  Attributes:
-    kind: of collective.
-    axis: of the mesh.
-    bytes: of all its executions.
-  """
-
-  kind: str
-  axis: str
-  bytes: float
-
-
-def collective_bytes(config: Config, sizes: dict[str, int]) -> list[CollectiveBytes]:
-  """Lists what a step sends: one entry for each kind of collective and mesh axis.
-
-  Of a gathered array a device passes on the other devices' shares. What attention and experts send
-  is read from their trace; the rest follows from the shardings of weights and batch.
+  What attention and experts send is read from their trace; the rest follows from the shardings of
+  weights and batch.
   """
   total = Counter()
-  for kind, axis, size in (
-    *_weight_bytes(config, sizes), *_gradient_bytes(config, sizes), *_stream_bytes(config, sizes),
-  ):
-    if sizes[axis] > 1:
-      total[kind, axis] += size
-  return [CollectiveBytes(*key, size) for key, size in total.items()]
+  for rule in (_weight_bytes, _gradient_bytes, _activation_bytes):
+    for kind, axis, size in rule(config, sizes):
+      total[kind, axis] += size * (sizes[axis] > 1)
+  return [Collective(kind, (axis,), size) for (kind, axis), size in total.items() if size]
 
 
 def _weight_bytes(config: Config, sizes) -> Iterator[tuple]:
@@ -91,7 +74,7 @@ def _gradient_bytes(config: Config, sizes) -> Iterator[tuple]:
       yield "all-reduce", axis, 2 * again * here * (1 - 1 / sizes[axis])
 
 
-def _stream_bytes(config: Config, sizes) -> Iterator[tuple]:
+def _activation_bytes(config: Config, sizes) -> Iterator[tuple]:
   """The residual stream between tensor's halves and pipeline's stages; what layers' traces sent.
 
   Source: of `tensor`: Korthikanti et al. 2022, arXiv:2205.05198, sec. 4.2.

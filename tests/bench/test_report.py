@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmjax.bench.report import compare, machine, ratio, summary, table
+from llmjax.bench.report import compare, machine, summary, table
 
 
 def rounds(*rates, **more):
@@ -11,9 +11,10 @@ def rounds(*rates, **more):
 
 def test_ratio_is_of_rounds_that_ran_side_by_side():
   # The machine was three times slower in the last two rounds: by round 2, 2, 4.
-  assert ratio(rounds(60, 20, 40), rounds(30, 10, 10)) == 2
+  made = {"ours": rounds(60, 20, 40), "theirs": rounds(30, 10, 10)}
+  assert compare(made, "ours")[1]["ratio"] == 2
   with pytest.raises(ValueError):
-    ratio(rounds(1, 2), rounds(1))
+    compare({"ours": rounds(1, 2), "theirs": rounds(1)}, "ours")
 
 
 def test_summary_takes_medians_spread_and_the_largest_peak():
@@ -43,6 +44,9 @@ def test_compare_puts_the_base_above_the_peer():
   assert (other["ratio"], other["decode_ratio"]) == (1.25, 4)  # median of 0.5 and 2
   (alone,) = compare({"other": made["other"]}, "llmjax")
   assert "ratio" not in alone
+  # What was too large to run has no rate.
+  _, short = compare({"llmjax": [{"temp_bytes": 9}], "other": rounds(10)}, "llmjax")
+  assert "ratio" not in short and short["tokens_per_s"] == 10
 
 
 def test_table_lines_up():

@@ -5,10 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from llmjax.bench import attention, sizes, workers
-from llmjax.bench.ours import make_config
-from llmjax.bench.sizes import SIZES, token_batches, write_weights
-from llmjax.bench.suite import Options, bench, show
+from llmjax.bench import sizes, suite
+from llmjax.bench.ours import (
+  attention_blockwise,
+  attention_direct,
+  make_config,
+  write_weights,
+)
+from llmjax.bench.report import compare, machine
+from llmjax.bench.sizes import SIZES, token_batches
+from llmjax.bench.suite import bench, show
+from llmjax.bench.workers import Spec
 from llmjax.cli import main
 from llmjax.models.build import count_parameters
 
@@ -24,7 +31,7 @@ from llmjax.models.build import count_parameters
     (["train", "--rounds=0"], "rounds 0"),
     (["train", "--seconds=-1"], "seconds -1.0"),
     (["train", "--config.model.layer=3"], "did you mean 'model.layers'?"),
-    (["attention", "--peers=llmjax"], "bench attention has no peers"),
+    (["attention", "--peers=llmjax"], "unknown peer 'llmjax' of bench attention"),
     ([], "NAME"),
   ],
 )
@@ -35,9 +42,9 @@ def test_mistakes_are_one_line(argv, message, capsys):
 
 
 def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys):
-  peers = {"llmjax": workers.Peer("a:b"), "ghost": workers.Peer("c:d", ("no_such",))}
-  monkeypatch.setitem(workers.PEERS, "train", peers)
-  assert list(workers.pick("train")) == ["llmjax"]
+  peers = {"llmjax": suite.Peer("a:b"), "ghost": suite.Peer("c:d", ("no_such",))}
+  monkeypatch.setitem(suite.BENCHES, "train", suite.Bench("", peers))
+  assert list(suite.pick("train")) == ["llmjax"]
   said = capsys.readouterr().err
   assert "ghost is left out, no_such is not installed; see requirements-bench.txt" in said
   assert main(["bench", "train", "--size=tiny", "--peers=ghost"]) == 2
@@ -45,17 +52,19 @@ def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys):
 
 
 def test_sizes_are_those_that_goals_are_stated_for():
-  assert round(SIZES["L"].parameters / 1e6, 1) == 35.7
-  assert round(SIZES["S"].parameters / 1e6, 1) == 4.5
-  for name, size in SIZES.items():
-    assert count_parameters(make_config(name, "float32").model) == size.parameters
+  weights = {n: count_parameters(make_config(s, "float32").model) for n, s in SIZES.items()}
+  assert (round(weights["L"] / 1e6, 1), round(weights["S"] / 1e6, 1)) == (35.7, 4.5)
+  # Eight experts half as wide: four times the feed-forward weights, and routers.
+  size = SIZES["S"]
+  more = size.layers * (3 * 3 * size.width * size.mlp_width + 8 * size.width)
+  assert weights["S-moe"] - weights["S"] == more
 
 
-def test_weights_and_tokens_are_the_same_every_time(tmp_path):
-  size = SIZES["tiny"]
-  for name in ("one", "two"):
-    (tmp_path / name).mkdir()
-    write_weights(size, tmp_path / name)
+@pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
+def test_weights_and_tokens_are_the_same_every_time(tmp_path, name):
+  size = SIZES[name]
+  for copy in ("one", "two"):
+    write_weights(size, tmp_path / copy)
   files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
   assert files[0] == files[1]
   assert np.array_equal(token_batches(size), token_batches(size))
@@ -77,25 +86,26 @@ def test_train_and_decode_alone(capsys):
   result = json.loads(out.splitlines()[-1])
   (row,) = result["cases"][0]["rows"]
   assert row["peer"] == "llmjax" and row["ratio"] == 1 and row["tokens_per_s"] > 0
-  # Logits have a standard deviation of 0.02 · √16 = 0.08, which adds its half square, 0.003.
-  assert row["first_loss"] == pytest.approx(np.log(64), abs=0.05)
+  # Logits have a standard deviation of 1, of which half the square is added.
+  assert row["first_loss"] == pytest.approx(np.log(64) + 0.5, abs=0.2)
   assert result["first_step_cold_s"] > 0 and result["first_step_warm_s"] > 0
   assert "llmjax" in out and "tokens/s" in out
 
 
-def test_attention_counts_the_compilers_temporaries(capsys):
-  made = attention.measure(Options(rounds=1), positions=(128, 512))
-  short, long = made["cases"][0]["rows"]
+def test_attention_counts_the_compilers_temporaries():
+  spec = Spec("", "tiny", "float32", "", 1)
+  made = {
+    name: [prepare(spec)[1]({"positions": n, "seconds": 0.01}) for n in (128, 512)]
+    for name, prepare in (("direct", attention_direct), ("blockwise", attention_blockwise))
+  }
+  short, long = made["direct"]
   # Scores are positions² · heads · 4 bytes, so at least those of one head must be there.
   assert long["temp_bytes"] > 512 * 512 * 4 and long["temp_bytes"] > 8 * short["temp_bytes"]
-  assert short["seconds_per_step"] > 0
-  assert "temporary MB" in show({**made, **bench_head()})
-
-
-def bench_head():
-  from llmjax.bench.report import machine
-
-  return {"bench": "attention", "size": "L", "dtype": "float32", "machine": machine()}
+  assert made["blockwise"][1]["temp_bytes"] < long["temp_bytes"] and long["tokens_per_s"] > 0
+  rows = compare({name: rows[1:] for name, rows in made.items()}, "direct")
+  head = {"bench": "attention", "size": "tiny", "dtype": "float32", "machine": machine()}
+  shown = show({**head, "cases": [{"title": "512 positions", "rows": rows}], "notes": []})
+  assert "temporary MB" in shown and "blockwise" in shown and "512 positions" in shown
 
 
 def test_bench_is_a_function_first():

@@ -118,7 +118,7 @@ def test_nested_scans_multiply(mesh):
 def test_an_unrolled_scan_runs_as_many_collectives(mesh):
   found = collectives(_text(mesh, _scan(_step, 6, unroll=2), P()), mesh)
   assert summary(found) == {("all-reduce", ("tensor",)): 6 * WHOLE}
-  assert describe(found) == "all-reduce tensor 8.2 kB ×6"
+  assert describe(found) == "all-reduce tensor 48.00 KiB in 6"
 
 
 def test_both_branches_of_a_conditional_count(mesh):

@@ -239,7 +239,7 @@ def test_tpu_fusions_are_read():
     f"%f = bf16[16,4] fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1, {name}",
   )
   found = collectives(_program(*lines, others=first + second), MESH)
-  gather = Collective("all-gather", ("fsdp",), 256, 1, "bf16", "", ways=2)
+  gather = Collective("all-gather", ("fsdp",), 256, 1, "bf16", "", shards=2)
   first, second = (dataclasses.replace(gather, start=s, done=d) for s, d in ((5, 13), (9, 17)))
   scatter = Collective("reduce-scatter", ("fsdp",), 256, 1, "bf16", "jit(step)/dot_general", 2)
   assert found == [first, second, dataclasses.replace(scatter, start=21, done=21)]
@@ -254,7 +254,7 @@ def test_summary_and_description():
   ]
   gather, reduce = ("all-gather", ("fsdp",)), ("all-reduce", ("data", "fsdp"))
   assert summary(found) == {gather: 9_600_000, reduce: 300}
-  assert describe(found[::-1]) == "all-gather fsdp 1.2 MB ×8, all-reduce data+fsdp 300 B"
+  assert describe(found[::-1]) == "all-gather fsdp 9.16 MiB in 8, all-reduce data+fsdp 0.29 KiB"
   assert describe([]) == "no collectives"
 
 

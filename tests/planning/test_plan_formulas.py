@@ -10,14 +10,12 @@ from llmjax.models.config import ModelConfig
 from llmjax.models.formulas import cache_bytes_per_token
 from llmjax.parallel.mesh import AXES
 from llmjax.planning.cost import step_flops
+from llmjax.planning.estimate import estimate, slow_axes
 from llmjax.planning.formulas import (
-  bill,
   chip_hours,
+  costs,
   rent_usd,
-  roofline,
   serving,
-  slow_axes,
-  steps_for,
   training_flops,
 )
 from llmjax.planning.traffic import collective_bytes
@@ -42,14 +40,13 @@ def test_a_week_of_eight_a100_is_2688_dollars():
 
 def test_a_bill_is_days_dollars_and_energy():
   week_s = 7 * 86_400
-  made = bill(topology("a100:8"), tokens=1e9, tokens_per_s=1e9 / week_s)
-  assert (made.days, made.usd) == (pytest.approx(7), pytest.approx(2688))
-  assert made.kwh == pytest.approx(8 * 0.4 * 7 * 24)
-  assert made.tokens_per_day == pytest.approx(1e9 / 7)
-
-
-def test_300_billion_tokens_are_286_thousand_steps():
-  assert round(steps_for(300e9, 512, 2048), -3) == 286_000
+  made = costs(topology("a100:8"), 1e9 / week_s, run_tokens=2e9)
+  assert (made["run_days"], made["run_cost_usd"]) == pytest.approx((14, 2 * 2688))
+  assert made["cost_usd_per_btokens"] == pytest.approx(2688)
+  assert made["kwh_per_btokens"] == made["run_kwh"] / 2 == pytest.approx(8 * 0.4 * 7 * 24)
+  assert made["tokens_per_day"] == pytest.approx(1e9 / 7)
+  unknown = costs(topology("tpu7x:2x2x1"), 1e9 / week_s)  # no price and no watts are published
+  assert unknown["cost_usd_per_btokens"] is None and unknown["kwh_per_btokens"] is None
 
 
 def test_llama_7b_has_as_many_weights_and_a_cache_of_a_gibibyte():
@@ -84,9 +81,10 @@ def test_a_step_of_llama_7b_is_six_flops_a_weight_and_token_and_half_of_attentio
   # Before the backward kernels attention's results are multiplied with their gradients.
   turned = (3 * 2 * 128 * 2 * 4096 + 2 * 4096) * 32 * tokens
   assert again == pytest.approx(layers + kernels + turned - attention, rel=1e-6)
-  line = roofline(config, topology("v5e:8x8"), sizes)
-  assert line.bound == "compute" and line.mfu == pytest.approx(flops / (flops + again))
-  sent = {(one.kind, one.axis): one.bytes for one in collective_bytes(config, sizes)}
+  found = estimate(config, topology("v5e:8x8"), sizes)
+  assert found.least_s == found.roofline["compute_s"] < found.step_s
+  assert found.model_s / found.least_s == pytest.approx(flops / (flops + again))
+  sent = {(one.kind, *one.axes): one.bytes for one in collective_bytes(config, sizes)}
   table, others = 32_000 * 4096, 63 / 64
   assert sent == {
     ("all-gather", "fsdp"): pytest.approx(  # in bf16: layers both ways, the head once

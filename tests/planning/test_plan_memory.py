@@ -132,7 +132,7 @@ def test_a_pipeline_keeps_a_stages_layers_of_one_microbatch_and_what_waits():
 
 # Programs that the TPU's compiler made of the step of 23 November 2026, four chips each, and the
 # peak of a device in MiB that it reports. They are those the formula was made on; another thirty
-# are compiled by `llmjax bench plan`. What lives at once is the compiler's choice: 15 %.
+# are in tests/planning/plan_table.py. What lives at once is the compiler's choice: 15 %.
 SEEN = (
   ("v5e", 914.5, {"fsdp": 4}, ""),
   ("v5e", 559.0, {"fsdp": 4}, "train.grad_accum_steps=2 model.remat=none model.width=512 "
