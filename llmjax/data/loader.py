@@ -18,6 +18,7 @@ from llmjax.data.batch import Batch
 from llmjax.data.pack import PackedRows
 from llmjax.data.prepare import TokenStore, prepare
 from llmjax.data.tasks import Task
+from llmjax.data.text_files import JSON_LINES, is_json_lines
 from llmjax.parallel import multihost
 from llmjax.text.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
@@ -57,8 +58,19 @@ def read_all(config: DataConfig) -> list[sources.Document]:
 
 
 def read_split(config: DataConfig) -> tuple[list[sources.Document], list[sources.Document]]:
-  """Reads the config's text and divides it into training and held-out documents."""
-  return sources.split(read_all(config), config.held_out)
+  """Reads the config's text and divides it into training and held-out documents.
+
+  Raises:
+    UserError: what `read_sources` and `split` raise, or no file has the field that is asked for.
+  """
+  documents = read_all(config)
+  files = (document.path.rpartition(":")[0] for document in documents)
+  if config.text_field != DataConfig.text_field and not any(map(is_json_lines, files)):
+    raise UserError(
+      f"data.text_field={config.text_field} changes nothing: no file in {config.sources!r} is JSON "
+      f"Lines ({', '.join(JSON_LINES)})"
+    )
+  return sources.split(documents, config.held_out)
 
 
 def make_tokenizer(config: TokenizerConfig, documents: list[sources.Document]) -> Tokenizer:

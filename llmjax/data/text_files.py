@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llmjax.core.errors import UserError
 
-_RECORDS = (".jsonl", ".ndjson")
+JSON_LINES = (".jsonl", ".ndjson")
 _HEAD_BYTES = 1 << 16  # a NUL byte in these is enough: a large binary file is not read whole
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # JSON can spell out NUL and single surrogates
 _KINDS = {
@@ -46,11 +46,15 @@ def read_texts(path: Path, field: str) -> list[tuple[str, str]]:
     NotText: it is not UTF-8 text.
     UserError: it cannot be read, or a record is not JSON or lacks the field.
   """
-  packed = path.suffix == ".gz"
-  text = _decode(path, gzip.open if packed else open)
-  if (path.with_suffix("") if packed else path).suffix not in _RECORDS:
+  text = _decode(path, gzip.open if path.suffix == ".gz" else open)
+  if not is_json_lines(path.name):
     return [("", text)]
   return list(_records(text.removeprefix("\ufeff"), field, str(path)))
+
+
+def is_json_lines(name: str) -> bool:
+  """Whether a file of this name holds JSON Lines."""
+  return name.removesuffix(".gz").endswith(JSON_LINES)
 
 
 def _decode(path: Path, opener) -> str:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 
 from llmjax.core.errors import UserError
 from llmjax.data import sources
-from llmjax.data.loader import DataConfig, read_all
+from llmjax.data.loader import DataConfig, read_all, read_split
 from llmjax.data.sources import Document, read_sources, split, text_hash
 
 
@@ -111,6 +111,10 @@ def test_the_field_of_a_record_is_a_config_key(tmp_path):
   write(tmp_path, {"a.jsonl": '{"text": "no", "content": "yes"}'})
   (document,) = read_all(DataConfig(sources=str(tmp_path), text_field="content"))
   assert document.text == "yes"
+  write(tmp_path, {"b.txt": "some text that is long enough"})
+  with pytest.raises(UserError, match=r"data.text_field=content changes nothing: no file in '.*b"):
+    read_split(DataConfig(sources=str(tmp_path / "b.txt"), text_field="content"))
+  assert len(read_split(DataConfig(sources=str(tmp_path / "b.txt")))) == 2
 
 
 @pytest.mark.parametrize(
