@@ -1,4 +1,4 @@
-"""Draws docs/house.svg, the layers of the library and the imports between its packages.
+"""Draws docs/layers.svg, the layers of the library and the imports between its packages.
 
     python -m docs.layer_plot
 """
@@ -76,4 +76,4 @@ def draw_layers() -> str:
 
 
 if __name__ == "__main__":
-  Path(__file__).with_name("house.svg").write_text(draw_layers())
+  Path(__file__).with_name("layers.svg").write_text(draw_layers())

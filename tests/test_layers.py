@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "llmjax"
 
-# Top to bottom, as in docs/house.md. Packages on one line do not import each other.
+# Top to bottom, as in docs/layers.md. Packages on one line do not import each other.
 LAYERS = [
   {"__main__"},
   {"cli"},

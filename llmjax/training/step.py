@@ -26,6 +26,7 @@ from llmjax.parallel.rules import (
 from llmjax.training.config import Config
 from llmjax.training.experts import move_biases, router_biases, routing_metrics
 from llmjax.training.objective import Objective, make_objective
+from llmjax.training.optim import make_schedule
 from llmjax.training.parameters import TrainState, abstract_state, combine, model_of, optimizer_of
 from llmjax.training.pipelined import PipelineConfig, pipelined_grad
 from llmjax.training.runnable import check_mesh
@@ -123,7 +124,8 @@ def advance(state: TrainState, batch: Batch, config: Config, optimizer=None):
     optimizer: optax transformation, by default the experiment's.
   Returns:
     (state, metrics, gradients by path before clipping); metrics are those of the objective, among
-    them `loss` in nats a token, `grad_norm` before clipping, `tokens` predicted, and of experts.
+    them `loss` in nats a token, `grad_norm` before clipping, `tokens` predicted, `learning_rate`
+    (AdamW's, without the factors of `optim.groups`), and of experts.
   """
   key = None
   if config.model.dropout or config.model.moe.noisy:
@@ -140,7 +142,8 @@ def advance(state: TrainState, batch: Batch, config: Config, optimizer=None):
   update = (optimizer or optimizer_of(config)).update
   updates, opt_state = update(grads, state.optimizer, state.trainable)
   trainable = optax.apply_updates(state.trainable, updates)
-  metrics |= {"grad_norm": optax.tree.norm(grads), "tokens": count}
+  rate = make_schedule(config.optim, train.steps, config.optim.learning_rate)(state.step)
+  metrics |= {"grad_norm": optax.tree.norm(grads), "tokens": count, "learning_rate": rate}
   if routing is not None:
     biases = router_biases(abstract(config.model))
     trainable = move_biases(trainable, biases, routing.load_e, config.optim.bias_rate)

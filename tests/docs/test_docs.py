@@ -4,8 +4,12 @@ A page that drifts from the code fails here, with the page and, where there is o
 """
 
 import ast
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,17 +19,19 @@ from llmjax.cli import _parse
 from llmjax.core.config import flat, override
 from llmjax.core.dims import LETTERS
 from llmjax.training.config import Config
+from tests.docs import ready
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [path for path in PAGES if path.is_file()]
 
-_FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```[ ]*$", re.M | re.S)
+_FENCE = re.compile(r"^```(\w*) ?([^\n]*)\n(.*?)^```[ ]*$", re.M | re.S)
 _LINK = re.compile(r"\]\(<?([^)\s>]+)|\b(?:href|src|srcset)=[\"']([^\"'\s]+)")
 _URL = re.compile(r"\w+://\S+")
 _FILE = re.compile(r"(?<![\w./-])((?:[\w.-]+/)+[\w-]+\.py)\b")
 _PLACE = re.compile(r"`((?:llmjax|docs|tests|experiments|launch)/[\w./-]*)`")
 _KEY = re.compile(r"--config\.([a-zA-Z_]\w*(?:\.\w+)*)")
+_FILE_NAME = re.compile(r"# ([\w/]+\.py)\n")  # first line of a block that a page says to save
 _ROW = re.compile(r"^\| `([\w.]+)` \| `([^`]*)` \| .+ \|$", re.M)
 
 pages_of_today = pytest.mark.parametrize(  # the log names files and keys as they were
@@ -46,18 +52,36 @@ def _blank(match) -> str:
 
 def _blocks(text: str, language: str) -> list[tuple[int, str]]:
   """Lists the fenced blocks of a language as (place of the body in the text, body)."""
-  return [(match.start(2), match[2]) for match in _FENCE.finditer(text) if match[1] == language]
+  return [(match.start(3), match[3]) for match in _FENCE.finditer(text) if match[1] == language]
 
 
 def _commands(text: str) -> list[tuple[int, list[str]]]:
-  """Lists the `llmjax VERB …` lines of sh blocks as (place in the text, arguments)."""
+  """Lists the `llmjax VERB …` commands of sh blocks as (place in the text, arguments)."""
   found = []
   for start, body in _blocks(text, "sh"):
     body = body.replace("\\\n", "  ")  # a continued line is one line, places kept
-    for match in re.finditer(r"^(?:\$ )?(?:\S*/)?llmjax .*$", body, re.M):
-      words = shlex.split(match[0].removeprefix("$ "), comments=True)
-      found.append((start + match.start(), words[1:]))
+    for line in re.finditer(r"^.*\bllmjax .*$", body, re.M):
+      lexer = shlex.shlex(line[0], posix=True, punctuation_chars=True)
+      lexer.whitespace_split = True
+      words = list(lexer)
+      while "llmjax" in words:  # behind variables, or behind another command
+        words = words[words.index("llmjax") + 1 :]
+        end = next((i for i, word in enumerate(words) if set(word) <= set(";&|<>()")), len(words))
+        found.append((start + line.start(), words[:end]))
   return found
+
+
+def _script(text: str) -> str:
+  """The sh blocks of a page that can run anywhere: those of which their first line says no need."""
+  blocks = (match for match in _FENCE.finditer(text) if match[1] == "sh")
+  return "".join(match[3] for match in blocks if not match[2].startswith("needs "))
+
+
+def _save_files(text: str, folder: Path):
+  """Writes the python blocks that a page says to save under the name in their first line."""
+  for _, body in _blocks(text, "python"):
+    if name := _FILE_NAME.match(body):
+      (folder / name[1]).write_text(body)
 
 
 def _anchors(text: str) -> set[str]:
@@ -90,16 +114,16 @@ def test_files_that_are_named_exist(page):
 
 
 def test_the_picture_of_the_layers_shows_the_imports_there_are():
-  shown = (ROOT / "docs" / "house.svg").read_text()
-  assert shown == draw_layers(), "docs/house.svg is out of date: run python -m docs.layer_plot"
+  shown = (ROOT / "docs" / "layers.svg").read_text()
+  assert shown == draw_layers(), "docs/layers.svg is out of date: run python -m docs.layer_plot"
 
 
 def test_the_page_of_the_layers_names_every_file():
-  text = (ROOT / "docs" / "house.md").read_text()
+  text = (ROOT / "docs" / "files.md").read_text()
   for path in sorted((ROOT / "llmjax").rglob("*.py")):
     name = path.relative_to(ROOT).as_posix()
     holds_a_docstring = path.name == "__init__.py" and name != "llmjax/__init__.py"
-    assert holds_a_docstring or f"`{name}`" in text, f"docs/house.md does not say what {name} holds"
+    assert holds_a_docstring or f"`{name}`" in text, f"docs/files.md does not say what {name} holds"
 
 
 def test_the_page_of_the_letters_explains_every_letter():
@@ -107,15 +131,46 @@ def test_the_page_of_the_letters_explains_every_letter():
   assert set(explained) >= set(LETTERS), f"not explained: {set(LETTERS) - set(explained)}"
 
 
+@pages_of_today
+def test_a_page_is_short_and_opens_with_a_command(page):
+  lines = page.read_text().splitlines()
+  prose = [line for line in lines if not line.startswith("|")]
+  assert len(prose) <= 160 or page.name == "plan.md", f"{page.name}: {len(prose)} lines"
+  if page.name != "plan-accuracy.md":
+    assert any(line.startswith("```sh") for line in lines[:25]), f"{page.name}: no command"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+  """A folder with all that commands and Python of pages refer to: a finished run, models, text."""
+  return ready.prepare(tmp_path_factory.mktemp("docs"), ROOT)
+
+
+def _copy(prepared: Path, folder: Path) -> Path:
+  shutil.copytree(prepared, folder, symlinks=True, dirs_exist_ok=True)
+  return folder
+
+
+def _reads_a_run(page: Path) -> bool:
+  return any('"runs/quickstart' in body for _, body in _blocks(page.read_text(), "python"))
+
+
+def _is_slow(page: Path) -> bool:
+  # What the quickstart trains and samples, tests/test_run.py does as well.
+  return page.name == "quickstart.md" or _reads_a_run(page)
+
+
 @pytest.mark.parametrize(
   "page",
-  # What the quickstart trains and samples, tests/test_run.py does as well.
-  [pytest.param(p, marks=[pytest.mark.slow] * (p.name == "quickstart.md")) for p in PAGES],
+  [pytest.param(p, marks=[pytest.mark.slow] * _is_slow(p)) for p in PAGES],
   ids=[path.relative_to(ROOT).as_posix() for path in PAGES],
 )
-def test_python_runs(page, tmp_path, monkeypatch):
+def test_python_runs(page, tmp_path, monkeypatch, request):
   """A page's python blocks run one after another, in one namespace and an empty folder."""
   text = page.read_text()
+  if _reads_a_run(page):
+    _copy(request.getfixturevalue("prepared"), tmp_path)
+  _save_files(text, tmp_path)
   source = ""
   for start, body in _blocks(text, "python"):
     # Blank lines stand for the prose, so that a traceback shows the page's own lines.
@@ -124,6 +179,43 @@ def test_python_runs(page, tmp_path, monkeypatch):
     pytest.skip("no python on this page")
   monkeypatch.chdir(tmp_path)
   exec(compile(source, str(page), "exec"), {"__name__": "docs"})
+
+
+@pages_of_today
+def test_shell_parses(page):
+  for _, body in _blocks(page.read_text(), "sh"):
+    parsed = subprocess.run(["bash", "-n"], input=body, text=True, capture_output=True)
+    assert not parsed.returncode and not parsed.stderr, f"{page.name}: {parsed.stderr}\n{body}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "page",
+  [page for page in PAGES if page.name != "LOG.md" and "llmjax" in _script(page.read_text())],
+  ids=lambda page: page.name,
+)
+def test_commands_run(page, tmp_path, prepared):
+  """A page's commands run one after another in one shell, with `llmjax` as shrunk.py says.
+
+  What needs a network, an accelerator or the project's folder says so in the fence of its block;
+  programs that install or show something (`pip`, `tensorboard`) do nothing here.
+  """
+  text = page.read_text()
+  _save_files(text, _copy(prepared, tmp_path))
+  for folder in re.findall(r"--to=(\S+)", _script(text)):  # `convert` writes new folders only
+    shutil.rmtree(tmp_path / folder, ignore_errors=True)
+  environment = {
+    **os.environ,
+    "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+    "PYTHON": sys.executable,
+  }
+  run = subprocess.run(
+    ["bash", "-eu", "-o", "pipefail"], input=_script(text), text=True, capture_output=True,
+    cwd=tmp_path, env=environment, timeout=900,
+  )
+  assert run.returncode == 0, f"{page.name}:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
+  assert "Traceback" not in run.stderr, run.stderr[-4000:]
 
 
 @every_page
@@ -141,6 +233,8 @@ def test_commands_parse(page):
 @pages_of_today
 def test_config_keys_exist(page):
   text = page.read_text()
+  for _, shown in _blocks(text, "text"):  # what commands print, errors among it
+    text = text.replace(shown, _blank([shown]))
   for match in _KEY.finditer(text):
     assert match[1] in flat(Config()), f"{_place(page, text, match.start())}: {match[0]} is no key"
 
@@ -155,7 +249,7 @@ def test_make_targets_exist(page):
 
 
 def test_key_table_is_the_config():
-  rows = _ROW.findall((ROOT / "docs" / "quickstart.md").read_text())
+  rows = _ROW.findall((ROOT / "docs" / "config.md").read_text())
   shown = {key: ast.literal_eval(default) for key, default in rows}
   known = flat(Config())
   assert len(shown) == len(rows), "a key stands in the table twice"

@@ -1,0 +1,49 @@
+"""`llmjax`, shrunk to seconds: what the shell blocks of pages run as `llmjax` when they are tested.
+
+`python -m tests.docs.shrunk VERB …` runs `llmjax VERB …` with the options of `shrunk`. Benchmarks,
+which tests/bench runs, are not run.
+"""
+
+import sys
+from pathlib import Path
+
+from llmjax.cli import main
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+STEPS = {"train.steps": "2", "sample.max_tokens": "4"}
+# The rest only where a command does not set it; the model, of the project's own experiments.
+MODEL = {
+  "model.layers": "2",
+  "model.width": "32",
+  "model.heads": "4",
+  "model.kv_heads": "2",
+  "model.mlp_width": "64",
+  "model.max_seq_len": "32",
+  "eval.stride": "0",
+}
+DATA = {"data.sources": "FOLDER", "data.batch_size": "8", "tokenizer.vocab_size": "400"}
+OPTIONS = {
+  "check": ["--devices=2"],
+  "generate": ["--max_tokens=4"],
+}
+
+
+def shrunk(argv: list[str]) -> list[str]:
+  """Returns a command line with few steps of a small model; the last of equal options counts."""
+  verb = argv[0]
+  argv = [word.replace("data.sources=llmjax", "data.sources=FOLDER") for word in argv]
+  config = next((word.partition("=")[2] for word in argv if word.startswith("--config=")), "")
+  keys = {}
+  if verb in ("train", "launch"):
+    keys = DATA | STEPS | (MODEL if Path(config).resolve().parent == EXPERIMENTS else {})
+  if verb == "plan":
+    keys = {"model.layers": "2"}
+  given = {word.partition("=")[0].removeprefix("--config.") for word in argv} - STEPS.keys()
+  if config and ("tokenizer.path" in given or "tokenizer.path" in Path(config).read_text()):
+    given.add("tokenizer.vocab_size")
+  more = OPTIONS.get(verb, []) + ["--compile=0"] * ("--search" in argv)
+  return [*argv, *more, *(f"--config.{key}={keys[key]}" for key in keys if key not in given)]
+
+
+if __name__ == "__main__":
+  sys.exit(0 if sys.argv[1] == "bench" else main(shrunk(sys.argv[1:])))
