@@ -32,6 +32,7 @@ from llmjax.training.objective import make_objective
 from llmjax.training.step import compiler_options
 
 _UNIT = 128  # positions; kernels want rows in multiples of it
+_CPU_POSITIONS = 8192  # of a batch on a CPU: more are no faster there, and show no progress
 
 
 class RowBatch(NamedTuple):
@@ -73,7 +74,8 @@ def evaluate_loss(
     store: held-out documents; each document's end counts as one more token to predict.
     mesh: its data axes divide the rows.
     task: what is predicted; language modelling by default.
-    batch_size: most rows of a batch, rounded up to what the mesh divides.
+    batch_size: most rows of a batch, rounded up to what the mesh divides; on a CPU fewer if
+      they are long.
     stride: predictions of each overlapping row; 0 means half of `max_seq_len`.
     show: tell on standard error what there is to compute, then how much of it is done.
   Returns:
@@ -90,7 +92,10 @@ def evaluate_loss(
   shards = math.prod(mesh.shape[axis] for axis in axes_of("b", ACTIVATIONS))
   # What a task hides is drawn for rows as wide as the context.
   unit = _UNIT * mesh.shape["context"] if all_tokens else context
-  batches = plan_batches([row.positions for row in rows], batch_size, shards, unit, context)
+  needs = [row.positions for row in rows]
+  if mesh.devices.flat[0].platform == "cpu":
+    batch_size = min(batch_size, max(1, _CPU_POSITIONS // max(needs)))
+  batches = plan_batches(needs, batch_size, shards, unit, context)
   if show:
     multihost.say(_describe(model.config, store, batches))
   read = functools.lru_cache(maxsize=1)(store.__getitem__)

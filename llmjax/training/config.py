@@ -75,7 +75,7 @@ class EvalConfig:
 
   Attributes:
     every: steps between evaluations during training; 0 evaluates only at the end.
-    batch_size: rows of a batch.
+    batch_size: most rows of a batch.
     stride: predictions of each overlapping row after a document's first; 0 means half of
       `model.max_seq_len`.
   """

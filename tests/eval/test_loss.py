@@ -92,7 +92,12 @@ def test_the_loss_does_not_depend_on_the_batch_size_and_the_width_of_rows(
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   one, *others = (evaluate_loss(decoder, store, mesh, batch_size=size) for size in (4, 3))
   monkeypatch.setattr(loss, "_UNIT", 4)
-  others.append(evaluate_loss(decoder, store, mesh, batch_size=2))
+  monkeypatch.setattr(loss, "_CPU_POSITIONS", 32)  # two rows of the context
+  planned, plan = [], loss.plan_batches
+  monkeypatch.setattr(loss, "plan_batches", lambda *a: planned.append(plan(*a)) or planned[-1])
+  others.append(evaluate_loss(decoder, store, mesh))
+  assert {batch.rows for batch in planned[0]} == {2}
+  assert len({batch.width for batch in planned[0]}) > 1
   for other in others:  # the same rows in other sums
     assert_allclose(one["nats_per_token"], other["nats_per_token"], rtol=1e-6)
     assert one["tokens"] == other["tokens"]
