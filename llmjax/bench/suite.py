@@ -13,7 +13,7 @@ from llmjax.bench.report import compare, cores, machine, table
 from llmjax.bench.sizes import NEW_TOKENS, PROMPT_TOKENS, SIZES
 from llmjax.bench.workers import Spec, Worker, interleave
 from llmjax.core.config import override
-from llmjax.core.errors import UserError, nearest
+from llmjax.core.errors import UserError, nearest, note
 from llmjax.models.build import count_parameters
 from llmjax.models.config import DTYPES
 from llmjax.training.config import Config
@@ -91,8 +91,8 @@ _COLUMNS = {
   "ratio": "ratio",
   "decode_tokens_per_s": "after first token",
   "decode_ratio": "ratio",
-  "temp_bytes": "temporary MB",
-  "peak_bytes": "peak MB",
+  "temp_bytes": "temporary bytes",
+  "peak_bytes": "peak bytes",
   "first_step_s": "first step s",
 }
 
@@ -176,7 +176,7 @@ def pick(name: str, wanted: Sequence[str] = ()) -> dict[str, Peer]:
     missing = [package for package in known[peer].needs if not importlib.util.find_spec(package)]
     if missing:
       how = "see requirements-bench.txt: pip install --no-deps -r requirements-bench.txt"
-      _say(f"llmjax: {peer} is left out, {missing[0]} is not installed; {how}")
+      note(f"{peer} is left out, {missing[0]} is not installed; {how}")
     else:
       chosen[peer] = known[peer]
   if not chosen:
@@ -197,11 +197,11 @@ def _start(stack: contextlib.ExitStack, peers: Mapping, size: str, dtype: str, o
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
 
-  def start(peer: str, note: str = "") -> Worker:
-    _say(f"preparing {peer}{note}")
+  def start(peer: str, again: str = "") -> contextlib.closing:
+    print(f"preparing {peer}{again}", file=sys.stderr, flush=True)
     where, own = f"llmjax.bench.{peers[peer].where}", size + peers[peer].kind
     spec = Spec(where, own, dtype, str(scratch / own), cores(), tuple(overrides))
-    return contextlib.closing(Worker(peer + note, spec, cache if peer == "llmjax" else {}))
+    return contextlib.closing(Worker(peer + again, spec, cache if peer == "llmjax" else {}))
 
   workers = {peer: stack.enter_context(start(peer)) for peer in peers}
   if "llmjax" not in workers:
@@ -237,15 +237,6 @@ def show(result: dict) -> str:
   ]
   for case in result["cases"]:
     columns = [column for column in _COLUMNS if any(column in row for row in case["rows"])]
-    rows = [[_value(row, column) for column in columns] for row in case["rows"]]
+    rows = [[row.get(column) for column in columns] for row in case["rows"]]
     lines += ["", case["title"], table([_COLUMNS[column] for column in columns], rows)]
   return "\n".join([*lines, *result["notes"]])
-
-
-def _value(row: dict, column: str):
-  value = row.get(column)
-  return value / 1e6 if value is not None and column.endswith("_bytes") else value
-
-
-def _say(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)

@@ -1,7 +1,6 @@
 """The collectives of a compiled program: which mesh axes they run along, how many bytes, how often.
 
-XLA decides what a sharded program sends, and only its optimized text says so. Here that text is
-read: a test can hold a budget of bytes against it, a plan can print what a step will send.
+XLA decides what a sharded program sends, and only its optimized text says so.
 """
 
 import dataclasses
@@ -37,8 +36,6 @@ class Collective:
     axes: mesh axes its groups run along, in the mesh's order; `("?",)` if no set of axes fits.
     bytes: of the array that it makes or reads, see `collectives`.
     count: executions in one run of the program, the product of its loops' trip counts.
-    dtype: XLA's name of the (first) operand's type, such as `bf16`.
-    op_name: JAX's name of what it was compiled from, "" if the program does not say.
     shards: devices of a group; slices, if it runs between them.
     links: of a device that it keeps busy, one way each: as the TPU's compiler notes of its rings,
       else 2, a ring along one dimension both ways; of a permute 1.
@@ -51,8 +48,6 @@ class Collective:
   axes: tuple[str, ...]
   bytes: float
   count: int = 1
-  dtype: str = ""
-  op_name: str = ""
   shards: int = 1
   links: int = 2
   dcn: bool = False
@@ -80,11 +75,10 @@ def collectives(
   are of a slice's devices, and what goes to other slices is sent by its host. Each such transfer is
   a collective along `across` of a group with a device in every slice.
 
-  What XLA makes of a program differs by backend. The CPU's widens bf16 to fp32, sends an all-to-all
-  as a tuple of slices, keeps an explicit reduce-scatter, but never makes one of an all-reduce. The
-  TPU's makes them, as fusions of an all-reduce with a slice: these are reported as reduce-scatters.
-  It also turns gathers and scatters beside a product into loops of permutes, and cuts others into
-  fusions of one chain that overlap with products: a chain counts once.
+  XLA's CPU backend widens bf16 to fp32 and never makes a reduce-scatter of an all-reduce. The TPU's
+  does, as fusions of an all-reduce with a slice: these are reported as reduce-scatters. It also
+  turns gathers and scatters beside a product into loops of permutes, and splits others into fusions
+  of one chain that overlap with products: a chain counts once.
 
   Args:
     hlo_text: `compiled.as_text()` of a function jitted over the mesh.
@@ -116,10 +110,8 @@ def collectives(
     if kind == "ragged-all-to-all":
       shapes = [min(shapes[:2], key=size_bytes)]  # the buffers on either side; others say where
     size = sum(map(size_bytes, shapes)) * (shards if kind == "all-gather" else 1)
-    dtype, links = re.match(r"\(*(\w+)", shapes[0])[1], _links(kind, run.op)
-    found.append(
-      Collective(kind, axes, size, run.count, dtype, run.origin, shards, links, dcn, start, done)
-    )
+    links = _links(kind, run.op)
+    found.append(Collective(kind, axes, size, run.count, shards, links, dcn, start, done))
   return found
 
 
@@ -220,10 +212,7 @@ def _groups(op: Op, devices: int) -> list[list[int]]:
 
 
 def _named_groups(sizes: dict[str, int], ids: np.ndarray, axes: str) -> list[list[int]]:
-  """Groups along axes of a mesh XLA made up: `mesh['a'=4,'b'=2] {'a':(1)2}`, (before)size or all.
-
-  Devices of a group differ only in their coordinates along those axes, or parts of them.
-  """
+  """Groups along axes of a mesh of XLA's: `mesh['a'=4,'b'=2] {'a':(1)2}`, (before)size or all."""
   cells = np.indices(tuple(sizes.values())).reshape(len(sizes), -1)
   for name, before, part in re.findall(r"(\w+)'?(?::\((\d+)\)(\d+))?(?:,|$)", axes):
     row, size = cells[list(sizes).index(name)], int(part or sizes[name])
@@ -245,10 +234,7 @@ def _order(text: str) -> np.ndarray:
 
 
 def _axes(groups: list[list[int]], mesh: Mesh | AbstractMesh, complete: bool) -> tuple[str, ...]:
-  """The mesh axes along which groups run; () if every group is of one device.
-
-  With `complete` the groups must each be all devices along these axes and together the mesh.
-  """
+  """The axes along which groups run; with `complete` they must be all devices along these."""
   sizes = tuple(mesh.shape.values())
   moves = np.zeros(len(sizes), bool)
   for group in groups:

@@ -54,9 +54,19 @@ class Candidate:
     """The step by formula."""
     return estimate(self.config, self.chips, self.sizes)
 
-  def fills(self, share: float = 1.0) -> bool:
+  @property
+  def step_s(self) -> float:
+    """Its seconds by formula."""
+    return self.estimate.step_s
+
+  @property
+  def peak_bytes(self) -> float:
+    """Most that a device holds, by formula."""
+    return self.estimate.memory.peak
+
+  def fits(self, share: float = 1.0) -> bool:
     """Whether the step fits by formula into a share of a device's memory."""
-    return self.estimate.memory.peak <= share * self.chips.chip.hbm_bytes / self.chips.chip.devices
+    return self.peak_bytes <= share * self.chips.chip.hbm_bytes / self.chips.chip.devices
 
   def but(self, **changes) -> "Candidate":
     """Changes a candidate further, by dotted key."""

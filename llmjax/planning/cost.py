@@ -11,10 +11,10 @@ from llmjax.core.chips import Chip
 from llmjax.models.config import ModelConfig
 from llmjax.models.formulas import abstract_devices, forward_flops_per_token, seen_share
 from llmjax.nn.attention.platform_kernels import splash_tile
-from llmjax.parallel.mesh import MeshConfig
 from llmjax.parallel.schedules import make_schedule, tables
 from llmjax.planning.trace import DTYPE_BYTES, alike, trace_of
 from llmjax.training.config import Config
+from llmjax.training.optim import OptimConfig
 from llmjax.training.parameters import abstract_state
 
 # Fitted to peaks that the TPU's compiler reported for thirty programs (docs/plan.md, "Held against
@@ -140,19 +140,15 @@ def _gathered_bytes(config: Config, trainable: Counter, frozen: Counter, sizes) 
 
 
 def _context_bytes(config: Config, sizes: dict[str, int]) -> float:
-  """Bytes of attention over sharded positions that no trace of its results shows, in fp32.
-
-  Of a ring gradients of queries, keys and values, summed and just made; against gathered keys a
-  strip of scores and weights, with their gradients.
-  """
+  """Bytes of attention over sharded positions that no trace of its results shows, in fp32."""
   model, context = config.model, sizes["context"]
   tokens = micro_batch_tokens(config, sizes) / sizes["tensor"]
   n, k, h = (model.dims[letter] for letter in "nkh")
   if context == 1 or model.attention.context_parallel == "all_to_all":
     return 0.0
-  if model.attention.context_parallel == "ring":
+  if model.attention.context_parallel == "ring":  # gradients of q, k and v, and their sums
     return 2 * 4 * tokens * h * (n + 2 * k)
-  length = model.max_seq_len / context
+  length = model.max_seq_len / context  # a strip of scores and weights, with their gradients
   return 4 * 4 * tokens * n * model.max_seq_len * min(model.attention.block, length) / length
 
 
@@ -192,23 +188,18 @@ def micro_batch_tokens(config: Config, sizes: dict[str, int]) -> float:
 
 
 def state_leaves(config: Config, zero_stage: int = 0) -> tuple[Counter, Counter, Counter]:
-  """Trainable and frozen parameters and optimizer state, in counters.
+  """Counts bytes of trainable and frozen parameters and of optimizer state.
 
-  They count bytes by (mesh axes that shard them, bytes of a number).
+  Returns:
+    For each a counter by (mesh axes that shard them, bytes of a number).
   """
-  model, zero_stage = alike(config.model), zero_stage or config.train.zero_stage
-  key = model, config.optim, zero_stage
-  if key not in _LEAVES:
-    train = dataclasses.replace(Config().train, zero_stage=zero_stage, steps=config.train.steps)
-    plain = dataclasses.replace(config, model=model, train=train, mesh=MeshConfig())
-    _LEAVES[key] = _leaves(plain)
-  return _LEAVES[key]
+  return _leaves(alike(config.model), config.optim, zero_stage or config.train.zero_stage)
 
 
-_LEAVES = {}
-
-
-def _leaves(config: Config) -> tuple[Counter, Counter, Counter]:
+@functools.cache
+def _leaves(model: ModelConfig, optim: OptimConfig, zero_stage: int) -> tuple[Counter, ...]:
+  train = dataclasses.replace(Config().train, zero_stage=zero_stage)
+  config = dataclasses.replace(Config(), model=model, optim=optim, train=train)
   state = abstract_state(config, abstract_devices("tpu"))
   found = Counter(), Counter(), Counter()
   trees = state.trainable, state.frozen, state.optimizer

@@ -1,8 +1,7 @@
-"""Seconds of a compiled program by its own text: fusions, kernels, links.
+"""Seconds of a compiled program by its own text: fusions, kernels, links; not a measurement.
 
-The TPU's compiler writes an estimate of cycles on every fusion; loops run theirs many times, which
-is multiplied out here. Of kernels it knows next to nothing: their FLOPs come from formulas, their
-seconds from the chip's peak. None of this is a measurement.
+The TPU's compiler writes an estimate of cycles on every fusion. Of kernels it knows next to
+nothing: their FLOPs come from formulas, their seconds from the chip's peak.
 """
 
 import collections
@@ -130,10 +129,9 @@ def link_s(one: Collective, chip: Chip) -> float:
 
 
 def _exposed_s(work_s: list[float], found: list[Collective], chip: Chip) -> float:
-  """Seconds that a device waits for links, running a program in the order it is written.
+  """Seconds that a device waits for links, which carry one collective after another.
 
-  Links carry one collective after another, those between slices apart from the others; work goes
-  on until what must have ended has not. A loop's executions are taken as one, all of them long.
+  A program runs in the order it is written; a loop's executions count as one, all of them long.
   """
   begun, ended = collections.defaultdict(list), collections.defaultdict(list)
   for one in found:

@@ -8,6 +8,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from operator import attrgetter
 
 from llmjax.core.chips import Topology
 from llmjax.core.config import flat
@@ -68,7 +69,7 @@ def search(
     report(f"{topology.name}: estimating meshes and settings by formula")
     pool, count = _pool(filled, topology)
     considered += count
-    fit = sum(candidate.fills() for candidate in pool)
+    fit = sum(candidate.fits() for candidate in pool)
     report(f"{topology.name}: {count:,} candidates; {fit:,} fit and are near the best of these")
     ask = functools.partial(_compile_all, compile=compile, jobs=jobs, report=report, show=show)
     tried = _compile_best(pool, keep and max(1, keep // len(topologies)), ask)
@@ -93,29 +94,18 @@ def search(
 
 
 def _pool(config: Config, topology: Topology) -> tuple[list[Candidate], int]:
-  """Those that fit by formula and are not far from the fastest of them; and how many there were.
-
-  If nothing fits: the one that wants least.
-  """
-  ranked = sorted(candidates(config, topology), key=_step_s)
-  pool = [candidate for candidate in ranked if candidate.fills()]
+  """Those near the fastest that fits, else the one that wants least; and of how many."""
+  ranked = sorted(candidates(config, topology), key=attrgetter("step_s"))
+  pool = [candidate for candidate in ranked if candidate.fits()]
   if not pool:
-    return sorted(ranked, key=_peak_bytes)[:1], len(ranked)
-  pool = [candidate for candidate in pool if _step_s(candidate) <= _FAR * _step_s(pool[0])]
+    return sorted(ranked, key=attrgetter("peak_bytes"))[:1], len(ranked)
+  pool = [candidate for candidate in pool if candidate.step_s <= _FAR * pool[0].step_s]
   for candidate in _best_per_mesh(pool)[:_REFINED]:
-    finer = sorted(refined(candidate), key=_step_s)
+    finer = sorted(refined(candidate), key=attrgetter("step_s"))
     for share in _FULL:
-      near = next((one for one in finer if one.fills(share)), None)
+      near = next((one for one in finer if one.fits(share)), None)
       pool += [near] if near and near.config not in [one.config for one in pool] else []
-  return sorted(pool, key=_step_s), len(ranked)
-
-
-def _step_s(candidate: Candidate) -> float:
-  return candidate.estimate.step_s
-
-
-def _peak_bytes(candidate: Candidate) -> float:
-  return candidate.estimate.memory.peak
+  return sorted(pool, key=attrgetter("step_s")), len(ranked)
 
 
 def _best_per_mesh(pool: list[Candidate]) -> list[Candidate]:
@@ -137,14 +127,14 @@ def _compile_best(pool: list[Candidate], keep: int, ask: Callable) -> list[tuple
   Where none of these fits, formulas' bytes are scaled by what the compiler wanted, and there is one
   more round. The last is for what no formula knows, more fast memory for the best.
   """
-  tried = ask(_beam([candidate for candidate in pool if candidate.fills(_NEAR)], keep))
+  tried = ask(_beam([candidate for candidate in pool if candidate.fits(_NEAR)], keep))
   if tried and not any(answer["fits"] for _, answer in tried):
     wanted = [
-      answer["peak_bytes"] / _peak_bytes(candidate)
+      answer["peak_bytes"] / candidate.peak_bytes
       for candidate, answer in tried if "error" not in answer
     ]
     asked = [candidate for candidate, _ in tried]
-    left = [one for one in pool if one not in asked and one.fills(1 / max([1.0, *wanted]))]
+    left = [one for one in pool if one not in asked and one.fits(1 / max([1.0, *wanted]))]
     tried += ask(_beam(left, keep))
   good = [pair for pair in tried if pair[1]["fits"] and "est_step_s" in pair[1]]
   best, _ = min(good, key=lambda pair: pair[1]["est_step_s"], default=(None, None))
@@ -175,14 +165,14 @@ def _compile_all(tried: list[Candidate], compile, jobs: int, report, show) -> li
 
 def _row(candidate: Candidate, answer: dict | None = None, *, base: dict, tokens: float) -> dict:
   """A candidate in numbers: by formula, and where there is an answer by the compiler."""
-  chips, config, found = candidate.chips, candidate.config, candidate.estimate
+  chips, config = candidate.chips, candidate.config
   row = {
     "topology": chips.name, "slices": chips.slices,
     "mesh": {axis: size for axis, size in candidate.sizes.items() if size > 1},
     # A mesh axis of -1 takes what is left, whatever the others are.
     "changes": {key: new for key, new in candidate.changes.items() if base[key] not in (new, -1)},
-    "by": "formula", "predicted_s": found.step_s, "step_s": found.step_s, "mfu": found.mfu,
-    "peak_bytes": found.memory.peak, "fits": candidate.fills(),
+    "by": "formula", "predicted_s": candidate.step_s, "step_s": candidate.step_s,
+    "mfu": candidate.estimate.mfu, "peak_bytes": candidate.peak_bytes, "fits": candidate.fits(),
     "hbm_bytes": chips.chip.hbm_bytes / chips.chip.devices,
   }
   if answer:

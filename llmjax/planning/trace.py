@@ -123,13 +123,10 @@ def _trace_backward(
 
 
 def _kept_bytes(aval, model: ModelConfig) -> int:
-  """Bytes of a stack of layers' activations; 0 of weights and of what layers share.
-
-  Where products are saved, a TPU keeps them in the compute dtype, not in that of their sums.
-  """
+  """Bytes of a stack of layers' activations; 0 of weights and of what layers share."""
   if aval.size % _ROWS or aval.ndim < 2 or aval.shape[0] % _ROWS == 0:
     return 0
-  size = aval.dtype.itemsize
+  size = aval.dtype.itemsize  # a TPU keeps products in the compute dtype, not in that of their sums
   return aval.size * (min(size, DTYPE_BYTES[model.dtype]) if model.remat == "dots" else size)
 
 
@@ -148,13 +145,9 @@ def trace_of(config: Config, sizes: dict[str, int], platform: str) -> Traced:
 def _traced_at(
   model: ModelConfig, groups: tuple, platform: str, context: int, expert: int
 ) -> Traced:
-  """Puts a trace together from those of single saved names and of two devices of `context`.
-
-  Names save what each of them saves alone. A token's arrays are the same on more devices; what is
-  sent for it grows with every other device that there is.
-  """
+  """Puts a trace together from those of single saved names and of two devices of `context`."""
   names = model.remat.split("+")
-  if len(names) > 1:
+  if len(names) > 1:  # each name saves what it saves alone
     full, *each = (
       _traced_at(dataclasses.replace(model, remat=name), groups, platform, context, expert)
       for name in ("full", *names)
@@ -165,7 +158,7 @@ def _traced_at(
     })
   two = trace_layers(model, groups, platform, min(2, context), expert)
   if context <= 2:
-    return two
+    return two  # on more a token's arrays are the same, and more is sent for each further device
   if model.attention.context_parallel == "ring":
     four = trace_layers(model, groups, platform, 4, expert).sent
     sent = {key: size + (four[key] - size) * (context - 2) / 2 for key, size in two.sent.items()}

@@ -29,11 +29,9 @@ def collective_bytes(config: Config, sizes: dict[str, int]) -> list[Collective]:
 
 
 def _weight_bytes(config: Config, sizes) -> Iterator[tuple]:
-  """Weights gathered over `fsdp`, for each micro-batch of ZeRO 3, else once after the update.
-
-  Layers are gathered in the compute dtype on the way forward and back (a pipeline's stage, which
-  goes forward twice, three times), the head once. Of the token table rows are exchanged.
-  """
+  """Weights gathered over `fsdp`, for each micro-batch of ZeRO 3, else once after the update."""
+  # Layers are gathered in the compute dtype on the way forward and back (a pipeline's stage goes
+  # forward twice), the head once; of the token table rows are exchanged.
   model, train = config.model, config.train
   (trainable, frozen, _), others = state_leaves(config, 3), 1 - 1 / sizes["fsdp"]
   if train.zero_stage < 3:

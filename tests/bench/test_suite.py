@@ -105,7 +105,7 @@ def test_attention_counts_the_compilers_temporaries():
   rows = compare({name: rows[1:] for name, rows in made.items()}, "direct")
   head = {"bench": "attention", "size": "tiny", "dtype": "float32", "machine": machine()}
   shown = show({**head, "cases": [{"title": "512 positions", "rows": rows}], "notes": []})
-  assert "temporary MB" in shown and "blockwise" in shown and "512 positions" in shown
+  assert "temporary bytes" in shown and "blockwise" in shown and "512 positions" in shown
 
 
 def test_bench_is_a_function_first():

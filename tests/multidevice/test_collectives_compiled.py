@@ -147,4 +147,4 @@ def test_the_partitioner_gathers_weights_cut_along_fsdp(mesh):
   compiled = jax.jit(layers, out_shardings=rows).lower(w_ldd, x_bd).compile()
   found = collectives(compiled.as_text(), mesh)
   assert summary(found) == {("all-gather", ("fsdp",)): 4 * 32 * 32 * 4}
-  assert "while/body" in found[0].op_name
+  assert found[0].count == 4

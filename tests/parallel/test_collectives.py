@@ -119,12 +119,6 @@ def test_bytes_are_those_of_the_whole(line, kind, size):
   assert _read(*operands, f"%y = {line}, {FSDP}", done) == [(kind, ("fsdp",), size, 1)]
 
 
-def test_dtype_and_source_are_named():
-  line = f'%y = bf16[3] all-reduce(%h), {FSDP}, metadata={{op_name="jit(f)/psum" stack_frame_id=4}}'
-  (found,) = collectives(_program("%h = bf16[3] constant(0)", line), MESH)
-  assert (found.dtype, found.op_name) == ("bf16", "jit(f)/psum")
-
-
 REDUCING = f"""
 %reducing (p: f32[4,8]) -> f32[4,8] {{
   %p = f32[4,8]{{1,0}} parameter(0)
@@ -239,18 +233,18 @@ def test_tpu_fusions_are_read():
     f"%f = bf16[16,4] fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1, {name}",
   )
   found = collectives(_program(*lines, others=first + second), MESH)
-  gather = Collective("all-gather", ("fsdp",), 256, 1, "bf16", "", shards=2)
+  gather = Collective("all-gather", ("fsdp",), 256, shards=2)
   first, second = (dataclasses.replace(gather, start=s, done=d) for s, d in ((5, 13), (9, 17)))
-  scatter = Collective("reduce-scatter", ("fsdp",), 256, 1, "bf16", "jit(step)/dot_general", 2)
+  scatter = Collective("reduce-scatter", ("fsdp",), 256, shards=2)
   assert found == [first, second, dataclasses.replace(scatter, start=21, done=21)]
   assert [one.overlapped for one in found] == [True, True, False]
 
 
 def test_summary_and_description():
   found = [
-    Collective("all-gather", ("fsdp",), 1_000_000, 6, "f32", ""),
-    Collective("all-gather", ("fsdp",), 1_800_000, 2, "f32", ""),
-    Collective("all-reduce", ("data", "fsdp"), 300, 1, "f32", ""),
+    Collective("all-gather", ("fsdp",), 1_000_000, 6),
+    Collective("all-gather", ("fsdp",), 1_800_000, 2),
+    Collective("all-reduce", ("data", "fsdp"), 300),
   ]
   gather, reduce = ("all-gather", ("fsdp",)), ("all-reduce", ("data", "fsdp"))
   assert summary(found) == {gather: 9_600_000, reduce: 300}

@@ -353,7 +353,7 @@ def test_links_by_the_compilers_own_strategy():
 )
 def test_seconds_on_links(kind, shards, seconds):
   """100 bytes twice over two links of a byte a second; two devices share a chip's links."""
-  one = Collective(kind, ("fsdp",), 100, 2, "bf16", "", shards=shards)
+  one = Collective(kind, ("fsdp",), 100, 2, shards=shards)
   assert link_s(one, ROUND) == seconds
   two = dataclasses.replace(ROUND, devices=2)
   assert link_s(one, two) == 2 * seconds

@@ -109,7 +109,7 @@ def test_estimates_are_not_below_the_roofline_and_know_what_costs():
   def step_s(**wanted):
     wanted = {"model.remat": "none", "train.zero_stage": 3, "train.grad_accum_steps": 1} | wanted
     return min(
-      x.estimate.step_s for x in found
+      x.step_s for x in found
       if all((x.changes | x.sizes).get(key) == value for key, value in wanted.items())
     )
 
@@ -164,9 +164,9 @@ def test_the_best_by_formula_is_never_pruned():
   hbm = place.chip.hbm_bytes
   fits = lambda x: memory(x.config, x.sizes, place.chip).peak <= hbm  # noqa: E731
   fitting = [x for x in every if fits(x)]
-  best = min(fitting, key=lambda x: x.estimate.step_s)
-  rest = [x.estimate.step_s for x in refined(best) if fits(x)]
-  assert result["winner"]["predicted_s"] == min([best.estimate.step_s, *rest])
+  best = min(fitting, key=lambda x: x.step_s)
+  rest = [x.step_s for x in refined(best) if fits(x)]
+  assert result["winner"]["predicted_s"] == min([best.step_s, *rest])
   assert result["considered"] == len(every) and result["fits"]
 
 
