@@ -24,12 +24,15 @@ def changes(config: Config, chips: Topology, times: float, program: str) -> list
   """
   more = math.ceil(times * chips.chips)
   more = f"about {more} chips instead of {chips.chips}, the mesh grown with them"
-  if program != "train":
-    rows, length = config.data.batch_size // 2, config.model.max_seq_len // 2
-    keys = f"data.batch_size={rows}", f"model.max_seq_len={length}", "mesh.tensor, larger"
-    reasons = "half the rows, half the cache", "half the cache", "it shards weights and heads"
-    return [*(f"{key}: {why}" for key, why in zip(keys, reasons, strict=True)), more]
   sizes, own = axis_sizes(config.mesh, chips.devices), flat(config)
+  if program != "train":
+    fewer = [f"model.max_seq_len={config.model.max_seq_len // 2}: half the cache"]
+    if config.data.batch_size % (2 * sizes["data"] * sizes["fsdp"] * sizes["expert"]) == 0:
+      fewer.append(f"data.batch_size={config.data.batch_size // 2}: half the cache")
+    if (copies := sizes["data"] // chips.slices) > 1 and sizes["data"] % chips.slices == 0:
+      keys = f"mesh.data={chips.slices} mesh.tensor={copies * sizes['tensor']}"
+      fewer.append(f"{keys}: {copies} times as many devices share weights and heads")
+    return [*fewer, more]
   now = estimate(config, chips, sizes)
   found = [
     one.but(**{"loss.chunk": chunk})

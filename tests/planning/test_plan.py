@@ -190,7 +190,7 @@ def test_what_is_advised_fits_and_is_taken_by_the_config():
   )
   place, sizes = chips.topology("h100:8"), dict.fromkeys(AXES, 1) | {"data": 2, "fsdp": 4}
   advised, more = advice.changes(config, place, 2.5, "train")
-  assert more.startswith("about 20 chips instead of 8") and " GiB by formula instead of " in advised
+  assert more.startswith("about 20 chips instead of 8") and " by formula instead of " in advised
   keys = advised.partition(":")[0].split()
   changed = override(config, [f"--config.{key}" for key in keys])
   peak = lambda one: memory(one, sizes, place.chip).peak  # noqa: E731
