@@ -113,17 +113,17 @@ def _train(config: Config, workdir: Path) -> dict:
     size, stride = config.eval.batch_size, config.eval.stride
     return evaluate_loss(model, held_store, mesh, task, size, stride, show)
 
-  fitted = fit(
+  model, train_s = fit(
     config, workdir, tokenizer, store, mesh, evaluate, functools.partial(_initial, config),
     lambda i: documents[i].path,
   )
   multihost.say("evaluating on held-out text")
-  scores = evaluate(fitted.model, show=True)
+  scores = evaluate(model, show=True)
   if samples:
-    fitted = dataclasses.replace(fitted, model=multihost.to_writer(fitted.model))
+    model = multihost.to_writer(model)
 
   def finish():
-    return _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s)
+    return _finish(config, workdir, tokenizer, held_out, model, train_s, scores, began_s)
 
   return multihost.from_writer(finish)
 
@@ -201,12 +201,12 @@ def _tokenizer(config: Config, documents):
   return make_tokenizer(config.tokenizer, documents)
 
 
-def _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s) -> dict:
+def _finish(config, workdir, tokenizer, held_out, model, train_s, scores, began_s) -> dict:
   """Writes the plots, the samples and the result of a finished run."""
   result = {
     **scores,
     **compressor_bits_per_byte(held_out),
-    "train_seconds": round(fitted.train_seconds, 2),
+    "train_seconds": round(train_s, 2),
     **rates(workdir),
     "steps": config.train.steps,
     "parameters": count_parameters(config.model),
@@ -219,7 +219,7 @@ def _finish(config, workdir, tokenizer, held_out, fitted, scores, began_s) -> di
     plot_experts(workdir, workdir / "experts.png")
     result["moe_max_load"] = _last_fifth(workdir, "moe_max_load")
   if config.model.kind == "decoder":
-    model = Model(config.model, fitted.model, tokenizer)
+    model = Model(config.model, model, tokenizer)
     _write_samples(model, config.sample.prompts, _sampling(config), workdir)
   result["total_seconds"] = round(time.perf_counter() - began_s, 2)
   files.replace(workdir / "result.json", files.to_json(result, indent=1) + "\n")

@@ -136,7 +136,7 @@ def test_eval_prints_its_scores(setup, capsys):
     ),
     ("--config.pipeline.schedule=zb_h1", "pipeline.schedule=zb_h1 changes nothing on a mesh of s"),
     ("--config.seed=x", "invalid literal for int"),
-    ("--config.seed=-1", "seed -1 is negative"),
+    ("--config.seed=-1", "seed -1 is less than 0"),
     ("--config.eval.batch_size=0", "eval.batch_size 0 is less than 1"),
     ("--config.optim.learning_rate=nan", "optim.learning_rate nan is not a finite number"),
     ("--config.optim.beta1=2.0", r"optim.beta1 2.0 is not in \[0, 1\)"),
@@ -215,11 +215,11 @@ def test_bad_input_to_generate_and_eval(setup, tmp_path, capsys):
   long = "--prompt=" + "ka lo mi " * 200
   assert "takes from 1 to 31" in fails(capsys, "generate", here, long)
   for flag, message in {
-    "--temperature=-1": "temperature -1.0 is negative",
+    "--temperature=-1": "temperature -1.0 is less than 0",
     "--temperature=nan": "argument --temperature: nan is not a finite number",
     "--top_p=1e999": "argument --top_p: inf is not a finite number",
     "--top_p=0": "top_p 0.0 is not in (0, 1]",
-    "--top_k=-2": "top_k -2 is negative",
+    "--top_k=-2": "top_k -2 is less than 0",
     "--max_tokens=0": "max_tokens 0 is less than 1",
     "--seed=x": "invalid int value: 'x'",
     "--config.model.layers=3": "takes no --config.model.layers",

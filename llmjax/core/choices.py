@@ -1,4 +1,4 @@
-"""Checks that config sections share: a known word, a lower bound, a finite number, text."""
+"""Checks that config sections share: a known word, bounds, a finite number."""
 
 import dataclasses
 import math
@@ -6,17 +6,36 @@ import math
 from llmjax.core.errors import UserError, nearest
 
 
-def check_choice(key: str, value: str, known):
-  """Raises a `UserError` with the nearest known word if `value` is not in `known`."""
+def check_choice(key: str, value, known):
+  """Raises a `UserError` with the nearest known value if `value` is not in `known`."""
   if value not in known:
-    raise UserError(f"{key} {value!r} is unknown; {nearest(value, list(known))}")
+    raise UserError(f"{key} {value!r} is unknown; {nearest(str(value), map(str, known))}")
 
 
-def check_least(section: str, config, **least: float):
-  """Raises a `UserError` if a field of `config` is below its lower bound."""
-  for name, bound in least.items():
-    if getattr(config, name) < bound:
-      raise UserError(f"{section}.{name} {getattr(config, name)} is less than {bound}")
+def check_fields(section: str, config, **wanted):
+  """Checks fields of a config.
+
+  Args:
+    **wanted: for each field its lower bound (a number), "positive", an interval such as "(0, 1]",
+      or the values that it may have.
+  Raises:
+    UserError: the first field that is not as wanted.
+  """
+  for name, want in wanted.items():
+    key, value = f"{section}.{name}".lstrip("."), getattr(config, name)
+    if want == "positive":
+      if value <= 0:
+        raise UserError(f"{key} {value} is not positive")
+    elif isinstance(want, str):
+      low, high = map(float, want[1:-1].split(","))
+      closed = {low: want[0] == "[", high: want[-1] == "]"}
+      if not (low < value < high or closed.get(value)):
+        raise UserError(f"{key} {value} is not in {want}")
+    elif isinstance(want, (int, float)):
+      if value < want:
+        raise UserError(f"{key} {value} is less than {want}")
+    else:
+      check_choice(key, value, want)
 
 
 def check_finite(name: str, value):
@@ -29,10 +48,3 @@ def check_finite(name: str, value):
       check_finite(name, each)
   elif isinstance(value, float) and not math.isfinite(value):
     raise UserError(f"{name} {value} is not a finite number")
-
-
-def check_texts(key: str, values: tuple):
-  """Raises a `UserError` if an entry of a tuple is not a string."""
-  for value in values:
-    if not isinstance(value, str):
-      raise UserError(f"{key} holds {value!r}, which is not a string")

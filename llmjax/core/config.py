@@ -122,7 +122,6 @@ def _apply(tree: ConfigDict, overrides: Sequence[str], schema: type):
 
 
 def _run_file(path: str, schema: type) -> ConfigDict:
-  """Runs a config file; an error in it is reported with its line."""
   try:
     names = runpy.run_path(path)
     if "get_config" not in names:
@@ -192,11 +191,6 @@ def coerce(value, kind: type, key: str):
   return value
 
 
-def to_dict(config) -> dict:
-  """Turns a frozen config into nested dicts of plain values."""
-  return dataclasses.asdict(config)
-
-
 def flat(config) -> dict:
   """Returns a config's values by dotted key."""
   out = {}
@@ -211,5 +205,5 @@ def flat(config) -> dict:
 
 def config_hash(config) -> str:
   """Hashes every value of a config to 16 hex digits, the same on every machine."""
-  text = json.dumps(to_dict(config), sort_keys=True)
+  text = json.dumps(dataclasses.asdict(config), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]

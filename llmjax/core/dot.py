@@ -1,6 +1,6 @@
-"""`dot`, the only matrix multiplication by a weight, and `contract`, the same for activations:
-operands in the compute dtype, sums in fp32, the backward ones too. The backward pass is written by
-hand: XLA's CPU backend would otherwise convert bf16 operands to fp32 before each dot."""
+"""`dot`, the only matrix multiplication by a weight: operands in the compute dtype, sums in fp32,
+the backward ones too. The backward pass is written by hand: XLA's CPU backend would otherwise
+convert bf16 operands to fp32 before each dot."""
 
 import functools
 import re
@@ -13,16 +13,8 @@ from llmjax.core.weight import cast, decode, pull, scale_skips, summands
 TENSOR_LETTERS = set("nkfv")  # which mesh axis `tensor` shards, as in parallel/rules.py
 
 
-def dot(eq: str, x, w, out_dtype=None):
-  """Contracts an activation with a weight leaf: `dot("btd,df->btf", x_btd, up_df)`.
-
-  Arguments and result are those of `contract`; gradients of the weight are not rounded.
-  """
-  return contract(eq, x, w, out_dtype)
-
-
-def contract(eq: str, a, b, out_dtype=None):
-  """Contracts two arrays in the dtype of the first, summing in fp32 in both directions.
+def dot(eq: str, a, b, out_dtype=None):
+  """Contracts an array with a weight or another array: `dot("btd,df->btf", x_btd, up_df)`.
 
   Args:
     eq: einsum equation of two operands; every letter stands in at least two of its three terms.
@@ -30,7 +22,7 @@ def contract(eq: str, a, b, out_dtype=None):
     b: array of any float dtype, cast to that of `a`; or a weight of any kind.
     out_dtype: dtype of the result; that of `a` by default.
   Returns:
-    The contraction, summed in fp32; gradients in the dtypes of `a` and of `b`.
+    The contraction, summed in fp32; gradients in the dtypes of `a` and of `b`, not rounded before.
   """
   dtype, terms = jnp.dtype(out_dtype or a.dtype).name, []
   for term in summands(b):
@@ -57,9 +49,7 @@ def _two_products(eq: str, leaves: tuple, letters: tuple[str, str]) -> tuple:
 
 def _einsum(eq, a, b):
   """Multiplies with heads and their channels (`nh`, `kh`) as one dimension, as they lie in memory.
-
-  With two contracted dimensions XLA may choose to transpose the weight, at every call.
-  """
+  With two contracted dimensions XLA may choose to transpose the weight, at every call."""
   terms = re.split(",|->", eq)
   sizes = dict(zip(terms[0] + terms[1], a.shape + b.shape, strict=True))
   shape = [sizes[letter] for letter in terms[2]]

@@ -23,6 +23,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
   return f"known: {shown}" if known else "there are none"
 
 
-def note(text: str):
-  """Prints a note on standard error, such as what was decided for the user."""
-  print(f"llmjax: note: {text}", file=sys.stderr)
+def note(text: str, kind: str = "note"):
+  """Prints a note (or a warning) on standard error, such as what was decided for the user."""
+  print(f"llmjax: {kind}: {text}", file=sys.stderr, flush=True)

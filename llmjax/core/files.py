@@ -106,8 +106,10 @@ def full_disk(error: BaseException | None) -> str:
   return ""
 
 
-def read_json(path: Path, kind: type = dict):
-  """Reads a JSON object (or a list); a missing or damaged file is a `UserError`."""
+def read_json(path: Path, kind: type = dict, default=None):
+  """Reads a JSON object (or list); a `UserError` if it is damaged, or missing without a default."""
+  if default is not None and not path.is_file():
+    return default
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:

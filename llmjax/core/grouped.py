@@ -73,7 +73,6 @@ def _ragged(x_td, w_edf, sizes_e, transposed: bool = False):
 
 
 def _ragged_outer(x_td, grad_tf, sizes_e, dtype):
-  """As `_outer`: the rows are what is summed over."""
   rows = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
   grad_edf = jax.lax.ragged_dot_general(
     x_td, grad_tf, sizes_e, rows, preferred_element_type=jnp.float32
@@ -94,7 +93,6 @@ def _megablox(x_td, w_edf, sizes_e, transposed: bool = False):
 
 
 def _megablox_outer(x_td, grad_tf, sizes_e, dtype):
-  """As `_outer`."""
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
   padded_td, tiling, interpret = _tiles(x_td, grad_tf.shape[1], dtype)
@@ -103,10 +101,8 @@ def _megablox_outer(x_td, grad_tf, sizes_e, dtype):
 
 
 def _tiles(x_td, width: int, out_dtype):
-  """(x padded to a multiple of the tile's rows, the tile's sizes, whether to interpret).
-
-  Tiles of a wide `out_dtype` are narrower: two of each operand and a sum share 16 MiB of VMEM.
-  """
+  """(x padded to a multiple of the tile's rows, the tile's sizes, whether to interpret). Tiles of a
+  wide `out_dtype` are narrower: two of each operand and a sum share 16 MiB of VMEM."""
   t, d = x_td.shape
   rows = min(TILE[0], _ceil(t, 128) * 128)
   padded_td = jnp.pad(x_td, ((0, -t % rows), (0, 0)))
@@ -157,9 +153,6 @@ def _over_blocks(step, carry, start, size, t: int):
 
   Args:
     step: (carry, first row, rows, bool for those of the group; None: all are) → carry.
-    carry: state of the loop.
-    start: the group's first row.
-    size: its rows.
     t: rows of all groups; a block that would reach beyond them begins earlier.
   """
   blocks = [block for block in BLOCKS if block <= t] or [t]

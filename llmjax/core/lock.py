@@ -126,12 +126,9 @@ def _beat(path: Path, me: dict, done: threading.Event):
 def identity() -> dict:
   """Describes this process so that it can be told from every other, also later and elsewhere."""
   return {
-    "host": socket.gethostname(),
-    "pid": os.getpid(),
-    "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-    "born": _start_time(os.getpid()),
-    "machine": _machine(),
-    "run": uuid.uuid4().hex,
+    "host": socket.gethostname(), "pid": os.getpid(),
+    "began": time.strftime("%Y-%m-%d %H:%M:%S %z"), "born": _start_time(os.getpid()),
+    "machine": _machine(), "run": uuid.uuid4().hex,
   }
 
 

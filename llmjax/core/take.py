@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llmjax.core.dot import contract
+from llmjax.core.dot import dot
 from llmjax.core.weight import Masked, is_kind, summands
 
 _CHUNK = 8192  # rows whose gradients are added up at a time
@@ -26,7 +26,7 @@ def take_rows(dtype: str, table, ids):
     if isinstance(term, tuple):
       factor, (a, b), _ = term
       rows_ta = take_rows(dtype, a, ids.reshape(-1))
-      rows = factor * contract("ta,ad->td", rows_ta, b).reshape(*ids.shape, -1)
+      rows = factor * dot("ta,ad->td", rows_ta, b).reshape(*ids.shape, -1)
     elif isinstance(term, Masked):
       rows = take_rows(dtype, term.base, ids) * take_rows(dtype, term.mask, ids)
     elif is_kind(term):  # codes and scales all have the table's rows

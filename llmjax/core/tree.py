@@ -1,9 +1,12 @@
 """Tree paths, by which parameters are named everywhere: the keys that lead to a leaf, joined by
 `/`, as in `model/blocks/mlp/up_df`."""
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Iterator
 
 import jax
+
+from llmjax.core.errors import UserError, nearest
 
 
 def path_of(keys) -> str:
@@ -31,3 +34,22 @@ def map_with_path(function: Callable, tree, *rest, is_leaf: Callable | None = No
   return jax.tree_util.tree_map_with_path(
     lambda keys, *leaves: function(path_of(keys), *leaves), tree, *rest, is_leaf=is_leaf
   )
+
+
+def first_matches(section: str, rows, paths, nouns: str) -> Iterator[tuple]:
+  """Yields (pattern, value, paths that no earlier pattern matches) of rows (pattern, value).
+
+  Raises:
+    UserError: there are none; `section` and `nouns` tell what was matched with what.
+  """
+  left = set(paths)
+  for pattern, value in rows:
+    matching = fnmatch.filter(paths, pattern)
+    taken = [path for path in matching if path in left]
+    if not taken:
+      what = f"no {nouns}; {nearest(pattern, paths)}"
+      if matching:
+        what = f"only {nouns} that earlier rows match, such as {matching[0]!r}"
+      raise UserError(f"{section}: pattern {pattern!r} matches {what}")
+    left -= set(taken)
+    yield pattern, value, taken

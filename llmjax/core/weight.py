@@ -273,6 +273,11 @@ def is_kind(leaf) -> bool:
   return isinstance(leaf, Weight)
 
 
+def is_sharded(leaf) -> bool:
+  """Whether a node of a tree is an array that `fsdp` cuts."""
+  return isinstance(leaf, ShardedWeight)
+
+
 def summands(w) -> list[tuple]:
   """A weight as a sum, as `Weight.summands` gives it."""
   return w.summands() if is_kind(w) else [w]
@@ -310,8 +315,6 @@ def pull(leaf, grad, like):
   """The gradient of a leaf's parts from the fp32 gradient of the array it decodes to.
 
   Args:
-    leaf: what was decoded.
-    grad: gradient of the complete array.
     like: the leaf with arrays of the dtypes that gradients are wanted in.
   """
   return leaf.pull(grad, like) if is_kind(leaf) else grad.astype(like.dtype)
@@ -355,9 +358,3 @@ def scale_skips(letters: str) -> str:
 def _block_dim(letters: str) -> int:
   """Dimension along which blocks of 4-bit codes run, counted from the end."""
   return letters.index(scale_skips(letters)[-1]) - len(letters)
-
-
-def without_sharding(tree):
-  """Replaces every `ShardedWeight` by its array: inside a `shard_map`, by the device's shard."""
-  sharded = lambda leaf: isinstance(leaf, ShardedWeight)  # noqa: E731
-  return jax.tree.map(lambda leaf: leaf.array if sharded(leaf) else leaf, tree, is_leaf=sharded)

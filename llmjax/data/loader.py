@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from llmjax.core.choices import check_choice, check_least
+from llmjax.core.choices import check_fields
 from llmjax.core.errors import UserError
 from llmjax.data import sources
 from llmjax.data.batch import Batch
@@ -48,8 +48,7 @@ class DataConfig:
   def __post_init__(self):
     if not 0 < self.held_out < 1:
       raise UserError(f"data.held_out {self.held_out} is not between 0 and 1")
-    check_choice("data.not_text", self.not_text, ("skip", "refuse"))
-    check_least("data", self, batch_size=1)
+    check_fields("data", self, not_text=("skip", "refuse"), batch_size=1)
 
 
 def read_all(config: DataConfig) -> list[sources.Document]:

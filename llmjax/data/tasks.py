@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from llmjax.core.choices import check_choice, check_least
+from llmjax.core.choices import check_fields
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.text.base import Tokenizer
@@ -38,10 +38,7 @@ class TaskConfig:
   span: float = 3.0
 
   def __post_init__(self):
-    check_choice("task.name", self.name, ("auto", *TASKS))
-    if not 0 < self.mask_prob <= 0.5:
-      raise UserError(f"task.mask_prob {self.mask_prob} is not in (0, 0.5]")
-    check_least("task", self, span=1)
+    check_fields("task", self, name=("auto", *TASKS), mask_prob="(0, 0.5]", span=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from llmjax.data.tasks import Task, score_only
 from llmjax.models.config import ModelConfig
 from llmjax.models.formulas import forward_flops_per_token
 from llmjax.parallel import multihost
-from llmjax.parallel.rules import ACTIVATIONS, axes_of, batch_sharding
+from llmjax.parallel.rules import axes_of, batch_sharding
 from llmjax.training.losses import LossConfig
 from llmjax.training.objective import make_objective
 from llmjax.training.step import compiler_options
@@ -89,7 +89,7 @@ def evaluate_loss(
   context = model.config.max_seq_len
   stride = min(stride or max(1, context // 2), context) if all_tokens else context
   rows = list(windows(store.lengths, context, stride))
-  shards = math.prod(mesh.shape[axis] for axis in axes_of("b", ACTIVATIONS))
+  shards = math.prod(mesh.shape[axis] for axis in axes_of("b"))
   # What a task hides is drawn for rows as wide as the context.
   unit = _UNIT * mesh.shape["context"] if all_tokens else context
   needs = [row.positions for row in rows]

@@ -11,8 +11,8 @@ from llmjax.nn.attention.grouped_query import Attention
 from llmjax.nn.attention.variant import AttentionInputs
 from llmjax.nn.cache.dense import KVCache
 from llmjax.nn.dropout import dropout
-from llmjax.nn.feed_forward import FeedForward
 from llmjax.nn.norm import Norm
+from llmjax.nn.variant import FeedForward
 
 
 @jax.tree_util.register_dataclass
@@ -70,10 +70,7 @@ class Block(nnx.Module):
     """Runs the block: (x_btd, cache, the router's statistics or None).
 
     Args:
-      x_btd: residual stream.
       kind: of the layer, a key of `inputs.attention`.
-      inputs: see `LayerInputs`.
-      cache: this layer's keys and values so far.
       source: keys and values of cross-attention; None projects them from `inputs.memory_bsd`.
     """
     keys = [None] * 3 if inputs.key is None else jax.random.split(inputs.key, 3)

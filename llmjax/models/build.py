@@ -8,17 +8,12 @@ from flax import nnx
 
 from llmjax.core.weight import LoRA, is_kind
 from llmjax.models.config import ModelConfig
-from llmjax.models.decoder import Decoder
-from llmjax.models.encdec import EncoderDecoder
-from llmjax.models.encoder import Encoder
 from llmjax.models.kinds import apply_kinds
+from llmjax.models.text import Decoder, Encoder, EncoderDecoder
 from llmjax.models.vision import Vision
 
 KINDS = {
-  "decoder": Decoder,
-  "encoder": Encoder,
-  "encoder_decoder": EncoderDecoder,
-  "vision": Vision,
+  "decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder, "vision": Vision
 }
 
 

@@ -1,19 +1,19 @@
 """`ModelConfig`: an architecture as values."""
 
 import dataclasses
+from collections.abc import Iterator
 
-from llmjax.core.choices import check_choice, check_finite, check_least
+from llmjax.core.choices import check_choice, check_fields, check_finite
 from llmjax.core.errors import UserError
 from llmjax.models.kinds import checked_rows
 from llmjax.nn.attention.config import AttentionConfig
 from llmjax.nn.dropout import NAMES
 from llmjax.nn.embed import EmbedConfig
-from llmjax.nn.feed_forward import FeedForward
 from llmjax.nn.mlp import ACTIVATIONS, Dense
 from llmjax.nn.moe import MoeConfig
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig
-from llmjax.nn.variant import chosen
+from llmjax.nn.variant import FeedForward, chosen
 
 KINDS = ("decoder", "encoder", "encoder_decoder", "vision")
 BLOCKS = ("sequential", "parallel", "parallel_shared")
@@ -51,11 +51,10 @@ class VisionConfig:
   input_norm: bool = True
 
   def __post_init__(self):
-    check_least(
+    check_fields(
       "model.vision", self, image_size=0, patch=1, channels=1, image_token=-1, layers=0, width=0,
-      heads=0, mlp_width=0,
+      heads=0, mlp_width=0, activation=ACTIVATIONS,
     )
-    check_choice("model.vision.activation", self.activation, ACTIVATIONS)
     if self.image_size % self.patch:
       raise UserError(
         f"model.vision.image_size {self.image_size} is not a multiple of patch {self.patch}"
@@ -136,28 +135,28 @@ class ModelConfig:
   def __post_init__(self):
     check_finite("model", self)
     object.__setattr__(self, "weights", checked_rows(self.weights))
-    for key, known in (
-      ("kind", KINDS), ("activation", ACTIVATIONS), ("block", BLOCKS), ("dtype", DTYPES),
-    ):
-      check_choice(f"model.{key}", getattr(self, key), known)
+    check_fields(
+      "model", self, kind=KINDS, activation=ACTIVATIONS, block=BLOCKS, dtype=DTYPES, layers=1,
+      width=1, heads=1, mlp_width=1, max_seq_len=1, kv_heads=0, head_dim=0, encoder_layers=0,
+      vocab_size=0, source_vocab_size=0, dropout="[0, 1)",
+    )
     if not set(self.remat.split("+")) <= set(NAMES):
       check_choice("model.remat", self.remat, (*REMAT, *NAMES))
-    check_least("model", self, layers=1, width=1, heads=1, mlp_width=1, max_seq_len=1, kv_heads=0)
-    check_least("model", self, head_dim=0, encoder_layers=0, vocab_size=0, source_vocab_size=0)
-    if not 0 <= self.dropout < 1:
-      raise UserError(f"model.dropout {self.dropout} is not in [0, 1)")
     if self.heads % self.dims["k"]:
       raise UserError(
         f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}"
       )
     self.attention.variant.check(self)
     self.feed_forward.check(self)
-    _check_layers(self)
-    _CHECKS[self.kind](self)
-    if self.kind != "encoder_decoder" and self.source_vocab_size:
-      raise UserError(
-        f"model.source_vocab_size is of an encoder_decoder; model.kind={self.kind} has no source"
+    if self.position.kind == "rope":
+      self.position.check(self.rotary_head)
+    if self.kind == "decoder" and self.vision.image_size:
+      check_fields(
+        "model.vision", self.vision, layers=1, width=1, heads=1, mlp_width=1, image_token=0,
+        eps="positive",
       )
+    for conflict in _conflicts(self):
+      raise UserError(conflict)
 
   @property
   def dims(self) -> dict[str, int]:
@@ -192,6 +191,12 @@ class ModelConfig:
     return (*first, ("blocks", dense, layers, kind))
 
   @property
+  def layer_kinds(self) -> tuple[str, ...]:
+    """The kind of every layer, as `attention.pattern` repeats them."""
+    pattern = self.attention.pattern
+    return tuple(pattern[i % len(pattern)] for i in range(self.layers))
+
+  @property
   def causal(self) -> bool:
     """Whether attention is causal (except within a prefix)."""
     if self.attention.mask == "auto":
@@ -199,68 +204,35 @@ class ModelConfig:
     return self.attention.mask != "bidirectional"
 
 
-def _check_layers(config: ModelConfig):
-  kind = config.position.kind
-  if kind == "rope":
-    config.position.check(config.rotary_head)
-  if kind in ("sinusoidal_halves", "sinusoidal_t2t") and (config.width % 2 or config.width < 4):
-    raise UserError(
-      f"model.position.kind={kind} needs an even model.width of at least 4, not {config.width}"
-    )
-  if config.block != "sequential" and config.norm.place not in ("pre", "sandwich"):
-    raise UserError(
-      f"model.block={config.block} needs model.norm.place pre or sandwich, "
-      f"not {config.norm.place}"
-    )
-
-
-def _check_encoder(config: ModelConfig):
-  if config.vision.image_size:
-    raise UserError(f"model.kind={config.kind} takes no images: set model.vision.image_size to 0")
-
-
-def _check_encoder_decoder(config: ModelConfig):
-  if config.embed.types:
-    raise UserError("an encoder_decoder has no token types: set model.embed.types to 0")
-  if config.attention.mask != "auto":
-    raise UserError("an encoder_decoder decides its masks itself: leave model.attention.mask")
-  if config.block != "sequential":
-    raise UserError("an encoder_decoder has sequential blocks: leave model.block")
-  _check_encoder(config)
-
-
-def _check_vision(config: ModelConfig):
-  if not config.vision.image_size:
-    raise UserError("model.kind=vision needs model.vision.image_size")
-  if config.position.kind != "learned":
-    raise UserError(
-      "a vision model has learned positions: set model.position.kind to learned, "
-      f"not {config.position.kind}"
-    )
-  if config.attention.mask not in ("auto", "bidirectional"):
-    raise UserError(
-      f"a vision model is bidirectional, not model.attention.mask={config.attention.mask}"
-    )
-  if dataclasses.replace(config.embed, norm=False) != EmbedConfig():
-    raise UserError("a vision model has no token table: of model.embed, set norm alone")
-
-
-def _check_decoder(config: ModelConfig):
-  vision = config.vision
-  if not vision.image_size:
-    return
-  check_least("model.vision", vision, layers=1, width=1, heads=1, mlp_width=1, image_token=0)
-  if vision.eps <= 0:
-    raise UserError(f"model.vision.eps {vision.eps} is not positive")
-  if vision.width % vision.heads:
-    raise UserError(
+def _conflicts(config: ModelConfig) -> Iterator[str]:
+  """Yields what values of a config do not go together."""
+  kind, block, vision, width = config.kind, config.block, config.vision, config.width
+  position, place, mask = config.position.kind, config.norm.place, config.attention.mask
+  if position in ("sinusoidal_halves", "sinusoidal_t2t") and (width % 2 or width < 4):
+    yield f"model.position.kind={position} needs an even model.width of at least 4, not {width}"
+  if block != "sequential" and place not in ("pre", "sandwich"):
+    yield f"model.block={block} needs model.norm.place pre or sandwich, not {place}"
+  if kind == "encoder_decoder":
+    if config.embed.types:
+      yield "an encoder_decoder has no token types: set model.embed.types to 0"
+    if mask != "auto":
+      yield "an encoder_decoder decides its masks itself: leave model.attention.mask"
+    if block != "sequential":
+      yield "an encoder_decoder has sequential blocks: leave model.block"
+  elif config.source_vocab_size:
+    yield f"model.source_vocab_size is of an encoder_decoder; model.kind={kind} has no source"
+  if kind in ("encoder", "encoder_decoder") and vision.image_size:
+    yield f"model.kind={kind} takes no images: set model.vision.image_size to 0"
+  if kind == "decoder" and vision.image_size and vision.width % vision.heads:
+    yield (
       f"model.vision.width {vision.width} is not a multiple of model.vision.heads {vision.heads}"
     )
-
-
-_CHECKS = {
-  "decoder": _check_decoder,
-  "encoder": _check_encoder,
-  "encoder_decoder": _check_encoder_decoder,
-  "vision": _check_vision,
-}
+  if kind == "vision":
+    if not vision.image_size:
+      yield "model.kind=vision needs model.vision.image_size"
+    if position != "learned":
+      yield f"a vision model needs model.position.kind=learned, not {position}"
+    if mask not in ("auto", "bidirectional"):
+      yield f"a vision model is bidirectional, not model.attention.mask={mask}"
+    if dataclasses.replace(config.embed, norm=False) != EmbedConfig():
+      yield "a vision model has no token table: of model.embed, set norm alone"

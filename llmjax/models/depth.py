@@ -65,9 +65,6 @@ def run_layers(groups, x_btd, inputs: LayerInputs, config: ModelConfig, caches=N
   are no caches, which may differ in shape from layer to layer.
 
   Args:
-    groups: of type `Group`.
-    x_btd: residual stream.
-    inputs: the same for all layers.
     config: pattern, scan and remat.
     caches: of every layer by its number, or None.
     sources: keys and values of cross-attention, likewise.

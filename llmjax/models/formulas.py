@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 from jax.interpreters import partial_eval
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from llmjax.data.batch import Batch
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
 from llmjax.nn.attention.config import AttentionConfig
 from llmjax.nn.attention.mask import MaskSpec
-from llmjax.parallel.mesh import AXES
+from llmjax.parallel.mesh import abstract_devices
 
 # Of a collective's operand on one device of n, the bytes that the device passes on.
 _PASSED_ON = {
@@ -136,9 +135,7 @@ def kernel_flops(
   weights or other rows, and the width they make is the last of their result.
 
   Args:
-    name: the kernel's.
     operands: (dtype's kind, shape) of each; `f` of floats, bfloat16 included.
-    made: shapes of its results.
     seen: as `count_program` takes.
     filled: as `count_program` takes.
   """
@@ -175,7 +172,7 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
   ))
   if config.kind == "vision":
     return total / length
-  shares = [_seen(config, kind, length) for kind in _kinds(config)]
+  shares = [_seen(config, kind, length) for kind in config.layer_kinds]
   if config.kind == "encoder_decoder":  # the encoder, and the decoder's look at it, see all
     shares += [1.0] * ((config.encoder_layers or config.layers) + config.layers)
   per_key = pairs / _PRIME**2
@@ -184,10 +181,8 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
 
 @functools.cache
 def _traced_forward(config: ModelConfig) -> tuple[float, float]:
-  """FLOPs of one row, whatever its mask, and those of them between positions.
-
-  Traced for a GPU, on which grouped products have a primitive.
-  """
+  """FLOPs of one row, whatever its mask, and those of them between positions. Traced for a GPU, on
+  which grouped products have a primitive."""
   ids = jax.ShapeDtypeStruct((1, _PRIME), jnp.int32)
   batch = Batch(ids, source_bs=ids if config.kind == "encoder_decoder" else None)
   if config.kind == "vision":
@@ -198,14 +193,6 @@ def _traced_forward(config: ModelConfig) -> tuple[float, float]:
     traced = jax.make_jaxpr(forward)(abstract(config), batch)
   counted = count_program(traced.jaxpr, lambda length, block: 1.0, length=_PRIME)
   return counted["flops"], counted["pairs"]
-
-
-def abstract_devices(platform: str, **sizes: int) -> AbstractMesh:
-  """Makes a mesh of devices that need not be at hand; an axis that `sizes` does not name is 1."""
-  types = (AxisType.Auto,) * len(AXES)
-  device = AbstractDevice(platform, None, platform)
-  shape = tuple(sizes.get(axis, 1) for axis in AXES)
-  return AbstractMesh(shape, AXES, axis_types=types, abstract_device=device)
 
 
 @functools.cache
@@ -219,7 +206,7 @@ def seen_share(config: ModelConfig, length: int, block: int = 1) -> float:
     length: positions of a row, one document.
     block: positions of a square block's side; 1 counts the pairs themselves.
   """
-  kinds = [kind for kind in _kinds(config) if kind != "sparse"]
+  kinds = [kind for kind in config.layer_kinds if kind != "sparse"]
   return sum(_seen(config, kind, length, block) for kind in kinds) / len(kinds)
 
 
@@ -234,11 +221,6 @@ def filled_share(config: ModelConfig, shards: int) -> float:
   """
   moe = config.moe
   return moe.top_k / (shards * min(moe.top_k, moe.experts // shards))
-
-
-def _kinds(config: ModelConfig) -> list[str]:
-  pattern = config.attention.pattern
-  return [pattern[i % len(pattern)] for i in range(config.layers)]
 
 
 @functools.cache

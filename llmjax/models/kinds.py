@@ -1,10 +1,7 @@
 """Surgery on a model's weights: which matrices are LoRA, quantized or masked, by `model.weights`.
-
 `models/build.py` applies it to every model, abstract ones too, so that state, checkpoints, plans
-and loading agree on a config's leaves.
-"""
+and loading agree on a config's leaves."""
 
-import fnmatch
 import math
 import zlib
 
@@ -15,7 +12,7 @@ from llmjax.core import tree
 from llmjax.core.choices import check_choice, check_finite
 from llmjax.core.config import Options
 from llmjax.core.dims import letters_of
-from llmjax.core.errors import UserError, nearest
+from llmjax.core.errors import UserError
 from llmjax.core.weight import LoRA, Masked, Quantized, is_kind, scale_skips, split_letters
 from llmjax.nn.param import roles
 
@@ -70,8 +67,6 @@ def apply_kinds(model, rows: tuple, key):
   """Converts the matrices, embeddings and heads that a row's pattern matches; the first row wins.
 
   Args:
-    model: the module, whose weights are arrays.
-    rows: `model.weights`.
     key: PRNG key of LoRA's a; its b is zero.
   Returns:
     The module with other leaves, which computes the same but for quantization and masks.
@@ -87,20 +82,8 @@ def apply_kinds(model, rows: tuple, key):
     if role_of[path] == "matrix"
     or (role_of[path] == "table" and "v" in letters_of(path, leaf.ndim))
   ]
-  options = {}
-  for pattern, wanted in rows:
-    matching = fnmatch.filter(able, pattern)
-    if not matching:
-      raise UserError(
-        f"model.weights: pattern {pattern!r} matches no matrix; {nearest(pattern, able)}"
-      )
-    taken = {path: wanted for path in matching if path not in options}
-    if not taken:
-      raise UserError(
-        f"model.weights: pattern {pattern!r} matches only matrices that earlier rows match, "
-        f"such as {matching[0]!r}"
-      )
-    options |= taken
+  matches = tree.first_matches("model.weights", rows, able, "matrices")
+  options = {path: wanted for _, wanted, taken in matches for path in taken}
 
   def change(path, leaf):
     if path not in options:
@@ -137,7 +120,6 @@ def _lora(base, leaf, letters: str, rank: int, alpha: float, key) -> LoRA:
 
 
 def _masked(leaf, letters: str, keep: float) -> Masked:
-  """Keeps the largest magnitudes of each matrix."""
   axes = tuple(range(leaf.ndim - len(letters), leaf.ndim))
   least = jnp.quantile(jnp.abs(leaf), 1 - keep, axis=axes, keepdims=True)
   return Masked(leaf, (jnp.abs(leaf) >= least).astype(jnp.int8), letters)

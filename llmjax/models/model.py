@@ -65,7 +65,7 @@ class Model:
     """
     leaves = jax.tree.leaves(self.parameters)
     if {d for leaf in leaves for d in leaf.devices()} == {jax.devices("cpu")[0]}:
-      return cast_weights(unstack_layers(self.parameters, views), self.config.dtype)
+      return decoding_weights(self.parameters, views)
     weights = jax.jit(decoding_weights)(self.parameters)
     return weights if self.mesh is None else jax.device_put(
       weights, weight_shardings(self.mesh, weights)
@@ -99,9 +99,9 @@ class Model:
     return _logits(self.parameters, Batch(tokens_bt))
 
 
-def decoding_weights(model: nnx.Module) -> nnx.Module:
-  """A model as decoding reads it: layers unstacked, matrices in the compute dtype."""
-  return cast_weights(unstack_layers(model), model.config.dtype)
+def decoding_weights(model: nnx.Module, take=None) -> nnx.Module:
+  """A model as decoding reads it: layers unstacked by `take`, matrices in the compute dtype."""
+  return cast_weights(unstack_layers(model, take), model.config.dtype)
 
 
 def cast_weights(model: nnx.Module, dtype) -> nnx.Module:

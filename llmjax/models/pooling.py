@@ -132,24 +132,20 @@ def _read(folder: Path) -> Pooling:
   if not modes or any(config[key] for key in unknown):
     path = folder / subfolder / "config.json"
     raise UserError(f"{path}: no pooling known here is asked for: {config}")
-  main = _read_or_empty(folder / _MAIN)
+  main = read_json(folder / _MAIN, default={})
   longest, lower = main.get("max_seq_length") or 0, main.get("do_lower_case", False)
   include_prompt = config.get("include_prompt", True)
   return Pooling(tuple(modes), normalize, _prompt(folder), include_prompt, longest, lower)
 
 
 def _prompt(folder: Path) -> str:
-  config = _read_or_empty(folder / _PROMPTS)
+  config = read_json(folder / _PROMPTS, default={})
   name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
   if name is None:
     return ""
   if name not in prompts:
     raise UserError(f"{folder / _PROMPTS}: there is no prompt {name!r} among {sorted(prompts)}")
   return prompts[name]
-
-
-def _read_or_empty(file: Path) -> dict:
-  return read_json(file) if file.is_file() else {}
 
 
 def write(pooling: Pooling, folder: Path, width: int):

@@ -1,7 +1,5 @@
-"""Image preprocessing as `preprocessor_config.json` describes it, read and written.
-
-Keys, classes and their defaults are those of transformers' image processors.
-"""
+"""Image preprocessing as `preprocessor_config.json` describes it, read and written. Keys, classes
+and their defaults are those of transformers' image processors."""
 
 import dataclasses
 from pathlib import Path

@@ -12,8 +12,8 @@ from llmjax.models.block import Block, LayerInputs
 from llmjax.models.config import ModelConfig
 from llmjax.models.depth import Group, run_layers
 from llmjax.nn.attention.mask import Mask, cache_mask, cross_mask, self_mask
+from llmjax.nn.attention.scores import Bias, alibi_slopes
 from llmjax.nn.attention.variant import AttentionInputs
-from llmjax.nn.bias import Bias, alibi_slopes
 from llmjax.nn.cache.dense import Cache, KVCache, shard_keys
 from llmjax.nn.norm import Norm
 from llmjax.nn.param import normal, param
@@ -46,9 +46,7 @@ class Stack(nnx.Module):
     """Runs all blocks and the final norm: (x_btd, cache, routers' statistics or None).
 
     Args:
-      x_btd: embedded tokens.
       inputs: the result of `layer_inputs` for the same batch and cache.
-      cache: keys and values so far.
     """
     layers, source = (None, None) if cache is None else (cache.layers, cache.source)
     x_btd, layers, stats = run_layers(self.groups, x_btd, inputs, self.config, layers, source)
@@ -80,7 +78,6 @@ class Stack(nnx.Module):
     Args:
       batch: segments, positions, prefix, and tokens for routers that read them. With a cache a row
         is one document, and segments only mark padding.
-      key: PRNG key of dropout.
       cache: keys and values so far, with slots reserved for the batch's positions; its prefix
         counts, not the batch's.
       memory_bsd: what cross-attention attends to, where the cache does not hold it.
@@ -94,8 +91,7 @@ class Stack(nnx.Module):
       cross = AttentionInputs(cross_mask(q_segments_bt, positions_bt, memory_segments_bs))
     attention = {
       kind: AttentionInputs(
-        self._mask(kind, positions_bt, batch, cache),
-        self._rope(kind, positions_bt, segments_bt),
+        self._mask(kind, positions_bt, batch, cache), self._rope(kind, positions_bt, segments_bt),
         self._bias(),
       )
       for kind in dict.fromkeys(self.config.attention.pattern)
@@ -121,8 +117,7 @@ class Stack(nnx.Module):
         keep only the last w + chunk - 1 keys.
     """
     config, attention = self.config, self.config.attention
-    pattern = attention.pattern
-    kinds = tuple(pattern[i % len(pattern)] for i in range(self.groups[-1].end))
+    kinds = config.layer_kinds
     sizes = dict.fromkeys(kinds, slots)
     if chunk and "window" in sizes and attention.mask != "prefix":
       sizes["window"] = min(slots, attention.window + chunk - 1)

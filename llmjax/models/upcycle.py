@@ -1,8 +1,6 @@
-"""Initializes a run from another model's weights; a dense model may become one with experts.
-
-Every expert starts as a copy of the dense layer, so with `renormalize`, `scale` 1 and no dropped
-token the result equals the dense model's, whatever the new router chooses.
-"""
+"""Initializes a run from another model's weights; a dense model may become one with experts. Every
+expert starts as a copy of the dense layer, so with `renormalize`, `scale` 1 and no dropped token
+the result equals the dense model's, whatever the new router chooses."""
 
 import dataclasses
 
@@ -11,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from llmjax.core import tree
+from llmjax.core.choices import check_fields
 from llmjax.core.errors import UserError
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
@@ -32,8 +31,7 @@ class InitConfig:
   drop: float = 0.0
 
   def __post_init__(self):
-    if not 0 <= self.drop <= 1:
-      raise UserError(f"init.drop {self.drop} is not in [0, 1]")
+    check_fields("init", self, drop="[0, 1]")
     if self.drop and not self.checkpoint:
       raise UserError(f"init.drop={self.drop} changes nothing without init.checkpoint")
 
@@ -42,12 +40,10 @@ def init_from(model: Model, config: ModelConfig, fresh: nnx.Module, drop: float,
   """Fits a model's weights into an architecture.
 
   Args:
-    model: the source of the weights.
     config: the architecture; its experts are copies of a dense model's layers.
     fresh: random weights of that architecture, which routers keep; the result is sharded likewise.
     drop: share of each expert's width that is reinitialized, with the mean and deviation of what it
       replaces (Drop-Upcycling); 0 copies.
-    seed: of that reinitialization.
   Raises:
     UserError: a weight is missing, has another shape, or is unknown to the architecture.
   Source: Komatsuzaki et al. 2022, arXiv:2212.05055; Nakamura et al. 2025, arXiv:2502.19261, sec. 3.
@@ -113,7 +109,6 @@ def _with_experts(theirs: dict, config: ModelConfig, drop: float, rng) -> dict:
 
 
 def _choose(shape, drop: float, rng):
-  """Chooses the channels of every expert that are reinitialized: bool [l, e, f]."""
   chosen_lef = np.zeros(shape, bool)
   for chosen_f in chosen_lef.reshape(-1, shape[-1]):
     chosen_f[rng.permutation(shape[-1])[: round(drop * shape[-1])]] = True

@@ -124,9 +124,7 @@ def tower_config(config: ModelConfig) -> ModelConfig:
   of_decoder = ("dropout", "dtype", "scan", "remat", "vision")
   return ModelConfig(
     **{key: getattr(vision, key) for key in of_tower},
-    **{key: getattr(config, key) for key in of_decoder},
-    kind="vision",
-    mlp_bias=True,
+    **{key: getattr(config, key) for key in of_decoder}, kind="vision", mlp_bias=True,
     attention=AttentionConfig(bias="all", kernel=config.attention.kernel),
     position=PositionConfig(kind="learned"),
     norm=NormConfig(kind="layer", bias=True, eps=vision.eps, final=False),

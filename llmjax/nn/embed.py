@@ -8,26 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmjax.core.choices import check_least
+from llmjax.core.choices import check_fields
 from llmjax.core.dot import dot
 from llmjax.core.errors import UserError
 from llmjax.core.take import take_rows
-from llmjax.core.weight import without_sharding
+from llmjax.core.weight import is_sharded
 from llmjax.nn.norm import Norm, NormConfig
 from llmjax.nn.param import constant, fan_in, normal, param
 from llmjax.nn.position import SINUSOIDS, PositionConfig, sinusoids
-from llmjax.parallel.rules import (
-  ACTIVATIONS,
-  WEIGHTS,
-  check_divides,
-  has_sharded,
-  inside,
-  shard,
-  shard_stream,
-  spec,
-  stream_spec,
-  weight_specs,
-)
+from llmjax.parallel import rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +42,7 @@ class EmbedConfig:
   start_token: int = -1
 
   def __post_init__(self):
-    check_least("model.embed", self, types=0, logit_softcap=0, start_token=-1)
+    check_fields("model.embed", self, types=0, logit_softcap=0, start_token=-1)
     if self.scale == 0 or self.logit_scale == 0:
       raise UserError("model.embed.scale and logit_scale must not be 0")
 
@@ -83,9 +72,6 @@ class Embed(nnx.Module):
     """Embeds tokens: x_btd in `dtype`.
 
     Args:
-      tokens_bt: int32 ids.
-      positions_bt: int32 positions within the document.
-      dtype: of the result.
       types_bt: int32 token types; None: all 0.
       replace: (bool [b, t], x_btd): vectors that replace tokens', such as an image's.
     """
@@ -104,7 +90,7 @@ class Embed(nnx.Module):
       x_btd += embedding_lookup(self.type_id, types_bt, "i", dtype)
     if config.norm:
       x_btd = self.norm(x_btd)
-    return shard_stream(x_btd)
+    return rules.shard_stream(x_btd)
 
   def only_head(self) -> "Embed":
     """A copy with the weights that `logits` reads, so that its gradient has no zeros for others."""
@@ -125,7 +111,7 @@ class Embed(nnx.Module):
       logits_btv += self.head_bias_v
     if config.logit_softcap:
       logits_btv = config.logit_softcap * jnp.tanh(logits_btv / config.logit_softcap)
-    return shard(logits_btv, "btv")
+    return rules.shard(logits_btv, "btv")
 
 
 def embedding_lookup(table, ids_bt, letter: str, dtype):
@@ -137,9 +123,7 @@ def embedding_lookup(table, ids_bt, letter: str, dtype):
 
   Args:
     table: weight [v, d], [t, d] or [i, d] of any kind.
-    ids_bt: int32 row numbers.
     letter: of the table's first dimension: `v`, `t` or `i`.
-    dtype: of the result.
   Raises:
     UserError: the mesh does not divide the batch or the positions.
   Source: Shoeybi et al. 2019, arXiv:1909.08053, sec. 3.
@@ -148,14 +132,15 @@ def embedding_lookup(table, ids_bt, letter: str, dtype):
   take = functools.partial(take_rows, jnp.dtype(dtype).name)
   if mesh.empty or mesh.size == 1:
     return take(table, ids_bt)
-  check_divides(mesh, "tokens of a micro-batch", "bt", ids_bt.shape, ACTIVATIONS)
-  axes = WEIGHTS.get(letter)
-  stream = stream_spec(ids_bt.shape[1])
+  rules.check_divides(mesh, "tokens of a micro-batch", "bt", ids_bt.shape)
+  axes = rules.WEIGHTS.get(letter)
+  stream = rules.stream_spec(ids_bt.shape[1])
   weights = {f"table_{letter}d": table}
-  width_sharded = has_sharded(weights)
+  width_sharded = rules.has_sharded(weights)
 
   def local(weights, ids_bt):
-    (table_shard,) = without_sharding(weights).values()
+    shard_of = lambda leaf: leaf.array if is_sharded(leaf) else leaf  # noqa: E731
+    (table_shard,) = jax.tree.map(shard_of, weights, is_leaf=is_sharded).values()
     if width_sharded:
       ids_bt = jax.lax.all_gather(ids_bt, "fsdp", axis=0, tiled=True)
     if axes is None:
@@ -166,11 +151,9 @@ def embedding_lookup(table, ids_bt, letter: str, dtype):
       x_btd = jax.lax.all_to_all(x_btd, "fsdp", 0, 2, tiled=True)
     return x_btd
 
-  return jax.shard_map(
-    local, in_specs=(weight_specs(weights), spec("bt", ACTIVATIONS)),
-    out_specs=spec("btd", ACTIVATIONS) if axes is None else stream,
-    axis_names={axis for axis in mesh.axis_names if not inside(axis)}, check_vma=False,
-  )(weights, ids_bt)
+  in_specs = rules.weight_specs(weights), rules.spec("bt")
+  out_specs = rules.spec("btd") if axes is None else stream
+  return rules.on_each_device(local, in_specs, out_specs)(weights, ids_bt)
 
 
 def _vocabulary_parallel(table_shard, ids_bt, axes, stream, take):

@@ -7,9 +7,9 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llmjax.nn.feed_forward import FeedForward
 from llmjax.nn.param import constant, fan_in, param
 from llmjax.nn.projection import project_in, project_out
+from llmjax.nn.variant import FeedForward
 from llmjax.parallel.rules import shard
 
 

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmjax.core.choices import check_choice, check_least
+from llmjax.core.choices import check_fields
 from llmjax.core.dot import dot
 from llmjax.core.errors import UserError
 from llmjax.core.grouped import grouped_dot
-from llmjax.nn.feed_forward import FeedForward
 from llmjax.nn.mlp import GATED, Mlp, activate
 from llmjax.nn.param import constant, fan_in, param
 from llmjax.nn.router import hashed, route
+from llmjax.nn.variant import FeedForward
 from llmjax.parallel.expert import by_expert
 
 ROUTERS = ("softmax", "sigmoid", "expert_choice", "hash")
@@ -60,11 +60,9 @@ class MoeConfig(FeedForward):
   name = "moe"  # no field
 
   def __post_init__(self):
-    check_choice("model.moe.router", self.router, ROUTERS)
-    check_choice("model.moe.drop", self.drop, DROPS)
-    check_least(
-      "model.moe", self, experts=0, top_k=1, width=0, shared=0, first_k_dense=0, groups=1,
-      top_groups=1, capacity=0,
+    check_fields(
+      "model.moe", self, router=ROUTERS, drop=DROPS, experts=0, top_k=1, width=0, shared=0,
+      first_k_dense=0, groups=1, top_groups=1, capacity=0, scale="positive",
     )
     fields = dataclasses.fields(self)
     changed = [field.name for field in fields if getattr(self, field.name) != field.default]
@@ -81,8 +79,6 @@ class MoeConfig(FeedForward):
         f"model.moe.top_k {self.top_k} is more than the "
         f"{self.experts // self.groups * self.top_groups} experts a token may use"
       )
-    if self.scale <= 0:
-      raise UserError(f"model.moe.scale {self.scale} is not positive")
     if self.router in ("expert_choice", "hash"):
       for key in ("bias", "noisy", "groups", "renormalize", "drop"):
         if key in changed:

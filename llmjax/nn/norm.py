@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmjax.core.choices import check_choice
+from llmjax.core.choices import check_fields
 from llmjax.core.errors import UserError
 from llmjax.nn.param import constant, param
 
@@ -34,10 +34,7 @@ class NormConfig:
   final: bool = True
 
   def __post_init__(self):
-    check_choice("model.norm.kind", self.kind, KINDS)
-    check_choice("model.norm.place", self.place, PLACES)
-    if self.eps <= 0:
-      raise UserError(f"model.norm.eps {self.eps} is not positive")
+    check_fields("model.norm", self, kind=KINDS, place=PLACES, eps="positive")
     if self.bias and self.kind == "rms":
       raise UserError("model.norm.bias needs model.norm.kind=layer; RMSNorm has no bias")
 

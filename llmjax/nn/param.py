@@ -1,7 +1,5 @@
-"""`param`: the one declaration of a weight, by name, letters, sizes, initializer and role.
-
-The abstract tree, partition specs, sharded initialization and all counts derive from it.
-"""
+"""`param`: the one declaration of a weight, by name, letters, sizes, initializer and role. The
+abstract tree, partition specs, sharded initialization and all counts derive from it."""
 
 import math
 import zlib

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.core.choices import check_choice, check_least
+from llmjax.core.choices import check_fields
 from llmjax.core.errors import UserError
 from llmjax.core.platform import platform
 
@@ -67,12 +67,10 @@ class PositionConfig:
   max_distance: int = 128
 
   def __post_init__(self):
-    check_choice("model.position.kind", self.kind, KINDS)
-    check_choice("model.position.layout", self.layout, LAYOUTS)
-    check_choice("model.position.scaling", self.scaling, SCALINGS)
-    check_least(
-      "model.position", self, factor=1, attention_factor=0, original_context=0, buckets=4,
-      max_distance=self.buckets // 2 + 1, first=0,
+    check_fields(
+      "model.position", self, kind=KINDS, layout=LAYOUTS, scaling=SCALINGS, factor=1, first=0,
+      fraction="(0, 1]", attention_factor=0, original_context=0, buckets=4,
+      max_distance=self.buckets // 2 + 1,
     )
     if self.first and self.kind not in SINUSOIDS:
       raise UserError(
@@ -82,8 +80,6 @@ class PositionConfig:
       raise UserError(f"model.position.theta {self.theta} is not above 1")
     if self.local_theta and self.local_theta <= 1:
       raise UserError(f"model.position.local_theta {self.local_theta} is neither 0 nor above 1")
-    if not 0 < self.fraction <= 1:
-      raise UserError(f"model.position.fraction {self.fraction} is not in (0, 1]")
     if self.original_context < _LEAST_CONTEXT.get(self.scaling, 0):
       raise UserError(f"model.position.scaling={self.scaling} needs original_context")
     if not all(type(each) in (int, float) and each > 0 for each in self.divisors):
@@ -140,8 +136,6 @@ def rope_frequencies(
   """Computes each channel pair's rotation per position: theta^(-2i/r), scaled.
 
   Args:
-    config: base, fraction and scaling.
-    head_dim: h.
     local: of a window layer: `local_theta`, where there is one, and no scaling.
     long: longrope: of a document longer than `original_context`.
   Returns:
@@ -164,17 +158,16 @@ def rope_frequencies(
     return frequencies / np.split(np.array(config.divisors), 2)[int(long)]
   if config.scaling == "none":
     return frequencies
-  unchanged = {"yarn": _yarn_ramp, "llama3": _llama3_ramp}[config.scaling](config, r, frequencies)
+  if config.scaling == "yarn":
+    unchanged = _yarn_ramp(config, r)
+  else:  # llama3
+    rotations = config.original_context * frequencies / (2 * math.pi)
+    low, high = config.low_freq_factor, config.high_freq_factor
+    unchanged = np.clip((rotations - low) / (high - low), 0, 1)
   return frequencies * unchanged + frequencies / config.factor * (1 - unchanged)
 
 
-def _llama3_ramp(config: PositionConfig, r: int, frequencies):
-  rotations = config.original_context * frequencies / (2 * math.pi)
-  low, high = config.low_freq_factor, config.high_freq_factor
-  return np.clip((rotations - low) / (high - low), 0, 1)
-
-
-def _yarn_ramp(config: PositionConfig, r: int, frequencies):
+def _yarn_ramp(config: PositionConfig, r: int):
   def channel(rotations):
     ratio = config.original_context / (rotations * 2 * math.pi)
     return r * math.log(ratio) / (2 * math.log(config.theta))
@@ -219,7 +212,6 @@ def rotate(x_btnh, cos, sin, layout: str = "half"):
   """Rotates channel pairs of a head by their position's angle, in fp32; channels past r stay.
 
   Args:
-    x_btnh: queries or keys.
     cos: [b, t, r/2] from `rope_angles`; `sin` likewise.
     layout: half pairs i with i + r/2, interleaved 2i with 2i + 1.
   Returns:
@@ -240,11 +232,9 @@ def rotate(x_btnh, cos, sin, layout: str = "half"):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rotate(layout, x, cos, sin):
-  """x · cos + (x with each pair swapped) · sin; the gradient is the same with the other sign.
-
-  The tables have full width: XLA's CPU backend recomputes the angles for every head where halves
-  are concatenated after the products.
-  """
+  """x · cos + (x with each pair swapped) · sin; the gradient is the same with the other sign. The
+  tables have full width: XLA's CPU backend recomputes the angles for every head where halves are
+  concatenated after the products."""
   return (x.astype(jnp.float32) * cos + _swapped(layout, x) * sin).astype(x.dtype)
 
 
@@ -255,10 +245,8 @@ _rotate.defvjp(
 
 
 def _swapped(layout, x):
-  """x, fp32, with the channels of each pair swapped.
-
-  On a TPU by an (exact) product with a permutation, since halves of a head are slow to move there.
-  """
+  """x, fp32, with the channels of each pair swapped. On a TPU by an (exact) product with a
+  permutation, since halves of a head are slow to move there."""
   r = x.shape[-1]
   if platform() == "tpu":
     channels = np.arange(r)

@@ -1,46 +1,80 @@
-"""Tensor-parallel projections out of and into the residual stream by a module's weights.
+"""Projections out of and into the residual stream: Megatron's column- and row-parallel products on
+mesh axis `tensor`. By hand, since a compiler sums the gradients of query, key, value, gate and up
+one by one; here a half costs one all-gather and one reduce-scatter in each direction."""
 
-A bias is named like its weight: `query_bias_nh` is of `query_dnh`, `out_bias_d` of `out_nhd`.
-"""
-
+import jax
 from flax import nnx
 
 from llmjax.core.dot import dot
-from llmjax.parallel.tensor import column_parallel, row_parallel
+from llmjax.parallel import rules
 
 
 def project_in(module: nnx.Module, x_btd, *names: str) -> tuple:
   """Multiplies by weights that contract their first letter, and adds their biases, if any.
 
   Args:
-    module: holds the weights.
-    x_btd: residual stream, or a latent in its place.
+    module: holds the weights. A bias is named like its weight: `query_bias_nh` is of `query_dnh`,
+      `out_bias_d` of `out_nhd`.
+    x_btd: residual stream as `shard_stream` lays it out, or a latent in its place.
     names: of weights, such as "query_dnh".
   Returns:
-    An array for each name, such as q_btnh.
+    An array for each name, such as q_btnh, sharded over `tensor`.
+  Source: Shoeybi et al. 2019, arXiv:1909.08053, sec. 3; with positions cut: Korthikanti et al.
+    2022, arXiv:2205.05198, sec. 4.2.
   """
   letters = {name: name.rsplit("_", 1)[-1] for name in names}
   biases = {name: _bias(name, dims[1:]) for name, dims in letters.items()}
   used = [*names, *(bias for bias in biases.values() if hasattr(module, bias))]
+  weights = {name: getattr(module, name) for name in used}
+  by_hand, cut = _by_hand(x_btd, weights)
 
   def project(x_btd, weights):
+    if cut:
+      x_btd = jax.lax.all_gather(x_btd, "tensor", axis=1, tiled=True)
     results = []
     for name, dims in letters.items():
       y = dot(f"bt{dims[0]},{dims}->bt{dims[1:]}", x_btd, weights[name])
       results.append(_add(y, weights.get(biases[name])))
     return tuple(results)
 
-  outputs = tuple(f"bt{dims[1:]}" for dims in letters.values())
-  return column_parallel(project, x_btd, {name: getattr(module, name) for name in used}, outputs)
+  if not by_hand:
+    return project(rules.shard(x_btd, "btd"), weights)
+  in_specs = rules.stream_spec(x_btd.shape[1]), rules.weight_specs(weights)
+  out_specs = tuple(rules.spec(f"bt{dims[1:]}") for dims in letters.values())
+  return rules.on_each_device(project, in_specs, out_specs)(x_btd, weights)
 
 
 def project_out(module: nnx.Module, x, name: str):
   """Multiplies by a weight that contracts all but its last letter: y_btd, with its bias, if any."""
   letters = name.rsplit("_", 1)[-1]
-  inner = f"bt{letters[:-1]}"
-  project = lambda x, weights: dot(f"{inner},{letters}->btd", x, weights[name])  # noqa: E731
-  y_btd = row_parallel(project, x, {name: getattr(module, name)}, inner)
+  inner, weights = f"bt{letters[:-1]}", {name: getattr(module, name)}
+  by_hand, cut = _by_hand(x, weights)
+
+  def project(x, weights):
+    y_btd = dot(f"{inner},{letters}->btd", x, weights[name])
+    return jax.lax.psum_scatter(y_btd, "tensor", scatter_dimension=1, tiled=True) if cut else y_btd
+
+  if by_hand:
+    in_specs = rules.spec(inner), rules.weight_specs(weights)
+    y_btd = rules.on_each_device(project, in_specs, rules.stream_spec(x.shape[1]))(x, weights)
+  else:
+    y_btd = rules.shard_stream(project(x, weights))
   return _add(y_btd, getattr(module, _bias(name, "d"), None))
+
+
+def _by_hand(x, weights: dict) -> tuple[bool, bool]:
+  """(whether a `shard_map` over all axes is needed, whether `tensor` shards positions in it).
+
+  All axes: where some were the compiler's, it would gather what a reduce-scatter takes over them.
+  Where `tensor` does not divide the positions everything is left to the compiler.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or rules.inside("tensor"):
+    return False, False
+  if mesh.shape["tensor"] == 1:
+    return rules.has_sharded(weights), False
+  even = x.shape[1] % (rules.shards("t") * mesh.shape["tensor"]) == 0
+  return even, even
 
 
 def _bias(name: str, letters: str) -> str:

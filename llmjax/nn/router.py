@@ -1,8 +1,6 @@
 """Routers in fp32: which experts a token goes to and with which weights, and load statistics.
-
 Padding and tokens over capacity go to expert number e, which does not exist. Statistics are sums
-over tokens beside their count, so that micro-batches add up and are divided once.
-"""
+over tokens beside their count, so that micro-batches add up and are divided once."""
 
 import dataclasses
 
@@ -52,9 +50,7 @@ def route(config, logits_bte, real_bt, bias_e=None) -> tuple[RouterAssignment, R
   """Sends tokens to experts by their scores.
 
   Args:
-    config: the router.
     logits_bte: fp32 scores, noise added.
-    real_bt: bool, False for padding.
     bias_e: added where experts are chosen, not where they are weighted.
   """
   sigmoid = config.router == "sigmoid"

@@ -1,7 +1,5 @@
-"""Works around a deadlock of XLA's CPU collectives with several devices in one process.
-
-Every collective gets its own channel, and every device enough threads to wait in several at once.
-"""
+"""Works around a deadlock of XLA's CPU collectives with several devices in one process. Every
+collective gets its own channel, and every device enough threads to wait in several at once."""
 
 # XLA's CPU executor orders two collectives only by when they begin, and a loop or a conditional
 # counts as begun once it has handed some of its instructions to another thread. A device may

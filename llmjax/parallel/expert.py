@@ -1,7 +1,5 @@
 """Dispatch of tokens to experts and back: sorted by expert, exchanged where experts are sharded.
-
-All mesh axes are manual, so that a token's route is the same whatever else is sharded.
-"""
+All mesh axes are manual, so that a token's route is the same whatever else is sharded."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.core.platform import platform
-from llmjax.parallel.rules import inside, stream_spec, weight_specs
+from llmjax.parallel.rules import inside, on_each_device, stream_spec, weight_specs
 
 
 def by_expert(run: Callable, x_btd, experts_btj, factors_btj, weights: dict, slots: int = 0):
@@ -46,10 +44,8 @@ def by_expert(run: Callable, x_btd, experts_btj, factors_btj, weights: dict, slo
       return jax.lax.psum_scatter(y_btd, "tensor", scatter_dimension=1, tiled=True)
     return jax.lax.psum(y_btd, "tensor")
 
-  return jax.shard_map(
-    local, in_specs=(stream, weight_specs(weights)), out_specs=stream,
-    axis_names={name for name in mesh.axis_names if not inside(name)}, check_vma=False,
-  )((x_btd, experts_btj, factors_btj), weights)
+  arrays = x_btd, experts_btj, factors_btj
+  return on_each_device(local, (stream, weight_specs(weights)), stream)(arrays, weights)
 
 
 def _on_device(run, x_btd, experts_btj, factors_btj, weights, experts, shards, slots):
@@ -97,11 +93,9 @@ _weigh.defvjp(lambda *both: (_weigh(*both), both), _weigh_backward)
 
 
 def _exchange(run, x_td, weights, sizes_e, shards: int, most: int):
-  """Sends each group of tokens to the device that holds its expert, and the results back.
-
-  A device has at most `most` tokens for another. `sizes` counts tokens by sender, by receiver and
-  by the receiver's experts; a receiver holds them sorted by expert, then by sender.
-  """
+  """Sends each group of tokens to the device that holds its expert, and the results back. A device
+  has at most `most` tokens for another. `sizes` counts tokens by sender, by receiver and by the
+  receiver's experts; a receiver holds them sorted by expert, then by sender."""
   sizes = jax.lax.all_gather(sizes_e, "expert").reshape(shards, shards, -1)
   transport = _padded if platform() == "cpu" else _ragged
   send, send_back = transport(sizes, most, len(x_td))
@@ -131,7 +125,6 @@ def _ragged(sizes, most: int, tokens: int):
 
 
 def _exclusive_sums(sizes):
-  """Sums the entries before each one, along all axes but the first."""
   flat = sizes.reshape(len(sizes), -1)
   return (jnp.cumsum(flat, axis=1) - flat).reshape(sizes.shape)
 

@@ -1,7 +1,5 @@
-"""Joins the processes of a run by three environment variables, and ends them when one fails.
-
-A launcher sets the variables, or a user on each machine.
-"""
+"""Joins the processes of a run by three environment variables, and ends them when one fails. A
+launcher sets the variables, or a user on each machine."""
 
 import contextlib
 import ctypes
@@ -52,7 +50,6 @@ def join() -> None:
 
 
 def _end_with_launcher():
-  """Asks Linux to kill this process with its launcher, so that no run continues unseen."""
   parent = os.environ.get(LAUNCHER)
   if parent and sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,11 +1,10 @@
-"""The device mesh: named axes over the devices of a run, within a slice and between slices.
-
-Devices that are adjacent along the last axes are close to each other on the network.
-"""
+"""The device mesh: named axes over the devices of a run, within a slice and between slices. Devices
+that are adjacent along the last axes are close to each other on the network."""
 
 import dataclasses
 import itertools
 import math
+import types
 from collections.abc import Sequence
 
 import jax
@@ -13,7 +12,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
-from llmjax.core.errors import UserError, nearest
+from llmjax.core.choices import check_fields
+from llmjax.core.errors import UserError
 from llmjax.parallel.channels import separate_channels
 
 AXES = ("data", "fsdp", "stage", "context", "expert", "tensor")
@@ -44,10 +44,7 @@ class MeshConfig:
   across: str = "data"
 
   def __post_init__(self):
-    if self.across not in ("data", "stage"):
-      raise UserError(f"mesh.across {self.across!r}; {nearest(self.across, ('data', 'stage'))}")
-    if self.slices < 0:
-      raise UserError(f"mesh.slices {self.slices} is negative")
+    check_fields("mesh", self, across=("data", "stage"), slices=0)
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
@@ -69,34 +66,31 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-@dataclasses.dataclass(frozen=True)
-class _StandIn:
-  """A device that is not present."""
-
-  slice_index: int
-  platform: str = ""
-
-
 def abstract_mesh(
   config: MeshConfig, devices: int, slices: int = 1, platform: str = "cpu"
 ) -> AbstractMesh:
   """Makes the mesh of devices that need not be present.
 
   Args:
-    config: sizes of the axes.
-    devices: number of devices.
     slices: number of slices of equal size.
     platform: cpu, gpu or tpu.
   Raises:
     UserError: as `make_mesh` on such devices.
   """
   sizes = axis_sizes(config, devices)
-  stand_ins = [_StandIn(number * slices // devices) for number in range(devices)]
+  stand_ins = [
+    types.SimpleNamespace(slice_index=number * slices // devices, platform="")
+    for number in range(devices)
+  ]
   device_grid(stand_ins, sizes, config.slices, config.across)
-  return AbstractMesh(
-    tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES),
-    abstract_device=AbstractDevice(platform, None, platform),
-  )
+  return abstract_devices(platform, **sizes)
+
+
+def abstract_devices(platform: str, **sizes: int) -> AbstractMesh:
+  """Makes a mesh of devices that need not be present; an axis that `sizes` does not name is 1."""
+  shape, types = tuple(sizes.get(axis, 1) for axis in AXES), (AxisType.Auto,) * len(AXES)
+  device = AbstractDevice(platform, None, platform)
+  return AbstractMesh(shape, AXES, axis_types=types, abstract_device=device)
 
 
 def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:

@@ -1,8 +1,6 @@
-"""Agreement between the processes of a run; process 0 writes its files.
-
-All processes run the same program and must take the same decisions in the same order, so anything
-that may differ between them (a signal, a file) goes through `agree`, `Votes` or `from_writer`.
-"""
+"""Agreement between the processes of a run; process 0 writes its files. All processes run the same
+program and must take the same decisions in the same order, so anything that may differ between them
+(a signal, a file) goes through `agree`, `Votes` or `from_writer`."""
 
 import functools
 import itertools
@@ -86,9 +84,8 @@ def to_writer(tree):
     full = multihost_utils.process_allgather(leaf, tiled=True)
     return jax.device_put(full, jax.local_devices()[0]) if is_writer() else None
 
-  leaves, structure = jax.tree.flatten(tree)
-  leaves = [gather(leaf) for leaf in leaves]
-  return structure.unflatten(leaves) if is_writer() else None
+  gathered = jax.tree.map(gather, tree)
+  return gathered if is_writer() else None
 
 
 def agree(flag: bool) -> bool:

@@ -1,8 +1,6 @@
-"""Pipeline parallelism: executes a schedule's table tick by tick, each stage its own action.
-
-A stage saves the inputs of its chunks and recomputes a chunk for its gradient. A backward pass that
-is split in two saves the residuals of its second half instead of recomputing them.
-"""
+"""Pipeline parallelism: executes a schedule's table tick by tick, each stage its own action. A
+stage saves the inputs of its chunks and recomputes a chunk for its gradient. A backward pass that
+is split in two saves the residuals of its second half instead of recomputing them."""
 
 import functools
 from collections.abc import Callable
@@ -84,12 +82,10 @@ def leaves_read(function: Callable, argument):
 
 
 def _actions(schedule: Schedule, chunk: Callable, weights, outer, x, common) -> tuple:
-  """The actions in the order of `CODES`, and the shapes of the residuals that B saves for W.
-
-  An action is (its entries of the tables, virtual stage, totals, values of its buffers) → (totals,
-  activation for the next stage, gradient for the previous one, residuals).
-  """
-  split, backward, residuals = schedule.splits_backward, functools.partial(_gradients, chunk), ()
+  """The actions in the order of `CODES`, and the shapes of the residuals that B saves for W. An
+  action is (its entries of the tables, virtual stage, totals, values of its buffers) → (totals,
+  activation for the next stage, gradient for the previous one, residuals)."""
+  split, backward, residuals = schedule.kind == "zb_h1", functools.partial(_gradients, chunk), ()
   if split:
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), weights)
     number = jax.ShapeDtypeStruct((), jnp.int32)
@@ -116,8 +112,7 @@ def _actions(schedule: Schedule, chunk: Callable, weights, outer, x, common) -> 
     )
     totals = Totals(
       totals.weights if split else _add(totals.weights, rest, now.chunk),
-      jax.lax.cond(first_or_last, add_all, add_common),
-      jax.tree.map(jnp.add, totals.sums, sums),
+      jax.lax.cond(first_or_last, add_all, add_common), jax.tree.map(jnp.add, totals.sums, sums),
     )
     return totals, _zeros(x), grad_x, rest if split else ()
 
@@ -200,7 +195,7 @@ def _needed(eqns, outvars) -> list:
 
 
 def _zeros(tree):
-  return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
+  return jax.tree.map(jnp.zeros_like, tree)
 
 
 def _take(stacked, index):

@@ -1,12 +1,11 @@
-"""The two tables that turn letters into partition specs; the only place that knows both.
-
-Model code writes `shard(x_btd, "btd")` and names its weights `up_df`; which mesh axis a letter is
-sharded over is decided here.
-"""
+"""The two tables that turn letters into partition specs; the only place that knows both. Model code
+writes `shard(x_btd, "btd")` and names its weights `up_df`; which mesh axis a letter is sharded over
+is decided here."""
 
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -14,45 +13,31 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llmjax.core import tree
 from llmjax.core.dims import LETTERS, letters_of
 from llmjax.core.errors import UserError
-from llmjax.core.weight import ShardedWeight, ShardSpec
+from llmjax.core.weight import ShardedWeight, ShardSpec, is_sharded
 
-WEIGHTS = {
-  "l": "stage",
-  "n": "tensor",
-  "k": "tensor",
-  "f": "tensor",
-  "v": "tensor",
-  "e": "expert",
-  "d": "fsdp",
-  "r": "fsdp",
-}
-ACTIVATIONS = {
-  "b": ("data", "fsdp", "expert"),
-  "t": "context",
-  "n": "tensor",
-  "k": "tensor",
-  "f": "tensor",
-  "v": "tensor",
-  "e": "expert",
-}
+_TENSOR = dict.fromkeys("nkfv", "tensor")
+WEIGHTS = {"l": "stage", **_TENSOR, "e": "expert", "d": "fsdp", "r": "fsdp"}
+ACTIVATIONS = {"b": ("data", "fsdp", "expert"), "t": "context", **_TENSOR, "e": "expert"}
 REPLICATED = {letter: axis for letter, axis in WEIGHTS.items() if axis != "fsdp"}
 REPLICATED_BYTES = 64_000_000  # a larger weight must be sharded on a mesh that shards any
-ZERO = (1, 2, 3)  # what fsdp shards: optimizer state; and gradients; and weights
+# By `train.zero_stage` the layout of weights; 1 shards optimizer state, 2 gradients, 3 weights too.
+ZERO = {1: REPLICATED, 2: REPLICATED, 3: WEIGHTS}
 
 
 class LayoutError(UserError):
   """The rules do not shard what the mesh says they should."""
 
 
-def spec(letters: str, table: dict) -> PartitionSpec:
+def spec(letters: str, table: dict = ACTIVATIONS, shape: Sequence[int] = ()) -> PartitionSpec:
   """Looks letters up in a table: `spec("df", WEIGHTS)` is `P("fsdp", "tensor")`.
 
-  An axis shards the first letter that names it: `spec("dr", WEIGHTS)` is `P("fsdp", None)`.
+  An axis shards the first letter that names it: `spec("dr", WEIGHTS)` is `P("fsdp", None)`. With a
+  shape, widths of one are replicated: the scales of a weight whose inputs are one block.
   """
   entries, taken = [], set()
-  for letter in letters:
-    axes = set(axes_of(letter, table))
-    entries.append(None if axes & taken else table.get(letter))
+  for letter, size in itertools.zip_longest(letters, shape):
+    axes = set() if size == 1 and letter in "df" else set(axes_of(letter, table))
+    entries.append(table[letter] if axes and not axes & taken else None)
     taken |= axes
   return PartitionSpec(*entries)
 
@@ -62,16 +47,14 @@ def shard(x, letters: str):
 
   Inside a `shard_map` over all axes it is each device's own already.
 
-  Args:
-    x: activation, one letter a dimension.
   Raises:
     UserError: a dimension is not a multiple of the mesh axes it is sharded over.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or inside("fsdp"):
     return x
-  check_divides(mesh, f"activation {letters}", letters, x.shape, ACTIVATIONS)
-  return jax.lax.with_sharding_constraint(x, spec(letters, ACTIVATIONS))
+  check_divides(mesh, f"activation {letters}", letters, x.shape)
+  return jax.lax.with_sharding_constraint(x, spec(letters, shape=x.shape))
 
 
 def shard_stream(x_btd):
@@ -90,12 +73,12 @@ def shard_stream(x_btd):
 def stream_spec(positions: int) -> PartitionSpec:
   """How the residual stream of rows of so many positions lies on the mesh in scope."""
   mesh = jax.sharding.get_abstract_mesh()
-  uneven = positions % (shards("t", ACTIVATIONS) * mesh.shape["tensor"])
+  uneven = positions % (shards("t") * mesh.shape["tensor"])
   t = "context" if uneven else ("context", "tensor")
   return spec("btd", ACTIVATIONS | {"t": t})
 
 
-def shards(letter: str, table: dict) -> int:
+def shards(letter: str, table: dict = ACTIVATIONS) -> int:
   """Counts the shards of a letter's dimension on the mesh in scope; 1 without one.
 
   Axes of a `shard_map` that this is inside of do not count.
@@ -110,7 +93,15 @@ def inside(axis: str) -> bool:
   return axis in jax.sharding.get_abstract_mesh().manual_axes
 
 
-def axes_of(letter: str, table: dict) -> tuple[str, ...]:
+def on_each_device(function: Callable, in_specs, out_specs, *axes: str):
+  """A `shard_map` over these axes, by default over all that this is not inside of."""
+  names = axes or (axis for axis in jax.sharding.get_abstract_mesh().axis_names if not inside(axis))
+  return jax.shard_map(
+    function, in_specs=in_specs, out_specs=out_specs, axis_names=set(names), check_vma=False
+  )
+
+
+def axes_of(letter: str, table: dict = ACTIVATIONS) -> tuple[str, ...]:
   """Names the mesh axes that a letter is sharded over."""
   axes = table.get(letter) or ()
   return (axes,) if isinstance(axes, str) else axes
@@ -118,7 +109,7 @@ def axes_of(letter: str, table: dict) -> tuple[str, ...]:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Sharding of a batch's arrays [b, …]: examples only; positions are sharded inside the step."""
-  return NamedSharding(mesh, spec("b", ACTIVATIONS))
+  return NamedSharding(mesh, spec("b"))
 
 
 def weight_shardings(mesh: Mesh, model, table: dict = WEIGHTS):
@@ -145,15 +136,8 @@ def weight_shardings(mesh: Mesh, model, table: dict = WEIGHTS):
 def _sharding(mesh: Mesh, path: str, letters: str, shape, table: dict) -> NamedSharding:
   if letters[:1] == "l" and shape[0] % mesh.shape["stage"]:
     table = table | {"l": None, "d": (*axes_of("d", table), "stage")}
-  table = replicate_single(letters, shape, table)
   check_divides(mesh, path, letters, shape, table)
-  return NamedSharding(mesh, spec(letters, table))
-
-
-def replicate_single(letters: str, shape, table: dict) -> dict:
-  """A table that replicates widths of one: the scales of a weight whose inputs are one block."""
-  sizes = zip(letters, shape, strict=True)
-  return table | {letter: None for letter, size in sizes if size == 1 and letter in "df"}
+  return NamedSharding(mesh, spec(letters, table, shape))
 
 
 def shard_weights(weights, table: dict, reduce_dtype: str = "float32"):
@@ -168,7 +152,7 @@ def shard_weights(weights, table: dict, reduce_dtype: str = "float32"):
 
   def one(path, leaf):
     letters = letters_of(path, leaf.ndim)
-    axes = spec(letters, replicate_single(letters, leaf.shape, table))
+    axes = spec(letters, table, leaf.shape)
     if len(letters.removeprefix("l")) < 2 or "fsdp" not in axes:
       return leaf
     place = ShardSpec("fsdp", axes.index("fsdp") - len(letters), reduce_dtype)
@@ -187,19 +171,17 @@ def weight_specs(weights: dict) -> dict:
   """
 
   def specs(path, leaf):
-    sharded = isinstance(leaf, ShardedWeight)
+    sharded = is_sharded(leaf)
     letters = leaf.letters if sharded else letters_of(path, leaf.ndim)
-    table = replicate_single(letters, leaf.shape, WEIGHTS if sharded else REPLICATED)
-    one = spec(letters, table)
+    one = spec(letters, WEIGHTS if sharded else REPLICATED, leaf.shape)
     return dataclasses.replace(leaf, array=one) if sharded else one
 
-  return tree.map_with_path(specs, weights, is_leaf=lambda leaf: isinstance(leaf, ShardedWeight))
+  return tree.map_with_path(specs, weights, is_leaf=is_sharded)
 
 
 def has_sharded(weights) -> bool:
   """Whether any of the weights has to be gathered over `fsdp`."""
-  leaves = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, ShardedWeight))
-  return any(isinstance(leaf, ShardedWeight) for leaf in leaves)
+  return any(map(is_sharded, jax.tree.leaves(weights, is_leaf=is_sharded)))
 
 
 def constrain(weights, table: dict):
@@ -217,7 +199,6 @@ def optimizer_shardings(mesh: Mesh, optimizer, model):
 
   Args:
     optimizer: tree of optax state; a moment's path ends in its weight's path.
-    model: the tree of weights.
   Returns:
     The tree with a `NamedSharding` at every leaf.
   Raises:
@@ -240,10 +221,8 @@ def optimizer_shardings(mesh: Mesh, optimizer, model):
 
 
 def _letters_kept(path: str, shape, moment_shape) -> str | None:
-  """Letters of a moment that has some dimensions of its weight, in order; None if it has not.
-
-  Of dimensions of one size either may be meant: both shardings are right.
-  """
+  """Letters of a moment that has some dimensions of its weight, in order; None if it has not. Of
+  dimensions of one size either may be meant: both shardings are right."""
   letters = letters_of(path, len(shape))
   for dims in itertools.combinations(range(len(shape)), len(moment_shape)):
     if tuple(shape[dim] for dim in dims) == tuple(moment_shape):
@@ -259,16 +238,13 @@ def check_layout(mesh: Mesh, model, table: dict):
   """
   weights = tree.flatten(model)
   letters = {path: letters_of(path, len(leaf.shape)) for path, leaf in weights.items()}
-  axes = {
-    path: {axis for letter in text for axis in axes_of(letter, table)}
-    for path, text in letters.items()
-  }
+  axes = {path: {a for l in text for a in axes_of(l, table)} for path, text in letters.items()}
   sizes = {axis: mesh.shape[axis] for axis in ("fsdp", "stage", "tensor") if mesh.shape[axis] > 1}
   if table is REPLICATED:
     sizes.pop("fsdp", None)
   for axis in ("data", "expert", "context"):
     size = mesh.shape[axis]
-    if size > 1 and not any(axis in axes_of(letter, ACTIVATIONS) for letter in "bt"):
+    if size > 1 and not any(axis in axes_of(letter) for letter in "bt"):
       raise LayoutError(f"mesh axis {axis} {size} shards neither rows (b) nor positions (t)")
   for axis, size in sizes.items():
     if not any(axis in own for own in axes.values()):
@@ -284,10 +260,10 @@ def check_layout(mesh: Mesh, model, table: dict):
       )
 
 
-def check_divides(mesh: Mesh, name: str, letters: str, shape, table: dict):
+def check_divides(mesh: Mesh, name: str, letters: str, shape, table: dict = ACTIVATIONS):
   """Raises a `UserError` naming array, letter, size and axes where the mesh does not divide."""
   for letter, size in zip(letters, shape, strict=True):
-    axes = axes_of(letter, table)
+    axes = () if size == 1 and letter in "df" else axes_of(letter, table)
     if size % math.prod(mesh.shape[axis] for axis in axes):
       cut = [axis for axis in axes if mesh.shape[axis] > 1]
       raise UserError(

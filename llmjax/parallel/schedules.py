@@ -1,8 +1,6 @@
-"""Pipeline schedules as tables of ticks × stages, with a buffer slot for every value.
-
-A stage holds one or more chunks of layers; chunk c on stage s is virtual stage c · stages + s, so
-activations always go to the next stage of the ring and gradients to the previous one.
-"""
+"""Pipeline schedules as tables of ticks × stages, with a buffer slot for every value. A stage holds
+one or more chunks of layers; chunk c on stage s is virtual stage c · stages + s, so activations
+always go to the next stage of the ring and gradients to the previous one."""
 
 import dataclasses
 import functools
@@ -44,11 +42,6 @@ class Schedule:
   chunks: int
   table: tuple[tuple[Action | None, ...], ...]
 
-  @property
-  def splits_backward(self) -> bool:
-    """Whether the weight gradient is an action of its own (`W`)."""
-    return self.kind == "zb_h1"
-
   def timeline(self, forward=1, backward=1, weight=1) -> list[list[tuple]]:
     """Runs each stage's actions in order, each as soon as its inputs exist; sends take no time.
 
@@ -61,7 +54,7 @@ class Schedule:
     Raises:
       UserError: a deadlock.
     """
-    fused = 0 if self.splits_backward else weight
+    fused = 0 if self.kind == "zb_h1" else weight
     times = {"F": forward, "B": backward + fused, "W": weight}
     orders = [[action for action in column if action] for column in zip(*self.table, strict=True)]
     return _simulate(orders, self.chunks, times)

@@ -4,6 +4,7 @@ The compiler runs in a process of its own with a clean environment, since it wan
 that the caller's jax does not. Its answers are cached on disk, by everything that decides them.
 """
 
+import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
@@ -22,7 +23,7 @@ from pathlib import Path
 import jax
 
 from llmjax.core.chips import Topology
-from llmjax.core.config import freeze, to_dict
+from llmjax.core.config import freeze
 from llmjax.core.errors import UserError
 from llmjax.parallel.hlo_arrays import MOST, Buffer, largest_buffers
 from llmjax.parallel.mesh import make_mesh
@@ -67,7 +68,7 @@ def compile_ahead(
     UserError: the TPU's compiler is not installed, or refuses the topology or the program.
   """
   task = {
-    "config": to_dict(config), "topology": topology.name, "slices": topology.slices,
+    "config": dataclasses.asdict(config), "topology": topology.name, "slices": topology.slices,
     "program": program,
   }
   folder = cache_folder() / _key(task)

@@ -10,13 +10,7 @@ from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.build import abstract
 from llmjax.models.model import decoding_weights
-from llmjax.parallel.rules import (
-  ACTIVATIONS,
-  batch_sharding,
-  check_divides,
-  spec,
-  weight_shardings,
-)
+from llmjax.parallel.rules import batch_sharding, check_divides, spec, weight_shardings
 from llmjax.serve.state import empty_state, prefill, step
 from llmjax.training.config import Config
 
@@ -25,7 +19,7 @@ def check_decodes(config: Config, mesh: Mesh | AbstractMesh):
   """Raises a `UserError` where a model writes no text, or a mesh does not divide it or its rows."""
   if config.model.kind != "decoder":
     raise UserError(f"--decode wants model.kind=decoder, not {config.model.kind}")
-  check_divides(mesh, "batch", "b", (config.data.batch_size,), ACTIVATIONS)
+  check_divides(mesh, "batch", "b", (config.data.batch_size,))
   weight_shardings(mesh, abstract(config.model))
 
 
@@ -54,7 +48,7 @@ def serving_program(program: str, config: Config, mesh: Mesh):
 
   def place_of(leaf) -> NamedSharding:  # of rows, and of keys' heads if there are enough
     lone = leaf.ndim < 4 or leaf.shape[1] % mesh.shape["tensor"]
-    return NamedSharding(mesh, spec("b" if lone else "bk", ACTIVATIONS))
+    return NamedSharding(mesh, spec("b" if lone else "bk"))
 
   state = jax.tree.map(lambda leaf: _sharded(leaf, place_of(leaf)), state)
   if program == "prefill":

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.core.choices import check_finite
+from llmjax.core.choices import check_fields, check_finite
 from llmjax.core.errors import UserError
 from llmjax.parallel.rules import shard
 
@@ -39,17 +39,10 @@ class Sampling:
 
   def __post_init__(self):
     check_finite("", self)
-    for name in ("temperature", "top_k", "seed"):
-      if getattr(self, name) < 0:
-        raise UserError(f"{name} {getattr(self, name)} is negative")
-    if not 0 < self.top_p <= 1:
-      raise UserError(f"top_p {self.top_p} is not in (0, 1]")
-    if self.max_tokens < 1:
-      raise UserError(f"max_tokens {self.max_tokens} is less than 1")
-    if not 0 <= self.min_p <= 1:
-      raise UserError(f"min_p {self.min_p} is not in [0, 1]")
-    if self.repetition_penalty <= 0:
-      raise UserError(f"repetition_penalty {self.repetition_penalty} is not positive")
+    check_fields(
+      "", self, temperature=0, top_k=0, seed=0, top_p="(0, 1]", max_tokens=1, min_p="[0, 1]",
+      repetition_penalty="positive",
+    )
     if isinstance(self.stop, str) or not all(self.stop):
       raise UserError(f"stop {self.stop!r} is not a sequence of texts, none of them empty")
 

@@ -12,7 +12,7 @@ from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
 from llmjax.nn.cache.dense import Cache, shard_keys
-from llmjax.parallel.rules import ACTIVATIONS, shards, spec
+from llmjax.parallel.rules import shards, spec
 from llmjax.serve.sample import RowSampling, draw, penalize
 
 
@@ -276,14 +276,14 @@ def truncate(state: DecodeState, length_b, token_b) -> DecodeState:
 
 def _padded(rows: int) -> int:
   """The next number of rows that the mesh in scope divides."""
-  return -(-rows // shards("b", ACTIVATIONS)) * shards("b", ACTIVATIONS)
+  return -(-rows // shards("b")) * shards("b")
 
 
 def _constrain(state: DecodeState) -> DecodeState:
   """Constrains a state to the mesh in scope: its rows as a batch's, its heads over `tensor`."""
   if jax.sharding.get_abstract_mesh().empty:
     return state
-  by_rows = lambda leaf: jax.lax.with_sharding_constraint(leaf, spec("b", ACTIVATIONS))  # noqa: E731
+  by_rows = lambda leaf: jax.lax.with_sharding_constraint(leaf, spec("b"))  # noqa: E731
   layers, source = shard_keys((state.cache.layers, state.cache.source))
   state = jax.tree.map(by_rows, state)
   return dataclasses.replace(

@@ -47,7 +47,11 @@ def spans(
   Returns:
     (text, [(start, stop), …] in characters).
   """
-  messages = [_without_none(message) for message in messages]
+  messages = [  # templates know what to make of a missing key
+    {key: value for key, value in message.items() if value is not None}
+    if isinstance(message, Mapping) else message
+    for message in messages
+  ]
   given = {"messages": messages, "tools": None, "documents": None}
   given |= {"add_generation_prompt": add_generation_prompt, **values}
   try:
@@ -95,13 +99,6 @@ def token_values(tokenizer: Tokenizer) -> dict[str, str]:
   ids = {name: getattr(tokenizer, f"{name}_id") for name in ("unk", "bos", "eos", "pad")}
   texts = {f"{name}_token": tokenizer.spell(i) for name, i in ids.items() if i is not None}
   return texts | tokenizer.settings.named
-
-
-def _without_none(message):
-  """Templates know what to make of a missing key."""
-  if not isinstance(message, Mapping):
-    return message
-  return {key: value for key, value in message.items() if value is not None}
 
 
 def _guard(value, special: Mapping[str, int]):

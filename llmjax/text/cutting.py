@@ -48,10 +48,7 @@ _GROUPS = (
   ("poro-chat bloom gpt3-finnish", [_BLOOM]),
   ("viking", [_BLOOM, r"\p{N}"]),
   ("deepseek-coder", [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EASTERN, r"\p{N}"]),
-  (
-    "deepseek-llm",
-    [r"[\r\n]", rf"\s?{_CASED}+", rf"\s?[{_MARKS}]+", r"\s+$", _EASTERN, r"\p{N}+"],
-  ),
+  ("deepseek-llm", [r"[\r\n]", rf"\s?{_CASED}+", rf"\s?[{_MARKS}]+", r"\s+$", _EASTERN, r"\p{N}+"]),
   (
     "deepseek-v3 hunyuan-dense joyai-llm",
     [

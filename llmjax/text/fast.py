@@ -133,11 +133,8 @@ class ByteBPE(Fast):
       raise too_small(vocab_size, "256 bytes and 3 special tokens", least)
     tokenizer = byte_level(models.BPE(), pre_tokenizers.Sequence([GPT2_WORDS, _LONGEST]))
     trainer = trainers.BpeTrainer(
-      vocab_size=vocab_size,
-      min_frequency=2,
-      special_tokens=_SPECIAL,
-      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-      show_progress=False,
+      vocab_size=vocab_size, min_frequency=2, special_tokens=_SPECIAL,
+      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     first = [(token, tokenizer.token_to_id(token)) for token in _SPECIAL[:1]]
@@ -165,10 +162,7 @@ class WordPiece(Fast):
       parts = "5 special tokens and the text's own characters"
       raise too_small(vocab_size, parts, len(first))
     trainer = trainers.WordPieceTrainer(
-      vocab_size=vocab_size,
-      min_frequency=2,
-      special_tokens=first,
-      limit_alphabet=0,
+      vocab_size=vocab_size, min_frequency=2, special_tokens=first, limit_alphabet=0,
       show_progress=False,
     )
     scratch = bert(None, lowercase=True)

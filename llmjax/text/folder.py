@@ -2,6 +2,7 @@
 say: special ids, chat templates, affixes."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from llmjax.text.added import add, listed
 from llmjax.text.base import NONE, Settings, Tokenizer, bos_eos
 from llmjax.text.export import to_json
 
+_json = functools.partial(read_json, default={})
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 # Tokenizer files, fullest description first.
@@ -22,9 +24,7 @@ _NAMES = (
 )
 # kind → the file that holds its model, where that is not tokenizer.json
 _FILES = {
-  "sentencepiece": "tokenizer.model",
-  "unigram": "tokenizer.model",
-  "tiktoken": "ranks.tiktoken",
+  "sentencepiece": "tokenizer.model", "unigram": "tokenizer.model", "tiktoken": "ranks.tiktoken",
 }
 
 
@@ -162,16 +162,10 @@ def _settings(folder: Path, config: dict, special: dict, added, tokenizer, adds)
     del named["unk_token"]  # the model file says it
   eos = tokenizer.eos_id if eos_id is None else eos_id
   return Settings(
-    bos_id,
-    eos_id,
-    pad_id,
-    added,
-    chat_template=templates.get("default"),
-    tool_template=templates.get("tool_use"),
-    pattern=tokenizer.settings.pattern,
+    bos_id, eos_id, pad_id, added, chat_template=templates.get("default"),
+    tool_template=templates.get("tool_use"), pattern=tokenizer.settings.pattern,
     affixes=_affixes(config, tokenizer, bos_id, eos_id, adds),
-    ends=[i for i in _ends(folder) if i != eos] or None,
-    named=named,
+    ends=[i for i in _ends(folder) if i != eos] or None, named=named,
   )
 
 
@@ -213,8 +207,3 @@ def _ends(folder: Path) -> list[int]:
         raise UserError(f"{folder}: eos_token_id {found!r} is not a list of token ids")
       return ids
   return []
-
-
-def _json(file: Path) -> dict:
-  """Reads a JSON object; a missing file is an empty one."""
-  return read_json(file) if file.is_file() else {}

@@ -2,7 +2,6 @@
 The metadata name a behaviour rather than spell it out; what the names mean is written down here."""
 
 import re
-import sys
 from collections.abc import Mapping
 
 from sentencepiece import sentencepiece_model_pb2 as proto
@@ -33,10 +32,8 @@ _KNOWN = re.compile(
 # Kind of tokenizer → llama.cpp's defaults: ids of BOS, EOS and PAD, and whether BOS and EOS are put
 # around a text.
 _DEFAULTS = {
-  "llama": (1, 2, NONE, True, False),
-  "gpt2": (11, 11, NONE, False, False),
-  "bert": (101, 102, 0, True, True),
-  "t5": (NONE, 1, 0, False, True),
+  "llama": (1, 2, NONE, True, False), "gpt2": (11, 11, NONE, False, False),
+  "bert": (101, 102, 0, True, True), "t5": (NONE, 1, 0, False, True),
 }
 
 
@@ -88,9 +85,7 @@ def _settings(values: _Values) -> Settings:
     if values.get(f"add_{name}_token") and i == NONE:
       raise UserError(f"the GGUF metadata have add_{name}_token, but no {name}_token_id")
   return Settings(
-    bos_id=bos_id,
-    eos_id=eos_id,
-    pad_id=_id(values, 2, "padding"),
+    bos_id=bos_id, eos_id=eos_id, pad_id=_id(values, 2, "padding"),
     chat_template=values.get("tokenizer.chat_template"),
     affixes=bos_eos(bos_id if first else NONE, eos_id if last else NONE),
     ends=_ends(values, eos_id) or None,
@@ -121,7 +116,6 @@ def _types(values: _Values) -> list[int]:
 
 
 def _sentencepiece(values: _Values, settings: Settings) -> SentencePiece:
-  """A SentencePiece model, BPE or (`t5`) unigram."""
   unigram = values["model"] == "t5"
   model = proto.ModelProto()
   for token, score, kind in zip(values["tokens"], values["scores"], _types(values), strict=True):
@@ -147,11 +141,9 @@ def _sentencepiece(values: _Values, settings: Settings) -> SentencePiece:
 def _gpt2(values: _Values, settings: Settings) -> fast.ByteBPE:
   pre = values.get("pre", "default")
   if "pre" not in values:
-    print(
-      "llmjax: warning: the GGUF file does not say how its tokenizer cuts text "
-      "('tokenizer.ggml.pre' is missing); 'default' is taken, and ids may differ from those "
-      "the model was trained on",
-      file=sys.stderr,
+    note(
+      "the GGUF file does not say how its tokenizer cuts text ('tokenizer.ggml.pre' is missing); "
+      "'default' is taken, and ids may differ from those the model was trained on", "warning",
     )
   if pre not in PATTERNS:
     raise UserError(f"GGUF pre-tokenizer {pre!r} is not known; {nearest(str(pre), PATTERNS)}")

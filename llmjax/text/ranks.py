@@ -88,7 +88,6 @@ class Tiktoken(Tokenizer):
 
 
 def _read(model: bytes) -> dict[bytes, int]:
-  """Reads a rank file: token → rank."""
   try:
     lines = [line.split() for line in model.splitlines() if line]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}

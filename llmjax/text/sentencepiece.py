@@ -1,6 +1,5 @@
 """SentencePiece, BPE and unigram. Models trained here lose nothing: no normalisation, no dummy
-prefix, and a U+2581 in the text, which is SentencePiece's space, is encoded as its three bytes.
-"""
+prefix, and a U+2581 in the text, which is SentencePiece's space, is encoded as its three bytes."""
 
 import io
 import re
@@ -55,10 +54,12 @@ class SentencePiece(Tokenizer):
     Raises:
       UserError: the text supports fewer tokens than asked for, or the bytes alone need more.
     """
-    written = io.BytesIO()
+    written, length = io.BytesIO(), _SENTENCE_CHARS
     try:
       sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_sentences(texts),
+        sentence_iterator=(
+          text[start : start + length] for text in texts for start in range(0, len(text), length)
+        ),
         model_writer=written,
         model_type=cls.model_type,
         vocab_size=vocab_size,
@@ -125,12 +126,6 @@ def kind_of(model: bytes) -> type[SentencePiece]:
   if name not in kinds:
     raise UserError(f"the SentencePiece model is of type {name}; bpe and unigram are known")
   return kinds[name]
-
-
-def _sentences(texts: Iterable[str]):
-  for text in texts:
-    for start in range(0, len(text), _SENTENCE_CHARS):
-      yield text[start : start + _SENTENCE_CHARS]
 
 
 def _explain(message: str, vocab_size: int) -> UserError:

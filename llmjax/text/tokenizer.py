@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 
-from llmjax.core.choices import check_least
+from llmjax.core.choices import check_fields
 from llmjax.core.errors import UserError, nearest
 from llmjax.text.base import Settings, Tokenizer, bos_eos
 from llmjax.text.fast import ByteBPE, Fast, WordPiece
@@ -46,7 +46,7 @@ class TokenizerConfig:
   def __post_init__(self):
     kind = _kind(self.kind)
     trained = not self.path and kind is not Bytes
-    check_least("tokenizer", self, train_bytes=1, vocab_size=1 if trained else 0)
+    check_fields("tokenizer", self, train_bytes=1, vocab_size=1 if trained else 0)
     if trained and not hasattr(kind, "train"):
       raise UserError(f"a tokenizer of kind {self.kind!r} is read, not trained: set tokenizer.path")
     if self.path and self.train_bytes != _TRAIN_BYTES:
@@ -141,10 +141,8 @@ def start_id(tokenizer: Tokenizer) -> int:
 def to_state(tokenizer: Tokenizer) -> dict:
   """Packs a tokenizer into a JSON value."""
   return {
-    "kind": tokenizer.kind,
-    "model": base64.b64encode(tokenizer.to_bytes()).decode(),
-    "fingerprint": fingerprint(tokenizer),
-    "settings": tokenizer.settings.to_dict(),
+    "kind": tokenizer.kind, "model": base64.b64encode(tokenizer.to_bytes()).decode(),
+    "fingerprint": fingerprint(tokenizer), "settings": tokenizer.settings.to_dict(),
   }
 
 

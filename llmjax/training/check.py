@@ -1,8 +1,6 @@
-"""The proof that every mesh equals one device: loss, every gradient, and three optimizer steps.
-
-The reference runs the full batch on one device without a mesh in scope: it shares the model's code,
-and no constraint, collective or schedule.
-"""
+"""The proof that every mesh equals one device: loss, every gradient, and three optimizer steps. The
+reference runs the full batch on one device without a mesh in scope: it shares the model's code, and
+no constraint, collective or schedule."""
 
 import dataclasses
 import functools
@@ -20,7 +18,7 @@ from llmjax.data.loader import place
 from llmjax.parallel.collectives import collectives, describe
 from llmjax.parallel.hlo_arrays import compile_and_watch
 from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh
-from llmjax.parallel.rules import ACTIVATIONS, LayoutError, axes_of, batch_sharding
+from llmjax.parallel.rules import LayoutError, axes_of, batch_sharding
 from llmjax.training.config import Config, TrainConfig
 from llmjax.training.parameters import TrainState, abstract_state, init_state
 from llmjax.training.runnable import check_config, check_mesh
@@ -64,7 +62,6 @@ def check(config: Config, devices: int = 8, meshes: Sequence[dict] = (), report=
   """Compares a config, shrunk by rule, on every mesh with one device.
 
   Args:
-    config: the experiment.
     devices: of every mesh; there must be as many.
     meshes: sizes by axis, 1 where an axis is missing; by default those of `some_meshes`.
     report: called with each mesh's row as it is done.
@@ -149,8 +146,7 @@ def on_mesh(config: Config, mesh: Mesh, batch: Batch, watch: bool = False) -> Ob
   memory = compiled.memory_analysis()
   peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
   return dataclasses.replace(
-    seen,
-    peak_bytes=peak - memory.alias_size_in_bytes,
+    seen, peak_bytes=peak - memory.alias_size_in_bytes,
     traffic=describe(collectives(compiled.as_text(), mesh)),
   )
 
@@ -174,10 +170,10 @@ def _watched(lowered, config: Config, state: TrainState, mesh: Mesh):
   stream_bytes = 4 * micro_batch * config.model.max_seq_len * config.model.width
   weight_bytes = max(4 * leaf.size for leaf in jax.tree.leaves((state.trainable, state.frozen)))
   compiled, found = compile_and_watch(lowered, max(stream_bytes, weight_bytes + 1), _quick())
-  axes = [axis for letter in "bt" for axis in axes_of(letter, ACTIVATIONS)]
+  axes = [axis for letter in "bt" for axis in axes_of(letter)]
   if found and any(mesh.shape[axis] > 1 for axis in axes):
     lines = ", ".join(f"{array.shape} of {array.source or array.operation}" for array in found[:8])
-    rules = ", ".join(f"{letter} → {', '.join(axes_of(letter, ACTIVATIONS))}" for letter in "bt")
+    rules = ", ".join(f"{letter} → {', '.join(axes_of(letter))}" for letter in "bt")
     raise LayoutError(f"activations are replicated, none of {rules} shards them: {lines}")
   return compiled
 
@@ -220,11 +216,8 @@ def compare(seen: Observed, reference: Observed) -> dict:
   }
   worst = max(errors, key=lambda path: (not math.isfinite(errors[path]), errors[path]))
   return {
-    "loss_diff": loss_diff,
-    "worst_leaf": worst,
-    "worst_rel": errors[worst],
-    "peak_bytes": seen.peak_bytes,
-    "collectives": seen.traffic,
+    "loss_diff": loss_diff, "worst_leaf": worst, "worst_rel": errors[worst],
+    "peak_bytes": seen.peak_bytes, "collectives": seen.traffic,
     "ok": loss_diff < LOSS_LIMIT and errors[worst] < GRADIENT_LIMIT,
   }
 

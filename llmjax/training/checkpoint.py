@@ -1,8 +1,6 @@
-"""The checkpoints of a run: saved in the background, restored onto any mesh, newest first.
-
-A checkpoint that cannot be read, or does not match its checksums, is reported; the one before is
-used.
-"""
+"""The checkpoints of a run: saved in the background, restored onto any mesh, newest first. A
+checkpoint that cannot be read, or does not match its checksums, is reported; the one before is
+used."""
 
 import contextlib
 import shutil
@@ -11,10 +9,10 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from llmjax.core.errors import RunFailed
+from llmjax.core.errors import RunFailed, note
 from llmjax.parallel import multihost
 from llmjax.training.parameters import TrainState
-from llmjax.training.stored import FOLDER, items, read_newest, reason_of, warn
+from llmjax.training.stored import FOLDER, items, read_newest, reason_of
 
 
 class Checkpoints:
@@ -79,7 +77,7 @@ class Checkpoints:
       damaged.mkdir(exist_ok=True)
       for folder in folders:
         folder.rename(damaged / f"{folder.name}-{len(list(damaged.iterdir()))}")
-      warn(f"moved {len(folders)} of them to {damaged}")
+      note(f"moved {len(folders)} of them to {damaged}", "warning")
     multihost.barrier("damaged")
     self._manager.reload()
 
@@ -106,7 +104,6 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _failing():
-  """Turns Orbax's exceptions into a `RunFailed` of one sentence."""
   try:
     yield
   except Exception as error:

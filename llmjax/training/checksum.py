@@ -21,8 +21,6 @@ from llmjax.training.step import compiler_options
 def checksums(arrays: dict[str, jax.Array]) -> tuple[dict[str, int], list[str]]:
   """Computes checksums where the arrays are; all processes that hold them call it together.
 
-  Args:
-    arrays: by path.
   Returns:
     (checksum by path, paths of arrays with numbers that are not finite).
   """

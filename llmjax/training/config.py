@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llmjax.core.choices import check_choice, check_finite, check_least, check_texts
+from llmjax.core.choices import check_fields, check_finite
 from llmjax.core.errors import UserError
 from llmjax.data.loader import DataConfig
 from llmjax.data.tasks import Task, TaskConfig, marks_of
@@ -41,16 +41,15 @@ class TrainConfig:
   executable: str = ""
 
   def __post_init__(self):
-    if self.zero_stage not in ZERO:
-      known = ", ".join(map(str, ZERO))
-      raise UserError(f"train.zero_stage {self.zero_stage} is not one of {known}")
-    check_choice("train.grad_reduce_dtype", self.grad_reduce_dtype, ("float32", "bfloat16"))
+    check_fields(
+      "train", self, steps=1, grad_accum_steps=1, log_every=1, vmem_mib=0, zero_stage=ZERO,
+      grad_reduce_dtype=("float32", "bfloat16"),
+    )
     if self.grad_reduce_dtype != "float32" and self.zero_stage != 3:
       raise UserError(
         f"train.grad_reduce_dtype={self.grad_reduce_dtype} changes nothing with train.zero_stage "
         "below 3"
       )
-    check_least("train", self, steps=1, grad_accum_steps=1, log_every=1, vmem_mib=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,7 @@ class CheckpointConfig:
   keep: int = 2
 
   def __post_init__(self):
-    check_least("checkpoint", self, every=1, keep=2)
+    check_fields("checkpoint", self, every=1, keep=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +84,7 @@ class EvalConfig:
   stride: int = 0
 
   def __post_init__(self):
-    check_least("eval", self, every=0, batch_size=1, stride=0)
+    check_fields("eval", self, every=0, batch_size=1, stride=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,18 +104,16 @@ class SampleConfig:
   top_p: float = 0.95
 
   def __post_init__(self):
-    check_least("sample", self, max_tokens=1, temperature=0)
-    if not 0 < self.top_p <= 1:
-      raise UserError(f"sample.top_p {self.top_p} is not in (0, 1]")
-    check_texts("sample.prompts", self.prompts)
+    check_fields("sample", self, max_tokens=1, temperature=0, top_p="(0, 1]")
+    for prompt in self.prompts:
+      if not isinstance(prompt, str):
+        raise UserError(f"sample.prompts holds {prompt!r}, which is not a string")
 
 
 # Tasks of each kind of model; the first is what `task.name=auto` means.
 SUITABLE = {
-  "decoder": ("language_model", "prefix_lm"),
-  "encoder": ("masked_lm",),
-  "encoder_decoder": ("span_corruption",),
-  "vision": (),
+  "decoder": ("language_model", "prefix_lm"), "encoder": ("masked_lm",),
+  "encoder_decoder": ("span_corruption",), "vision": (),
 }
 
 
@@ -141,8 +138,7 @@ class Config:
 
   def __post_init__(self):
     check_finite("", self)
-    if self.seed < 0:
-      raise UserError(f"seed {self.seed} is negative")
+    check_fields("", self, seed=0)
     if self.eval.stride > self.model.max_seq_len:
       raise UserError(
         f"eval.stride {self.eval.stride} is more than the {self.model.max_seq_len} positions of a "
@@ -199,17 +195,8 @@ class Config:
 
 # Keys that may change when a run resumes: they do not decide what is learned.
 _FREE = (
-  "mesh.",
-  "pipeline.",
-  "train.zero_stage",
-  "train.executable",
-  "train.vmem_mib",
-  "model.attention.context_parallel",
-  "checkpoint.",
-  "eval.",
-  "sample.",
-  "data.cache",
-  "train.log_",
+  "mesh.", "pipeline.", "train.zero_stage", "train.executable", "train.vmem_mib",
+  "model.attention.context_parallel", "checkpoint.", "eval.", "sample.", "data.cache", "train.log_",
 )
 
 

@@ -1,8 +1,6 @@
-"""A train step compiled ahead: written by `llmjax plan --keep-executable`, loaded by the run.
-
-The first line of the file is JSON that says which config, source, devices and jax it was compiled
-for. The rest is a pickle, which runs whatever it holds: load your own files only.
-"""
+"""A train step compiled ahead: written by `llmjax plan --keep-executable`, loaded by the run. The
+first line of the file is JSON that says which config, source, devices and jax it was compiled for.
+The rest is a pickle, which runs whatever it holds: load your own files only."""
 
 import hashlib
 import importlib.metadata
@@ -27,11 +25,8 @@ def save(path: str | Path, compiled, config: Config, mesh: Mesh):
   """Writes a compiled step to a file.
 
   Args:
-    path: file, overwritten.
     compiled: of `compile_step(config, mesh).lower(…).compile()`; on a CPU not from jax's cache
       (`no_cache` in `llmjax/parallel/hlo_arrays.py`).
-    config: the experiment, `model.vocab_size` filled in.
-    mesh: what it was compiled for.
   """
   head = json.dumps(_depends_on(config, mesh)).encode()
   body = pickle.dumps(serialize_executable.serialize(compiled))
@@ -41,9 +36,6 @@ def save(path: str | Path, compiled, config: Config, mesh: Mesh):
 def make_step(config: Config, mesh: Mesh):
   """The run's step: that of `train.executable`, or one that is compiled at its first call.
 
-  Args:
-    config: the experiment, `model.vocab_size` filled in.
-    mesh: the run's.
   Returns:
     `(state, batch) -> (state, metrics)`, as `compile_step` gives it.
   Raises:
@@ -69,7 +61,6 @@ def make_step(config: Config, mesh: Mesh):
 
 
 def _depends_on(config: Config, mesh: Mesh) -> dict:
-  """Everything that a compiled step depends on, by name."""
   devices = list(mesh.devices.flat)
   libraries = ("jax", "jaxlib", *(["libtpu"] if devices[0].platform == "tpu" else []))
   values = {
@@ -79,8 +70,7 @@ def _depends_on(config: Config, mesh: Mesh) -> dict:
   return values | {
     "devices": f"{len(devices)} × {devices[0].device_kind}",
     "device numbers": [device.id for device in devices],
-    **{name: importlib.metadata.version(name) for name in libraries},
-    "llmjax": source_hash(),
+    **{name: importlib.metadata.version(name) for name in libraries}, "llmjax": source_hash(),
   }
 
 

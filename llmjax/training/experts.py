@@ -23,7 +23,6 @@ def move_biases(trainable: dict, biases: list[str], load_le, rate: float) -> dic
     trainable: parameters by path after the optimizer's update.
     biases: paths of the biases, of which frozen ones are not moved.
     load_le: assignments to each expert of each layer in this step.
-    rate: size of a move.
   Returns:
     The parameters by path.
   Source: Wang et al. 2024, arXiv:2408.15664, alg. 1.
@@ -36,7 +35,6 @@ def routing_metrics(routing: RouterStats, biases: list) -> dict[str, jax.Array]:
   """Makes a step's metrics of routing.
 
   Args:
-    routing: sums over the step's tokens, stacked over layers.
     biases: the routers' biases, [l, e] each; empty where there are none.
   Returns:
     `moe_load` [l, e]: load over its mean; `moe_bias` [l, e] where there is one; by layer [l]:

@@ -1,8 +1,6 @@
-"""Stops a run whose loss or gradient is not finite, naming the step and its documents.
-
-The step leaves the state as it was (`advance`). Its metrics arrive two steps late, so the states of
-those steps are dropped; before a checkpoint all metrics are waited for.
-"""
+"""Stops a run whose loss or gradient is not finite, naming the step and its documents. The step
+leaves the state as it was (`advance`). Its metrics arrive two steps late, so the states of those
+steps are dropped; before a checkpoint all metrics are waited for."""
 
 import math
 from collections.abc import Callable

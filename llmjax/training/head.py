@@ -1,7 +1,5 @@
 """From final hidden states to the loss or to log-probabilities, a chunk of positions at a time.
-
-Logits of [b, t, v] never exist, neither forward nor backward.
-"""
+Logits of [b, t, v] never exist, neither forward nor backward."""
 
 import functools
 
@@ -11,16 +9,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from llmjax.core import tree
-from llmjax.core.weight import ShardedWeight, zero_cotangent
-from llmjax.parallel.rules import (
-  ACTIVATIONS,
-  has_sharded,
-  inside,
-  shard,
-  shards,
-  spec,
-  weight_specs,
-)
+from llmjax.core.weight import is_sharded, zero_cotangent
+from llmjax.parallel.rules import has_sharded, on_each_device, shard, shards, spec, weight_specs
 from llmjax.training.losses import LossConfig, logits_loss, token_nll
 
 
@@ -33,8 +23,6 @@ def head_loss(config: LossConfig, head, x_btd, targets_bt, weights_bt):
   Args:
     config: weights of the terms, and the chunk size.
     head: module with `logits(x_btd)`; every leaf is differentiated.
-    x_btd: final hidden states.
-    targets_bt: int32.
     weights_bt: fp32 weight of each prediction; not differentiated.
   Returns:
     (sum of the loss, sum of the cross-entropy), fp32 scalars; only the first has a gradient.
@@ -78,19 +66,16 @@ def head_logprobs(chunk: int, head, x_btd, targets_bt):
   Args:
     chunk: positions of a row, on each device; 0 takes all at once.
     head: module with `logits(x_btd)`; every leaf is differentiated.
-    x_btd: final hidden states.
-    targets_bt: int32.
   Returns:
     logprobs_bt, fp32, in nats.
   """
 
   def logprobs(head, x_btd, targets_bt):
-    head = jax.tree.map(functools.partial(_gathered, x_btd.dtype), head, is_leaf=_is_sharded)
+    head = jax.tree.map(functools.partial(_gathered, x_btd.dtype), head, is_leaf=is_sharded)
     one = lambda _, x, targets: ((), -token_nll(head.logits(x), targets))  # noqa: E731
     return _scan_chunks(one, (), chunk, x_btd, targets_bt)[1]
 
-  out_specs = spec("bt", ACTIVATIONS)
-  return _on_each_device(logprobs, head, (shard(x_btd, "btd"), targets_bt), out_specs)
+  return _on_shards(logprobs, head, (shard(x_btd, "btd"), targets_bt), spec("bt"))
 
 
 def _head_logprobs_forward(chunk, head, x_btd, targets_bt):
@@ -112,13 +97,9 @@ def _head_logprobs_backward(chunk, residuals, grad_bt):
 head_logprobs.defvjp(_head_logprobs_forward, _head_logprobs_backward, symbolic_zeros=True)
 
 
-def _is_sharded(node) -> bool:
-  return isinstance(node, ShardedWeight)
-
-
 def _trained(head) -> set[str]:
   """Paths of the weights, among what `symbolic_zeros` gives, that gradients are wanted for."""
-  nodes = tree.flatten(head, is_leaf=_is_sharded)
+  nodes = tree.flatten(head, is_leaf=is_sharded)
   return {
     path for path, node in nodes.items() if any(leaf.perturbed for leaf in jax.tree.leaves(node))
   }
@@ -128,54 +109,47 @@ def _values(primals):
   return jax.tree.map(lambda leaf: leaf.value, primals)
 
 
-def _on_each_device(function, head, arrays, out_specs):
+def _on_shards(function, head, arrays, out_specs):
   """Calls `function(head, *arrays)`, on every device's shards where `fsdp` shards the head."""
   if not has_sharded(head):
     return function(head, *arrays)
-  mesh = jax.sharding.get_abstract_mesh()
-  return jax.shard_map(
-    function,
-    in_specs=(weight_specs(head), *(spec("btd"[: a.ndim], ACTIVATIONS) for a in arrays)),
-    out_specs=out_specs,
-    axis_names={axis for axis in mesh.axis_names if not inside(axis)},
-    check_vma=False,
-  )(head, *arrays)
+  in_specs = weight_specs(head), *(spec("btd"[: a.ndim]) for a in arrays)
+  return on_each_device(function, in_specs, out_specs)(head, *arrays)
 
 
 def _gathered(dtype, node):
   """A weight of the head, gathered over `fsdp` in the compute dtype, once for all chunks."""
-  return node.cast(dtype).decode(node.dtype) if _is_sharded(node) else node
+  return node.cast(dtype).decode(node.dtype) if is_sharded(node) else node
 
 
 def _loss_and_grads(config, trained, head, x_btd, targets_bt, weights_bt):
   """Computes ((loss, cross-entropy), (gradient of the head, of x_btd)) of `head_loss`."""
-  specs = tree.flatten(weight_specs(head), is_leaf=_is_sharded)
+  specs = tree.flatten(weight_specs(head), is_leaf=is_sharded)
   scalar = PartitionSpec()
-  sums, (grads, grad_x) = _on_each_device(
-    functools.partial(_device_grads, config, trained),
-    head,
+  sums, (grads, grad_x) = _on_shards(
+    functools.partial(_device_grads, config, trained), head,
     (shard(x_btd, "btd"), targets_bt, weights_bt),
-    ((scalar, scalar), ({path: specs[path] for path in trained}, spec("btd", ACTIVATIONS))),
+    ((scalar, scalar), ({path: specs[path] for path in trained}, spec("btd"))),
   )
-  grads = zero_cotangent(tree.flatten(head, is_leaf=_is_sharded)) | grads
+  grads = zero_cotangent(tree.flatten(head, is_leaf=is_sharded)) | grads
   return sums, (tree.unflatten(head, tree.flatten(grads)), grad_x)
 
 
 def _device_grads(config, trained, head, x_btd, targets_bt, weights_bt):
   """`_loss_and_grads` of one device's examples; sums over devices happen once."""
-  nodes = tree.flatten(head, is_leaf=_is_sharded)
-  gathered = jax.tree.map(functools.partial(_gathered, x_btd.dtype), head, is_leaf=_is_sharded)
+  nodes = tree.flatten(head, is_leaf=is_sharded)
+  gathered = jax.tree.map(functools.partial(_gathered, x_btd.dtype), head, is_leaf=is_sharded)
   sums, (grads, grad_x) = _scan_grads(config, trained, gathered, x_btd, targets_bt, weights_bt)
-  if not any(map(_is_sharded, nodes.values())):
+  if not any(map(is_sharded, nodes.values())):
     return sums, (grads, grad_x)
   batch_axes = ("data", "expert", "context")
-  specs = tree.flatten(weight_specs(head), is_leaf=_is_sharded)
+  specs = tree.flatten(weight_specs(head), is_leaf=is_sharded)
 
   def summed(path, grad):
     node, own_spec = nodes[path], specs[path]
     # Each device of `tensor` has logits of its own tokens: what they share is summed over it too.
-    shared = () if "tensor" in (own_spec.array if _is_sharded(node) else own_spec) else ("tensor",)
-    if not _is_sharded(node):
+    shared = () if "tensor" in (own_spec.array if is_sharded(node) else own_spec) else ("tensor",)
+    if not is_sharded(node):
       return jax.lax.psum(grad, ("fsdp", *batch_axes, *shared))
     return jax.lax.psum(node.pull(grad, node), (*batch_axes, *shared))
 
@@ -207,11 +181,9 @@ def _scan_grads(config, trained, head, x_btd, targets_bt, weights_bt):
 
 def _scan_chunks(add, carry, chunk: int, *arrays):
   """Folds `add(carry, *chunks) -> (carry, out)` over chunks of the positions of [b, t, …] arrays.
-
   Full chunks are a loop: unrolled they would all be alive at once (XLA's CPU backend orders them
-  so), and be no faster. The remainder is a chunk of its own.
-  """
-  t, devices = arrays[0].shape[1], shards("t", ACTIVATIONS)
+  so), and be no faster. The remainder is a chunk of its own."""
+  t, devices = arrays[0].shape[1], shards("t")
   chunk = devices * (chunk or t)  # of every device's own positions
   if t <= chunk:
     return add(carry, *arrays)

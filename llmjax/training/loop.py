@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,19 +35,6 @@ class Interrupted(KeyboardInterrupt):
   """The user stopped the run; its state is on disk."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Fitted:
-  """A finished training run.
-
-  Attributes:
-    model: the trained model.
-    train_seconds: seconds in the loop, all sessions of the run added up.
-  """
-
-  model: nnx.Module
-  train_seconds: float
-
-
 def fit(
   config: Config,
   workdir: Path,
@@ -58,20 +44,18 @@ def fit(
   evaluate: Callable[[nnx.Module], dict] = lambda model: {},
   begin: Callable[[nnx.Module], nnx.Module] = lambda fresh: fresh,
   name: Callable[[int], str] = str,
-) -> Fitted:
+) -> tuple[nnx.Module, float]:
   """Trains a model, resuming from the newest checkpoint of the workdir.
 
   Args:
     config: the experiment, `model.vocab_size` filled in.
-    workdir: folder of the run.
     tokenizer: kept in every checkpoint.
     store: training documents.
-    mesh: devices.
     evaluate: called on the model every `eval.every` steps; its values are logged.
     begin: called on the model of step 0; returns the model to train.
     name: gives the name of a training document by its number in `store`.
   Returns:
-    The trained model and how long it took.
+    (the trained model, seconds in the loop, all sessions of the run added up).
   Raises:
     UserError: the checkpoint is of other text, or the mesh does not divide the model.
     Interrupted: SIGINT or SIGTERM came; the step under way was finished and saved.
@@ -82,7 +66,10 @@ def fit(
   checkpoints = Checkpoints(workdir, config.checkpoint.keep)
   state, start, spent_s = _start(checkpoints, config, mesh, meta, begin)
   rows = PackedRows(store, config.model.max_seq_len, config.seed)
-  feed = _feed(config, tokenizer, rows, mesh, start)
+  feed = batches(
+    rows, config.task_of(tokenizer), batch_sharding(mesh), config.data.batch_size, start, steps,
+    seed=config.seed,
+  )
   watch = Watch(rows, config.data.batch_size, name)
   report = _reporter(config, workdir, start)
   votes = multihost.Votes()
@@ -116,7 +103,7 @@ def fit(
     checkpoints.close()
   if multihost.agree(stop.asked):
     raise Interrupted(f"stopped after step {int(state.step)} of {steps}")
-  return Fitted(model_of(state, config), train_s)
+  return model_of(state, config), train_s
 
 
 @contextlib.contextmanager
@@ -129,18 +116,6 @@ def _failing(checkpoints: Checkpoints, report):
       report.stop(error.step if isinstance(error, NotFinite) else 0)
     text = f"a file could not be written: {error}" if isinstance(error, OSError) else error
     raise RunFailed(f"{text}; {checkpoints.standing()}") from error
-
-
-def _feed(config: Config, tokenizer: Tokenizer, rows: PackedRows, mesh: Mesh, start: int):
-  return batches(
-    rows,
-    config.task_of(tokenizer),
-    batch_sharding(mesh),
-    config.data.batch_size,
-    start,
-    config.train.steps,
-    seed=config.seed,
-  )
 
 
 def _start(checkpoints, config, mesh, meta, begin):
@@ -159,8 +134,7 @@ def _start(checkpoints, config, mesh, meta, begin):
   step = int(state.step)
   if step > config.train.steps:
     raise UserError(f"the run is at step {step}, beyond train.steps {config.train.steps}")
-  if multihost.is_writer():
-    print(f"going on from step {step}", file=sys.stderr)
+  multihost.say(f"going on from step {step}")
   return state, step, found["train_seconds"]
 
 
@@ -191,9 +165,7 @@ class _Signals:
     if self.asked:
       raise KeyboardInterrupt
     self.asked = True
-    if multihost.is_writer():
-      text = "\nstopping: saving a checkpoint (again to stop at once)"
-      print(text, file=sys.stderr, flush=True)
+    multihost.say("\nstopping: saving a checkpoint (again to stop at once)")
 
   def __exit__(self, *error):
     for number, handler in self._before.items():

@@ -5,10 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from llmjax.core.choices import check_least
-from llmjax.core.errors import UserError
+from llmjax.core.choices import check_fields
 from llmjax.nn.router import RouterStats
-from llmjax.parallel.rules import ACTIVATIONS, inside, shards
+from llmjax.parallel.rules import inside, shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +31,10 @@ class LossConfig:
   router_z: float = 0.0
 
   def __post_init__(self):
-    check_least(
-      "loss", self, z_loss=0, chunk=0, moe_aux=0, sequence_balance=0, router_z=0
+    check_fields(
+      "loss", self, z_loss=0, chunk=0, moe_aux=0, sequence_balance=0, router_z=0,
+      label_smoothing="[0, 1)",
     )
-    if not 0 <= self.label_smoothing < 1:
-      raise UserError(f"loss.label_smoothing {self.label_smoothing} is not in [0, 1)")
 
 
 def token_nll(logits_btv, targets_bt):
@@ -52,7 +50,7 @@ def _log_normalizer(logits_btv):
 
 
 def _target_logit(logits_btv, targets_bt):
-  if shards("v", ACTIVATIONS) == 1 and not inside("tensor"):
+  if shards("v") == 1 and not inside("tensor"):
     return jnp.take_along_axis(logits_btv, targets_bt[..., None], axis=-1)[..., 0]
   # Indexing a sharded vocabulary would gather all logits.
   ids_v = jnp.arange(logits_btv.shape[-1])
@@ -81,9 +79,7 @@ def logits_loss(logits_btv, targets_bt, weights_bt, config: LossConfig):
 
   Args:
     logits_btv: fp32.
-    targets_bt: int32.
     weights_bt: fp32 weight of each prediction.
-    config: weights of the terms.
   Returns:
     (sum of the loss, sum of the cross-entropy), fp32 scalars.
   Source: label smoothing: Szegedy et al. 2015, arXiv:1512.00567, sec. 7; z-loss: Chowdhery et al.

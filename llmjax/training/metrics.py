@@ -1,13 +1,13 @@
 """Metrics: metrics.jsonl, TensorBoard and the progress line, fed some steps late: no step waits."""
 
 import json
-import sys
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from llmjax.core.errors import note
 from llmjax.core.files import replace, to_json
 from llmjax.core.progress import ProgressLine
 from llmjax.training.experts import Starving
@@ -174,7 +174,7 @@ class Reporter:
     self._since_line, self._wait_s = np.zeros(3), 0.0
     self._writer.write(step, values)
     for line in self._starving.add(values["moe_load"]) if "moe_load" in values else ():
-      print(f"llmjax: warning: step {step}: {line}", file=sys.stderr, flush=True)
+      note(f"step {step}: {line}", "warning")
     self._line.update(step, f"loss {values['loss']:.3f}  {self._words()}")
 
   def _rates(self, seconds: float, tokens: float, steps: float) -> dict:
@@ -184,7 +184,6 @@ class Reporter:
     return {"steps_s": seconds, "tokens_per_s": tokens / seconds, self._peak.key: share}
 
   def _words(self) -> str:
-    """The rate of this session, and the time spent beside its steps."""
     words = []
     if rates := self._rates(*self._session):
       share = f"{rates[self._peak.key]:.0%} {self._peak.words}"

@@ -1,8 +1,6 @@
-"""What training minimizes: `objective(model, batch, key) → (sum, count, metrics)`, one a task.
-
-Sums are over a batch's predictions, so those of micro-batches add up and are divided once. A new
-objective is a function of the head and the final hidden states, named in `OBJECTIVES`.
-"""
+"""What training minimizes: `objective(model, batch, key) → (sum, count, metrics)`, one a task. Sums
+are over a batch's predictions, so those of micro-batches add up and are divided once. A new
+objective is a function of the head and the final hidden states, named in `OBJECTIVES`."""
 
 import dataclasses
 
@@ -18,9 +16,7 @@ def cross_entropy(config: LossConfig, head, x_btd, batch: Batch):
   """Sums the cross-entropy of a batch's targets and the terms of `LossConfig`.
 
   Args:
-    config: weights of the terms.
     head: module with `logits(x_btd)`.
-    x_btd: final hidden states.
     batch: `targets_bt`, and `loss_mask_bt` as the weight of each prediction.
   Returns:
     (sum to be minimized, number of predictions, {"loss": sum of the cross-entropy in nats}).
@@ -29,13 +25,10 @@ def cross_entropy(config: LossConfig, head, x_btd, batch: Batch):
   return total, jnp.sum(batch.loss_mask_bt), {"loss": nll}
 
 
-OBJECTIVES = {
-  "language_model": cross_entropy,
-  "prefix_lm": cross_entropy,
-  "masked_lm": cross_entropy,
-  "span_corruption": cross_entropy,
-  "": cross_entropy,  # classes of images, which no task makes batches of
-}
+# "": classes of images, which no task makes batches of.
+OBJECTIVES = dict.fromkeys(
+  ("language_model", "prefix_lm", "masked_lm", "span_corruption", ""), cross_entropy
+)
 
 
 @jax.tree_util.register_dataclass
@@ -57,10 +50,6 @@ class Objective:
   def __call__(self, model, batch: Batch, key=None):
     """Runs a model on a batch or a micro-batch.
 
-    Args:
-      model: the model.
-      batch: [b, t].
-      key: PRNG key of dropout; None drops nothing.
     Returns:
       (sum to be minimized, number of predictions, metrics: sums by name, `loss` among them, and
       `routing`, the router statistics, of a model with experts).
@@ -82,13 +71,7 @@ class Objective:
 
 
 def make_objective(task: str, config: LossConfig, batch: Batch) -> Objective:
-  """Binds a task's objective to the whole batch of a step.
-
-  Args:
-    task: name in `OBJECTIVES`.
-    config: weights of the terms.
-    batch: [b, t].
-  """
+  """Binds a task's objective to the whole batch of a step."""
   predictions = jnp.sum(batch.loss_mask_bt)
   return Objective(task, config, predictions / jnp.maximum(real_tokens(batch), 1))
 
@@ -107,10 +90,7 @@ def token_logprobs(model, batch: Batch, chunk: int = 128, key=None):
   are sharded over the vocabulary where `tensor` is.
 
   Args:
-    model: the model.
-    batch: tokens and `targets_bt`.
     chunk: positions of a row, on each device; 0 takes all at once.
-    key: PRNG key of dropout; None drops nothing.
   Returns:
     logprobs_bt, fp32, in nats.
   """

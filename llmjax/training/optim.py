@@ -7,7 +7,7 @@ import math
 import optax
 
 from llmjax.core import tree
-from llmjax.core.choices import check_choice, check_finite
+from llmjax.core.choices import check_choice, check_fields, check_finite
 from llmjax.core.config import Options
 from llmjax.core.dims import letters_of
 from llmjax.core.errors import UserError, nearest
@@ -55,17 +55,12 @@ class OptimConfig:
   bias_rate: float = 0.001
 
   def __post_init__(self):
-    check_choice("optim.kind", self.kind, KINDS)
     object.__setattr__(self, "groups", tuple(map(_checked_row, self.groups)))
-    for key in ("learning_rate", "matrix_learning_rate", "eps"):
-      if getattr(self, key) <= 0:
-        raise UserError(f"optim.{key} {getattr(self, key)} is not positive")
-    for key in ("warmup", "min_lr_ratio", "weight_decay", "clip_norm", "bias_rate"):
-      if getattr(self, key) < 0:
-        raise UserError(f"optim.{key} {getattr(self, key)} is negative")
-    for key in ("beta1", "beta2"):
-      if not 0 <= getattr(self, key) < 1:
-        raise UserError(f"optim.{key} {getattr(self, key)} is not in [0, 1)")
+    check_fields(
+      "optim", self, kind=KINDS, learning_rate="positive", matrix_learning_rate="positive",
+      eps="positive", warmup=0, min_lr_ratio=0, weight_decay=0, clip_norm=0, bias_rate=0,
+      beta1="[0, 1)", beta2="[0, 1)",
+    )
 
 
 def _checked_row(row) -> tuple:
@@ -94,9 +89,6 @@ def _checked_row(row) -> tuple:
 def assign(groups, model) -> dict[str, Options | None]:
   """Finds the row of `optim.groups` that each parameter is trained by; None where it is frozen.
 
-  Args:
-    groups: rows of an `OptimConfig`.
-    model: the model or its abstract tree.
   Returns:
     Options by path, for every parameter; None too for what weight kinds never train: codes,
     scales, masks and the base of a LoRA.
@@ -105,24 +97,13 @@ def assign(groups, model) -> dict[str, Options | None]:
       without a row, or no parameter that is trained.
   """
   leaves, found, fixed = tree.flatten(model), {}, fixed_paths(model)
-  for pattern, options in groups:
-    matching = fnmatch.filter(leaves, pattern)
-    if not matching:
-      raise UserError(
-        f"optim.groups: pattern {pattern!r} matches no parameter; {nearest(pattern, leaves)}"
-      )
-    taken = dict.fromkeys((path for path in matching if path not in found), options)
-    if not taken:
-      raise UserError(
-        f"optim.groups: pattern {pattern!r} matches only parameters that earlier rows match, "
-        f"such as {matching[0]!r}"
-      )
-    if options is not None and taken.keys() <= fixed:
+  for pattern, options, taken in tree.first_matches("optim.groups", groups, leaves, "parameters"):
+    if options is not None and fixed.issuperset(taken):
       raise UserError(
         f"optim.groups: pattern {pattern!r} matches only what its weight kind never trains, "
-        f"such as {matching[0]!r}"
+        f"such as {taken[0]!r}"
       )
-    found |= taken
+    found |= dict.fromkeys(taken, options)
   for path in leaves:
     if path not in found:
       near = nearest(path, [pattern for pattern, _ in groups])
@@ -140,11 +121,8 @@ def make_schedule(config: OptimConfig, steps: int, peak: float) -> optax.Schedul
   `min_lr_ratio` of it. A run of no more steps than `warmup` ends as it warms up.
   """
   rate = optax.warmup_cosine_decay_schedule(
-    init_value=0.0,
-    peak_value=peak,
-    warmup_steps=config.warmup,
-    decay_steps=max(steps, config.warmup + 1),
-    end_value=peak * config.min_lr_ratio,
+    init_value=0.0, peak_value=peak, warmup_steps=config.warmup,
+    decay_steps=max(steps, config.warmup + 1), end_value=peak * config.min_lr_ratio,
   )
   return lambda done: rate(done + 1)
 
@@ -155,7 +133,6 @@ def make_optimizer(
   """Builds clipping and the optimizer of a model's trainable parameters, a dict by path.
 
   Args:
-    config: see `OptimConfig`.
     steps: length of the run, which the schedule ends on.
     model: the model or its abstract tree, whose every parameter a group covers.
     role: of each weight, as `nn.param.roles` tells it of a module.
@@ -200,14 +177,9 @@ def make_optimizer(
 
 
 def _role_of(path: str, role: dict[str, str]) -> str:
-  """The role of the weight that a leaf belongs to: its own path, or the beginning of it."""
   while path and path not in role:
     path = path.rpartition("/")[0]
   return role[path]
-
-
-def _adamw(config: OptimConfig) -> optax.GradientTransformation:
-  return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
 
 
 def _muon(config: OptimConfig) -> optax.GradientTransformation:
@@ -226,21 +198,18 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
   )
 
 
-def _adafactor(config: OptimConfig) -> optax.GradientTransformation:
-  return optax.chain(
+_DIRECTIONS = {
+  "adamw": lambda config: optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+  "muon": _muon,
+  "adafactor": lambda config: optax.chain(
     optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
-  )
-
-
-_DIRECTIONS = {"adamw": _adamw, "muon": _muon, "adafactor": _adafactor}
+  ),
+}
 
 
 def _sides(path: str, leaf) -> optax.contrib.MuonDimensionNumbers:
-  """Says which axes of a matrix are its input and its output.
-
-  The residual width `d` (or else a low rank) is one side, all but layers `l` and experts `e` the
-  other.
-  """
+  """Says which axes of a matrix are its input and its output. The residual width `d` (or else a low
+  rank) is one side, all but layers `l` and experts `e` the other."""
   letters = letters_of(path, leaf.ndim)
   stacked = "le" if "f" in letters else "l"  # an expert's matrix is one of many
   axes = {letter: axis for axis, letter in enumerate(letters) if letter not in stacked}

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llmjax.core import tree
 from llmjax.core.compat import same_bits_options
 from llmjax.models.build import abstract, build
-from llmjax.parallel.rules import REPLICATED, WEIGHTS, optimizer_shardings, weight_shardings
+from llmjax.parallel.rules import ZERO, optimizer_shardings, weight_shardings
 from llmjax.training.config import Config
 from llmjax.training.optim import assign, make_optimizer
 
@@ -50,8 +50,6 @@ def combine(model, trainable: dict, frozen: dict | None = None) -> nnx.Module:
 
   Args:
     model: the abstract tree, or a model, whose own leaves stand where neither dict has the path.
-    trainable: path → array.
-    frozen: path → array.
   """
   return tree.unflatten(model, tree.flatten(model) | trainable | (frozen or {}))
 
@@ -91,7 +89,7 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
   optimizer state alone.
   """
   shapes = jax.eval_shape(lambda: init_state(config))
-  table = WEIGHTS if config.train.zero_stage == 3 else REPLICATED
+  table = ZERO[config.train.zero_stage]
   shardings = TrainState(
     step=NamedSharding(mesh, PartitionSpec()),
     trainable=weight_shardings(mesh, shapes.trainable, table),
@@ -99,7 +97,6 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     optimizer=optimizer_shardings(mesh, shapes.optimizer, shapes.trainable),
   )
   return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    shapes,
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes,
     shardings,
   )

@@ -1,15 +1,12 @@
-"""The gradient on a mesh with `stage`: the model as the chunks of a pipeline.
-
-The first virtual stage embeds, the last has the head. Every stage holds the parameters outside the
-layers; their gradients are summed over stages, so that tied ones get both.
-"""
+"""The gradient on a mesh with `stage`: the model as the chunks of a pipeline. The first virtual
+stage embeds, the last has the head. Every stage holds the parameters outside the layers; their
+gradients are summed over stages, so that tied ones get both."""
 
 import copy
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +14,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from llmjax.core import tree
-from llmjax.core.choices import check_choice, check_least
+from llmjax.core.choices import check_fields
 from llmjax.core.dims import letters_of
 from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
-from llmjax.models.config import ModelConfig
 from llmjax.models.depth import Group, count, run_layers
 from llmjax.parallel.pipeline import leaves_read, run_pipeline
-from llmjax.parallel.rules import REPLICATED, WEIGHTS, replicate_single, spec
+from llmjax.parallel.rules import ZERO, on_each_device, spec
 from llmjax.parallel.schedules import KINDS, check_numbers, make_schedule
 from llmjax.training.objective import Objective
 
@@ -42,8 +38,7 @@ class PipelineConfig:
   chunks: int = 1
 
   def __post_init__(self):
-    check_choice("pipeline.schedule", self.schedule, KINDS)
-    check_least("pipeline", self, chunks=1)
+    check_fields("pipeline", self, schedule=KINDS, chunks=1)
 
 
 def check_stages(kind: str, stages: int, microbatches: int, config: PipelineConfig):
@@ -65,7 +60,6 @@ def pipelined_grad(
     batches: [m, b, t] microbatches.
     objective: of the whole batch.
     key: PRNG key of dropout; microbatch i draws from `fold_in(key, i)`.
-    config: schedule and chunks.
     zero: with 3 weights are sharded over `fsdp` in the stages as well.
     layout: marks the weights that `fsdp` shards; see `shard_weights`.
   Returns:
@@ -78,24 +72,19 @@ def pipelined_grad(
   microbatches = len(jax.tree.leaves(batches)[0])
   check_stages(model.config.kind, stages, microbatches, config)
   schedule = make_schedule(config.schedule, stages, microbatches, config.chunks)
-  layers = count(model.stack.blocks)
-  assignment = StageAssignment(
-    layers, stages, config.chunks, WEIGHTS if zero == 3 else REPLICATED
-  )
+  layers, table = count(model.stack.blocks), ZERO[zero]
+  assignment = StageAssignment(layers, stages, config.chunks, table)
   prefix = f"{model.config.kind}/blocks/"
   blocks, outer = _divide(trainable, prefix)
   leaves = {path: leaf for path, leaf in tree.flatten(model).items() if path not in trainable}
   frozen_blocks, frozen_outer = _divide(leaves, prefix)
   single, remat = key is not None and microbatches == 1, config.schedule != "zb_h1"
-  chunk = _Chunk(model, assignment, layout, single, remat)
-
+  shapes = jax.eval_shape(lambda: model)
+  make_chunk = functools.partial(_Chunk, shapes, assignment, layout, single, remat)
   by_stage, replicated = PartitionSpec("stage"), PartitionSpec()
-  run = jax.shard_map(
-    functools.partial(_run_stage, schedule, chunk, model.config),
-    in_specs=(by_stage, by_stage, replicated, replicated),
-    out_specs=(by_stage, replicated, replicated),
-    axis_names={"stage"},
-    check_vma=False,
+  run = on_each_device(
+    functools.partial(_run_stage, schedule, make_chunk),
+    (by_stage, by_stage, replicated, replicated), (by_stage, replicated, replicated), "stage",
   )
   dealt, pull = jax.vjp(assignment.to_stages, blocks)
   block_grads, outer_grads, (predictions, metrics) = run(
@@ -107,30 +96,18 @@ def pipelined_grad(
   return {path: (block_grads | outer_grads)[path] for path in trainable}, predictions, metrics
 
 
-def _run_stage(schedule, chunk, config: ModelConfig, blocks, frozen_blocks, outer, inputs):
-  """One stage's part of the schedule: (its blocks' gradients, those of the rest, metrics)."""
+def _run_stage(schedule, make_chunk: Callable, blocks, frozen_blocks, outer, inputs):
   blocks, frozen_blocks = jax.tree.map(lambda leaf: leaf[0], (blocks, frozen_blocks))
-  inputs = _Inputs(*inputs, frozen_blocks)
-  b, t = inputs.batches.tokens_bt.shape[1:]
+  chunk = make_chunk(*inputs, frozen_blocks)
+  config, (b, t) = chunk.model.config, chunk.batches.tokens_bt.shape[1:]
   x = jax.ShapeDtypeStruct((b, t, config.width), jnp.dtype(config.dtype))
   first = jax.tree.map(lambda leaf: leaf[0], blocks)
   number = jax.ShapeDtypeStruct((), jnp.int32)
-  run = functools.partial(chunk, inputs)
-  sums = jax.eval_shape(run, first, outer, x, number, number)[2]
-  read = leaves_read(functools.partial(chunk.layer_inputs, inputs, microbatch=0), outer)
-  totals = run_pipeline(schedule, run, blocks, outer, x, sums, read)
+  sums = jax.eval_shape(chunk, first, outer, x, number, number)[2]
+  read = leaves_read(functools.partial(chunk.layer_inputs, microbatch=0), outer)
+  totals = run_pipeline(schedule, chunk, blocks, outer, x, sums, read)
   outer_grads, sums = jax.lax.psum((totals.outer, totals.sums), "stage")
   return jax.tree.map(lambda leaf: leaf[None], totals.weights), outer_grads, sums
-
-
-class _Inputs(NamedTuple):
-  """What a stage reads and does not differentiate."""
-
-  batches: Batch
-  key: jax.Array | None
-  objective: Objective
-  frozen_outer: dict
-  frozen_blocks: dict  # [chunk, layer, …] of this stage
 
 
 def _divide(leaves: dict, prefix: str) -> tuple[dict, dict]:
@@ -140,29 +117,37 @@ def _divide(leaves: dict, prefix: str) -> tuple[dict, dict]:
   return {path.removeprefix(prefix): leaf for path, leaf in blocks.items()}, others
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Chunk:
   """What a virtual stage does to a microbatch: its layers, and at the ends embedding or loss.
 
-  Args:
-    model: gives the structure; its parameters are not read.
+  Attributes:
+    model: abstract, gives the structure.
     assignment: of layers to stages.
     layout: marks the weights that `fsdp` shards.
     single: there is one microbatch, which draws as a step without microbatches does.
     remat: layers are computed again in the backward pass.
+    batches: [m, b, t]; like what follows, read and not differentiated.
+    frozen_blocks: [chunk, layer, …] of this stage.
   """
 
-  def __init__(self, model, assignment, layout: Callable, single: bool, remat: bool):
-    self._blocks = jax.tree.map(_shape, model.stack.blocks)
-    self._outer = _without_blocks(jax.tree.map(_shape, model))
-    self._before = model.stack.groups[-1].start  # layers that run with the embedding
-    self._assignment, self._layout = assignment, layout
-    self._single, self._remat = single, remat
+  model: nnx.Module
+  assignment: "StageAssignment"
+  layout: Callable
+  single: bool
+  remat: bool
+  batches: Batch
+  key: jax.Array | None
+  objective: Objective
+  frozen_outer: dict
+  frozen_blocks: dict
 
-  def __call__(self, inputs, blocks, outer, x_btd, virtual, microbatch):
+  def __call__(self, blocks, outer, x_btd, virtual, microbatch):
     """Returns (x_btd, sum of the objective, (number of predictions, metrics))."""
-    assignment, objective = self._assignment, inputs.objective
-    batch, key = self._microbatch(inputs, microbatch)
-    model = self._layout(tree.unflatten(self._outer, outer | inputs.frozen_outer))
+    assignment, objective = self.assignment, self.objective
+    batch, key = self._microbatch(microbatch)
+    model = self.layout(self._outer(outer))
+    before = self.model.stack.groups[-1].start  # layers that run with the embedding
     layer_inputs = model.layer_inputs(batch, key)
 
     def embed(x_btd):
@@ -172,23 +157,21 @@ class _Chunk:
     x_btd = jax.lax.cond(virtual == 0, embed, lambda x: x, x_btd)
     frozen = jax.tree.map(
       lambda leaf: jax.lax.dynamic_index_in_dim(leaf, virtual // assignment.stages, 0, False),
-      inputs.frozen_blocks,
+      self.frozen_blocks,
     )
-    blocks = self._layout(tree.unflatten(self._blocks, blocks | frozen))
-    numbers = tuple(tuple(self._before + n for n in each) for each in assignment.numbers)
-    first = self._before + virtual * assignment.per_stage
-    group = Group(blocks, first, numbers, self._before + assignment.layers)
+    blocks = self.layout(tree.unflatten(self.model.stack.blocks, blocks | frozen))
+    numbers = tuple(tuple(before + n for n in each) for each in assignment.numbers)
+    first = before + virtual * assignment.per_stage
+    group = Group(blocks, first, numbers, before + assignment.layers)
     config = dataclasses.replace(model.config, scan=False)
-    if not self._remat:
+    if not self.remat:
       config = dataclasses.replace(config, remat="none")
     x_btd, _, routing = run_layers((group,), x_btd, layer_inputs, config)
 
     def loss(x_btd):
       return objective.of_hidden(model.head, model.final_norm(x_btd), batch)
 
-    zeros = jax.tree.map(
-      lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(loss, x_btd)
-    )
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(loss, x_btd))
     last = virtual == assignment.virtual - 1
     total, predictions, metrics = jax.lax.cond(last, loss, lambda x: zeros, x_btd)
     if routing is not None:
@@ -197,18 +180,21 @@ class _Chunk:
       metrics |= {"routing": routing}
     return x_btd, total, (predictions, metrics)
 
-  def layer_inputs(self, inputs, outer, microbatch):
+  def layer_inputs(self, outer, microbatch):
     """Makes the inputs that are the same for the layers of every virtual stage."""
-    model = tree.unflatten(self._outer, outer | inputs.frozen_outer)
-    return model.layer_inputs(*self._microbatch(inputs, microbatch))
+    return self._outer(outer).layer_inputs(*self._microbatch(microbatch))
 
-  def _microbatch(self, inputs, number):
-    """A microbatch and its key of dropout."""
-    batch = jax.tree.map(
-      lambda a: jax.lax.dynamic_index_in_dim(a, number, 0, False), inputs.batches
-    )
-    key = inputs.key
-    return batch, key if key is None or self._single else jax.random.fold_in(key, number)
+  def _outer(self, outer) -> nnx.Module:
+    """The model of these parameters, without the stacked blocks of its stack."""
+    model, stack = copy.copy(self.model), copy.copy(self.model.stack)
+    stack.blocks = nnx.data(())
+    setattr(model, model.config.kind, stack)
+    return tree.unflatten(model, outer | self.frozen_outer)
+
+  def _microbatch(self, number):
+    batch = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, 0, False), self.batches)
+    key = self.key
+    return batch, key if key is None or self.single else jax.random.fold_in(key, number)
 
 
 class StageAssignment:
@@ -235,24 +221,10 @@ class StageAssignment:
     missing = self.virtual * self.per_stage - self.layers
 
     def one(path, leaf):
-      letters = letters_of(path, leaf.ndim)
-      table = replicate_single(letters, leaf.shape, self.table)
+      rest = spec(letters_of(path, leaf.ndim)[1:], self.table, leaf.shape[1:])
       if missing:
         leaf = jnp.pad(leaf, ((0, missing), *[(0, 0)] * (leaf.ndim - 1)), mode="edge")
       leaf = leaf.reshape(self.chunks, self.stages, self.per_stage, *leaf.shape[1:]).swapaxes(0, 1)
-      rest = spec(letters[1:], table)
       return jax.lax.with_sharding_constraint(leaf, PartitionSpec("stage", None, None, *rest))
 
     return tree.map_with_path(one, blocks)
-
-
-def _shape(leaf):
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
-def _without_blocks(model: nnx.Module) -> nnx.Module:
-  """The model without the stacked blocks of its stack."""
-  model, stack = copy.copy(model), copy.copy(model.stack)
-  stack.blocks = nnx.data(())
-  setattr(model, model.config.kind, stack)
-  return model

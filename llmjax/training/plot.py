@@ -11,8 +11,6 @@ def plot_loss(workdir: Path, path: Path, levels: dict[str, float]):
   """Draws training loss (faint: every step; bold: running mean), held-out loss, and levels.
 
   Args:
-    workdir: folder with a `metrics.jsonl`.
-    path: PNG to write.
     levels: name → nats a token, drawn as horizontal lines to compare with.
   """
   from matplotlib.figure import Figure
@@ -37,12 +35,7 @@ def plot_loss(workdir: Path, path: Path, levels: dict[str, float]):
 
 
 def plot_experts(workdir: Path, path: Path):
-  """Draws each layer's largest load over the steps, and the load of every expert at the end.
-
-  Args:
-    workdir: folder with a `metrics.jsonl` that has `moe_load`.
-    path: PNG to write.
-  """
+  """Draws each layer's largest load over the steps, and the load of every expert at the end."""
   from matplotlib.figure import Figure
 
   lines = [line for line in read_metrics(workdir) if "moe_load" in line]

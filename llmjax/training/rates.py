@@ -1,10 +1,7 @@
-"""How long each step of a run takes, and the peak rate of its devices.
-
-Metrics are read some steps late, several at once: a thread notes when each step's were there.
-"""
+"""How long each step of a run takes, and the peak rate of its devices. Metrics are read some steps
+late, several at once: a thread notes when each step's were there."""
 
 import dataclasses
-import sys
 import time
 import timeit
 from collections.abc import Callable, Iterator
@@ -14,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.core.chips import chip_of
+from llmjax.core.errors import note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +37,7 @@ def peak_of(dtype: str) -> Peak:
     return Peak(chip.peak(dtype) / chip.devices * jax.device_count(), "mfu", "MFU")
   if device.platform != "cpu" and jax.process_index() == 0:
     text = f"no peak of {device.device_kind!r} is known; rates are shares of a measured product"
-    print(f"llmjax: warning: {text}", file=sys.stderr)
+    note(text, "warning")
   return Peak(matmul_peak_flops(dtype), "matmul_share", "of measured matmul peak")
 
 

@@ -1,7 +1,5 @@
-"""Whether a config can run on a mesh, checked before any text is read.
-
-`train`, `launch`, `plan` and `check` start here, so that all refuse the same in the same words.
-"""
+"""Whether a config can run on a mesh, checked before any text is read. `train`, `launch`, `plan`
+and `check` start here, so that all refuse the same in the same words."""
 
 import contextlib
 import dataclasses
@@ -15,15 +13,7 @@ from llmjax.core.errors import UserError
 from llmjax.data.tasks import Task, marks_of
 from llmjax.models.build import abstract
 from llmjax.nn.attention.context import check_heads
-from llmjax.parallel.rules import (
-  ACTIVATIONS,
-  REPLICATED,
-  WEIGHTS,
-  axes_of,
-  check_divides,
-  check_layout,
-  weight_shardings,
-)
+from llmjax.parallel import rules
 from llmjax.text.tokenizer import Tokenizer, train_tokenizer
 from llmjax.training.config import Config
 from llmjax.training.optim import assign
@@ -41,7 +31,6 @@ def check_run(config: Config, mesh: Mesh | AbstractMesh) -> Config:
   """Refuses a config that cannot run on a mesh.
 
   Args:
-    config: the experiment.
     mesh: its mesh, which may be abstract (`abstract_mesh`).
   Returns:
     The config with `model.vocab_size` filled in.
@@ -108,7 +97,6 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh):
   """Refuses a mesh that cannot run a config.
 
   Args:
-    config: the experiment, `model.vocab_size` filled in.
     mesh: the mesh, which may be abstract.
   Raises:
     UserError: rows, positions, heads, layers or weights that the mesh does not divide.
@@ -119,14 +107,14 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh):
     raise UserError(
       f"data.batch_size {examples} is not a multiple of train.grad_accum_steps {steps}"
     )
-  check_divides(mesh, "micro-batch", "b", (examples // steps,), ACTIVATIONS)
-  check_divides(mesh, "row", "t", (config.model.max_seq_len,), ACTIVATIONS)
+  rules.check_divides(mesh, "micro-batch", "b", (examples // steps,))
+  rules.check_divides(mesh, "row", "t", (config.model.max_seq_len,))
   if config.model.kind == "encoder_decoder":
     width = Task(config.known_task()).target_width(config.model.max_seq_len)
-    check_divides(mesh, "row of targets", "t", (width,), ACTIVATIONS)
-  weights, table = abstract(config.model), WEIGHTS if config.train.zero_stage == 3 else REPLICATED
-  weight_shardings(mesh, weights)
-  check_layout(mesh, weights, table)
+    rules.check_divides(mesh, "row of targets", "t", (width,))
+  weights, table = abstract(config.model), rules.ZERO[config.train.zero_stage]
+  rules.weight_shardings(mesh, weights)
+  rules.check_layout(mesh, weights, table)
   if mesh.shape["stage"] > 1:
     check_stages(config.model.kind, mesh.shape["stage"], steps, config.pipeline)
   if mesh.shape["context"] > 1 and config.model.attention.context_parallel == "all_to_all":
@@ -136,11 +124,9 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh):
 
 
 def _trace(config: Config, mesh: Mesh | AbstractMesh, weights):
-  """Traces the forward pass on a mesh, where a platform's kernel says what it cannot do.
-
-  That its library is missing, as cuDNN's may be, refuses nothing.
-  """
-  examples = math.prod(mesh.shape[axis] for axis in axes_of("b", ACTIVATIONS))
+  """Traces the forward pass on a mesh, where a platform's kernel says what it cannot do. That its
+  library is missing, as cuDNN's may be, refuses nothing."""
+  examples = math.prod(mesh.shape[axis] for axis in rules.axes_of("b"))
   few = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=examples))
   batch = jax.eval_shape(lambda: made_up_batch(few))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), contextlib.suppress(RuntimeError):

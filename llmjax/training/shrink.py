@@ -1,8 +1,5 @@
-"""Shrinks an experiment by rule, so that `check` takes seconds per mesh on a laptop.
-
-Sizes shrink; kinds of layers, norms, positions, masks, dropout, loss, optimizer, remat and ZeRO
-stage stay.
-"""
+"""Shrinks an experiment by rule, so that `check` takes seconds per mesh on a laptop. Sizes shrink;
+kinds of layers, norms, positions, masks, dropout, loss, optimizer, remat and ZeRO stage stay."""
 
 import dataclasses
 import math
@@ -22,9 +19,6 @@ def shrink(config: Config, devices: int) -> Config:
 
   A mesh that does not divide a size of the config (3 key heads) does not divide the small one.
 
-  Args:
-    config: the experiment.
-    devices: of the meshes it will run on.
   Returns:
     The experiment in fp32, of a few layers, with heads 8 wide.
   """
@@ -32,32 +26,21 @@ def shrink(config: Config, devices: int) -> Config:
   k = math.gcd(dims["k"], devices)
   heads = k * (2 if dims["g"] % 2 == 0 else min(dims["g"], 3))
   attention = dataclasses.replace(
-    model.attention.shrunk(devices, _HEAD),
-    window=min(model.attention.window, devices + 3),
-    sparse_block=min(model.attention.sparse_block, 4),
-    block=16,
+    model.attention.shrunk(devices, _HEAD), window=min(model.attention.window, devices + 3),
+    sparse_block=min(model.attention.sparse_block, 4), block=16,
   )
   small = dataclasses.replace(
-    model,
-    moe=_few(model.moe, devices),
+    model, moe=_few(model.moe, devices),
     layers=min(model.layers, max(4, len(model.attention.pattern))),
     encoder_layers=min(model.encoder_layers, 2),
     width=8 * math.gcd(model.width, devices) if not model.vision.image_size else model.width,
-    heads=heads,
-    kv_heads=k,
-    head_dim=_HEAD,
-    mlp_width=8 * math.gcd(model.mlp_width, devices),
-    vocab_size=32 * devices,
-    max_seq_len=8 * devices,
-    dtype="float32",
-    attention=attention,
+    heads=heads, kv_heads=k, head_dim=_HEAD, mlp_width=8 * math.gcd(model.mlp_width, devices),
+    vocab_size=32 * devices, max_seq_len=8 * devices, dtype="float32", attention=attention,
     weights=tuple((pattern, _small_blocks(kind)) for pattern, kind in model.weights),
   )
   rows = 2 * devices * config.train.grad_accum_steps
   return dataclasses.replace(
-    config,
-    model=small,
-    data=dataclasses.replace(config.data, batch_size=rows),
+    config, model=small, data=dataclasses.replace(config.data, batch_size=rows),
     eval=dataclasses.replace(config.eval, stride=0),
     loss=dataclasses.replace(config.loss, chunk=min(config.loss.chunk, 4) or 0),
     optim=dataclasses.replace(config.optim, warmup=min(config.optim.warmup, 1)),

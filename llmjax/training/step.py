@@ -1,8 +1,6 @@
-"""One training step: micro-batches, gradients, optimizer; jitted with explicit shardings.
-
-ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054) is a choice of shardings: of the parameters between
-steps, of the sum of gradients, of the optimizer's state.
-"""
+"""One training step: micro-batches, gradients, optimizer; jitted with explicit shardings. ZeRO
+(Rajbhandari et al. 2019, arXiv:1910.02054) is a choice of shardings: of the parameters between
+steps, of the sum of gradients, of the optimizer's state."""
 
 import dataclasses
 import functools
@@ -14,15 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.data.batch import Batch
 from llmjax.models.build import abstract
-from llmjax.parallel.rules import (
-  REPLICATED,
-  WEIGHTS,
-  batch_sharding,
-  constrain,
-  shard_weights,
-  shards,
-  weight_shardings,
-)
+from llmjax.parallel import rules
 from llmjax.training.config import Config
 from llmjax.training.experts import move_biases, router_biases, routing_metrics
 from llmjax.training.objective import Objective, make_objective
@@ -49,29 +39,26 @@ def loss_and_grad(
   `accumulation` gives the gradient of the full batch.
 
   Args:
-    model: the model.
     trainable: those of its parameters that are differentiated, by path.
     batch: [b, t], b a multiple of `accumulation`.
     objective: of this batch, by `make_objective`.
     accumulation: number of micro-batches.
-    key: PRNG key of dropout; None drops nothing.
     zero: with 1 every device of `fsdp` sums all gradients, else each sums its shard.
-    pipeline: the schedule on a mesh of several stages.
     reduce_dtype: with 3, dtype in which gradients are summed over `fsdp`.
   Returns:
     (metrics, each a mean over predictions, gradients by path, number of predictions, router
     statistics or None).
   """
-  table = REPLICATED if zero == 1 else WEIGHTS
+  table = rules.REPLICATED if zero == 1 else rules.WEIGHTS
   layout = functools.partial(
-    shard_weights, table=WEIGHTS if zero == 3 else REPLICATED, reduce_dtype=reduce_dtype
+    rules.shard_weights, table=rules.ZERO[zero], reduce_dtype=reduce_dtype
   )
-  if shards("l", WEIGHTS) > 1:
+  if rules.shards("l", rules.WEIGHTS) > 1:
     batches = micro_batches(batch, accumulation)
     grads, count, metrics = pipelined_grad(
       model, trainable, batches, objective, key, pipeline, zero, layout
     )
-    grads = constrain(grads, table)
+    grads = rules.constrain(grads, table)
   else:
     grads, count, metrics = _summed_grad(
       model, trainable, batch, objective, accumulation, key, table, layout
@@ -82,15 +69,13 @@ def loss_and_grad(
 
 
 def _summed_grad(model, trainable, batch, objective, accumulation: int, key, table, layout):
-  """Sums over micro-batches: (gradients, number of predictions, metrics)."""
-
   def total(trainable, micro_batch, key):
     total, *others = objective(layout(combine(model, trainable)), micro_batch, key)
     return total, tuple(others)
 
   def grad(micro_batch, key):
     grads, sums = jax.grad(total, has_aux=True)(trainable, micro_batch, key)
-    return constrain(grads, table), *sums
+    return rules.constrain(grads, table), *sums
 
   if accumulation == 1:
     return grad(batch, key)
@@ -102,8 +87,8 @@ def _summed_grad(model, trainable, batch, objective, accumulation: int, key, tab
 
   batches = micro_batches(batch, accumulation)
   sums = jax.eval_shape(total, trainable, jax.tree.map(lambda leaf: leaf[0], batches), key)[1]
-  zeros = lambda shapes: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)  # noqa: E731
-  start = (constrain(zeros(trainable), table), *zeros(sums))
+  zeros, sums = jax.tree.map(jnp.zeros_like, (trainable, sums))
+  start = (rules.constrain(zeros, table), *sums)
   return jax.lax.scan(add, start, (jnp.arange(accumulation), batches))[0]
 
 
@@ -118,7 +103,6 @@ def advance(state: TrainState, batch: Batch, config: Config, optimizer=None):
   """Advances the state by one batch; leaves it as it is where loss or gradient is not finite.
 
   Args:
-    state: what the step takes.
     batch: [b, t], b a multiple of `config.train.grad_accum_steps`.
     config: the experiment; seed and step decide what dropout drops.
     optimizer: optax transformation, by default the experiment's.
@@ -137,8 +121,8 @@ def advance(state: TrainState, batch: Batch, config: Config, optimizer=None):
     train.grad_accum_steps, key, train.zero_stage, config.pipeline, train.grad_reduce_dtype,
   )
   # Each device of `fsdp` updates its shard, even where it holds all of the parameters.
-  grads = constrain(grads, WEIGHTS)
-  state = dataclasses.replace(state, trainable=constrain(state.trainable, WEIGHTS))
+  grads = rules.constrain(grads, rules.WEIGHTS)
+  state = dataclasses.replace(state, trainable=rules.constrain(state.trainable, rules.WEIGHTS))
   update = (optimizer or optimizer_of(config)).update
   updates, opt_state = update(grads, state.optimizer, state.trainable)
   trainable = optax.apply_updates(state.trainable, updates)
@@ -160,8 +144,6 @@ def compile_step(config: Config, mesh: Mesh, with_grads: bool = False):
   """Jits the step for a mesh: state donated, every input and output sharding given.
 
   Args:
-    config: the experiment, `model.vocab_size` filled in.
-    mesh: the run's mesh.
     with_grads: the step also returns the gradients.
   Returns:
     `(state, batch) -> (state, metrics)`, of states as `abstract_state` describes them.
@@ -171,13 +153,14 @@ def compile_step(config: Config, mesh: Mesh, with_grads: bool = False):
   check_mesh(config, mesh)
   state = abstract_state(config, mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-  out = (shardings, NamedSharding(mesh, PartitionSpec()), weight_shardings(mesh, state.trainable))
+  grads = rules.weight_shardings(mesh, state.trainable)
+  out = shardings, NamedSharding(mesh, PartitionSpec()), grads
   kept = 3 if with_grads else 2
 
   def step(state, batch):
     return advance(state, batch, config)[:kept]
 
-  into = (shardings, batch_sharding(mesh))
+  into = (shardings, rules.batch_sharding(mesh))
   return jax.jit(
     step, in_shardings=into, out_shardings=out[:kept], donate_argnums=0,
     compiler_options=compiler_options(mesh, config.train.vmem_mib),
@@ -204,10 +187,6 @@ def compiler_options(mesh: Mesh, vmem_mib: int = 0) -> dict[str, str]:
   On a CPU with several devices instructions are scheduled for the least memory. With XLA's default
   concurrent scheduler arrays are overwritten before they are read: weights were NaN in six steps
   of seven with dropout, remat and ring attention.
-
-  Args:
-    mesh: of the devices that the program is for.
-    vmem_mib: `train.vmem_mib`.
   """
   device = mesh.abstract_mesh.abstract_device
   if device is not None and device.platform == "cpu" and mesh.size > 1:

@@ -1,8 +1,6 @@
-"""What a checkpoint folder holds: `model` and `optimizer`, arrays by path, and `meta`.
-
-`meta` has the config and its hash, tokenizer, data key, seed, step, and checksums of all arrays and
-of itself, so that a folder can be moved and loaded alone.
-"""
+"""What a checkpoint folder holds: `model` and `optimizer`, arrays by path, and `meta`. `meta` has
+the config and its hash, tokenizer, data key, seed, step, and checksums of all arrays and of itself,
+so that a folder can be moved and loaded alone."""
 
 import dataclasses
 import hashlib
@@ -17,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from llmjax.core import tree
-from llmjax.core.config import config_hash, freeze, to_dict, with_new_names
+from llmjax.core.config import config_hash, freeze, with_new_names
 from llmjax.core.errors import RunFailed, UserError
 from llmjax.core.files import check_exists, full_disk
 from llmjax.data.loader import DataConfig
@@ -61,11 +59,8 @@ def make_meta(config: Config, tokenizer: Tokenizer | None, data_key: str) -> dic
   The states of data and of PRNGs are functions of (seed, step).
   """
   return {
-    "config": to_dict(config),
-    "config_hash": config_hash(config),
-    "seed": config.seed,
-    "data_key": data_key,
-    "tokenizer": None if tokenizer is None else to_state(tokenizer),
+    "config": dataclasses.asdict(config), "config_hash": config_hash(config), "seed": config.seed,
+    "data_key": data_key, "tokenizer": None if tokenizer is None else to_state(tokenizer),
   }
 
 
@@ -73,7 +68,6 @@ def save_model(model: Model, folder: Path):
   """Writes a model as a checkpoint without optimizer and text, of step 0.
 
   Args:
-    model: with or without a tokenizer.
     folder: of the checkpoint; must not exist.
   """
   config = Config(model=model.config, data=DataConfig(sources=""))
@@ -101,7 +95,6 @@ def read_meta(folder: Path) -> dict:
 
 
 def _digest(meta: dict) -> str:
-  """Hashes all of `meta` except its own hash: 16 hex digits."""
   sums = {name: value for name, value in meta[_SUMS].items() if name != "meta"}
   text = json.dumps(meta | {_SUMS: sums}, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -166,8 +159,6 @@ def read_newest(
   """Reads the first checkpoint that is complete: (its number in the list, meta, trees by name).
 
   Args:
-    folders: checkpoints.
-    parent: their folder, for messages.
     like: meta → descriptions of the trees to read, by name.
     agree: whether any process failed to read, where several read together.
   Raises:
@@ -186,14 +177,17 @@ def read_newest(
       reason = reason or "another process could not read it"
     elif not (reason := _mismatch(meta, trees, folder)):
       return number, meta, trees
-    warn(f"checkpoint {folder} cannot be read ({reason}); trying the one before")
+    multihost.say(
+      f"llmjax: warning: checkpoint {folder} cannot be read ({reason}); trying the one before"
+    )
   raise UserError(f"none of the {len(folders)} checkpoints in {str(parent)!r} can be read")
 
 
 def _mismatch(meta: dict, trees: dict, folder: Path) -> str:
   """Names an array that is not the one that was saved; "" if there is none."""
   if _SUMS not in meta:
-    warn(f"checkpoint {folder} has no checksums, as older ones; its arrays are taken as they are")
+    text = f"checkpoint {folder} has no checksums, as older ones; its arrays are taken as they are"
+    multihost.say(f"llmjax: warning: {text}")
     return ""
   for name, arrays in trees.items():
     found = checksums(tree.flatten(arrays))[0]
@@ -201,12 +195,6 @@ def _mismatch(meta: dict, trees: dict, folder: Path) -> str:
       if found[path] != value:
         return f"the checksum of {name} {path} does not match"
   return ""
-
-
-def warn(text: str):
-  """Prints a warning in the process that writes."""
-  if multihost.is_writer():
-    print(f"llmjax: warning: {text}", file=sys.stderr)
 
 
 def reason_of(error: Exception) -> str:

@@ -64,7 +64,7 @@ def test_defaults_refuse_a_key_nobody_declared():
 def test_the_real_config_survives_defaults_freeze_and_json():
   made = configs.freeze(configs.defaults(Config).to_dict(), Config)
   assert made == Config()
-  assert configs.freeze(json.loads(json.dumps(configs.to_dict(made))), Config) == made
+  assert configs.freeze(json.loads(json.dumps(dataclasses.asdict(made))), Config) == made
 
 
 def test_a_file_is_read_and_overridden(path):
@@ -212,7 +212,7 @@ def test_a_number_that_is_not_finite_is_refused_wherever_a_config_is_read(key, n
   with pytest.raises(UserError, match=rf"{key} (nan|-?inf) is not a finite number"):
     configs.override(Config(), [f"--config.{key}={number}"])
   section, *middle, last = key.split(".")
-  values = configs.to_dict(Config())
+  values = dataclasses.asdict(Config())
   inner = values[section]
   for name in middle:
     inner = inner[name]
@@ -249,7 +249,7 @@ def test_an_old_key_answers_with_its_new_name(tmp_path):
 
 def test_a_stored_config_of_old_keys_is_read_as_one_of_today():
   """Values too where the meaning changed: patterns without decay are rows of groups."""
-  stored = json.loads(json.dumps(configs.to_dict(Config())))
+  stored = json.loads(json.dumps(dataclasses.asdict(Config())))
   today = json.loads(json.dumps(stored))
   for old, new in configs.RENAMED.items():
     (*sections, name), (*_, new_name) = old.split("."), new.split(".")

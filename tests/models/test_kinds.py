@@ -9,7 +9,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from llmjax.core import tree
-from llmjax.core.config import freeze, to_dict
+from llmjax.core.config import freeze
 from llmjax.core.errors import UserError
 from llmjax.core.weight import fixed_paths
 from llmjax.data.batch import Batch
@@ -44,7 +44,7 @@ def test_the_abstract_tree_is_that_of_the_model(tiny_config):
   assert leaves["decoder/blocks/mlp/up_df/scale_f"].shape == (2, 64)
   fixed = fixed_paths(shapes)
   assert fixed == {path for path in leaves if "base_" in path or "/mlp/" in path}
-  assert freeze(to_dict(config), ModelConfig) == config and hash(config) is not None
+  assert freeze(dataclasses.asdict(config), ModelConfig) == config and hash(config) is not None
 
 
 @pytest.mark.usefixtures("quick_compile")
@@ -74,8 +74,8 @@ def test_merged_weights_give_the_same_logits(tiny_config, tiny_decoder):
 @pytest.mark.parametrize(
   ("rows", "said"),
   [
-    ((("*/up_fd", {"kind": "lora"}),), "'\\*/up_fd' matches no matrix; known: decoder/blocks"),
-    ((("*/scale_d", {"kind": "int8"}),), "matches no matrix"),
+    ((("*/up_fd", {"kind": "lora"}),), "'\\*/up_fd' matches no matrices; known: decoder/blocks"),
+    ((("*/scale_d", {"kind": "int8"}),), "matches no matrices"),
     ((("*", {"kind": "int3"}),), "kind 'int3' is unknown"),
     ((("*", {"kind": "lora", "rnk": 3}),), "option 'rnk' is unknown; did you mean 'rank'"),
     ((("*", {"kind": "lora", "rank": 0}),), "rank 0 is not a positive integer"),

@@ -27,9 +27,9 @@ from llmjax.nn.attention.latent import LatentConfig
 from llmjax.nn.attention.scores import Scores
 from llmjax.nn.attention.variant import AttentionVariant
 from llmjax.nn.cache.dense import KVCache
-from llmjax.nn.feed_forward import FeedForward
 from llmjax.nn.param import fan_in, param
 from llmjax.nn.projection import project_out
+from llmjax.nn.variant import FeedForward
 from llmjax.serve.generate import generate_ids
 from llmjax.serve.sample import Sampling
 from tests.models.variants import make_config

@@ -4,13 +4,14 @@ Every value that `ModelConfig` can take stands in at least one row (`test_covera
 each row changes several at a time, and all are as small as will do.
 """
 
+import dataclasses
 import zlib
 
 import jax.numpy as jnp
 import numpy as np
 
 from llmjax.core import tree
-from llmjax.core.config import flat, freeze, to_dict
+from llmjax.core.config import flat, freeze
 from llmjax.data.batch import Batch
 from llmjax.models.build import abstract
 from llmjax.models.config import ModelConfig
@@ -185,7 +186,7 @@ ROWS = {
 
 def make_config(**keys) -> ModelConfig:
   """A config from dotted keys over `BASE`."""
-  values = to_dict(ModelConfig())
+  values = dataclasses.asdict(ModelConfig())
   for key, value in {**BASE, **keys}.items():
     *sections, name = key.split(".")
     place = values

@@ -14,7 +14,6 @@ from llmjax.nn import norm
 from llmjax.nn.attention import ring
 from llmjax.parallel import rules
 from llmjax.training import check as checks
-from llmjax.training import step as steps
 from llmjax.training.check import on_one_device
 from llmjax.training.config import Config
 from llmjax.training.shrink import made_up_batch, shrink
@@ -73,7 +72,7 @@ def test_a_doubled_gradient_is_caught(monkeypatch):
     twice = 1 if jax.sharding.get_abstract_mesh().empty else 2
     return jax.tree.map(lambda leaf: twice * leaf, right(weights, table))
 
-  monkeypatch.setattr(steps, "constrain", doubled)
+  monkeypatch.setattr(rules, "constrain", doubled)
   found = row({"data": 2, "fsdp": 4})
   assert not found["ok"] and found["worst_rel"] > 0.5
 

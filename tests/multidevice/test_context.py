@@ -14,8 +14,7 @@ from llmjax.nn.attention.config import AttentionConfig
 from llmjax.nn.attention.context import attend_sharded
 from llmjax.nn.attention.kernels import attend
 from llmjax.nn.attention.mask import MaskSpec, self_mask
-from llmjax.nn.attention.scores import Scores
-from llmjax.nn.bias import Bias
+from llmjax.nn.attention.scores import Bias, Scores
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 
 B, T, N, K, H = 2, 48, 4, 2, 8

@@ -9,7 +9,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from llmjax.core.errors import UserError
-from llmjax.nn.bias import Bias, alibi_slopes, relative_bucket
+from llmjax.nn.attention.scores import Bias, alibi_slopes, relative_bucket
 from llmjax.nn.position import (
   PositionConfig,
   rope_angles,

@@ -282,7 +282,7 @@ def test_figures_of_routing_by_hand():
 def test_a_negative_weight_or_rate_is_a_user_error(key):
   with pytest.raises(UserError, match=rf"^loss\.{key} -1 is less than 0"):
     LossConfig(**{key: -1})
-  with pytest.raises(UserError, match=r"^optim\.bias_rate -1 is negative"):
+  with pytest.raises(UserError, match=r"^optim\.bias_rate -1 is less than 0"):
     OptimConfig(bias_rate=-1)
 
 

@@ -44,14 +44,14 @@ def test_a_run_stops_at_what_is_not_finite_and_keeps_the_checkpoints_before(
     "from pathlib import Path\nfrom tests.runs import tiny_values\n"
     f"def get_config():\n  return tiny_values(Path({str(text)!r}))\n"
   )
-  feed = loop._feed
+  feed = loop.batches
 
-  def spoiled(*args):
-    for step, batch in enumerate(feed(*args), 1):
+  def spoiled(*args, **options):
+    for step, batch in enumerate(feed(*args, **options), 1):
       nan = batch.loss_mask_bt.at[2, 3].set(jnp.nan)
       yield dataclasses.replace(batch, loss_mask_bt=nan) if step == 6 else batch
 
-  monkeypatch.setattr(loop, "_feed", spoiled)
+  monkeypatch.setattr(loop, "batches", spoiled)
   workdir = tmp_path / "run"
   argv = ["train", f"--config={config}", f"--workdir={workdir}", "--config.checkpoint.every=2"]
   assert main([*argv, "--json"]) == 1

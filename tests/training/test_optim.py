@@ -113,7 +113,7 @@ def test_a_run_no_longer_than_its_warmup_warms_up_from_end_to_end(warmup, steps)
   ("groups", "says"),
   [
     ((("*/scale_d", {}), ("*/bias_d", {}), ("*", {})),
-     r"'\*/bias_d' matches no parameter; known: decoder"),
+     r"'\*/bias_d' matches no parameters; known: decoder"),
     ((("*", {}), ("up_df", None)), "'up_df' matches only parameters that earlier rows match"),
     ((("up_*", {}),), "no row of optim.groups matches parameter 'decoder/norm/scale_d'"),
     ((), "no row of optim.groups matches"),

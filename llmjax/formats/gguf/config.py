@@ -63,7 +63,6 @@ def config_of(
   """Reads a file's architecture; arithmetic is fp32.
 
   Args:
-    values: the file's keys.
     shapes: tensor name → shape, the dimension that is multiplied last.
     factors: those of `ROPE_TENSORS` that the file has.
   Raises:
@@ -98,7 +97,13 @@ def config_of(
   if bool(metadata.get("attention.causal", causal)) != causal:
     fields["attention.mask"] = "bidirectional" if causal else "causal"
   fields |= positions(metadata, shapes, factors, h)
-  fields |= _attention(shapes, h) | _norm(metadata, shapes, fields)
+  bias = "blk.0.attn_q.bias" in shapes or "blk.0.attn_qkv.bias" in shapes
+  normed = shapes.get("blk.0.attn_q_norm.weight")
+  fields |= {
+    "attention.qk_norm": "none" if not normed else "head" if normed == (h,) else "all",
+    "attention.bias": "all" if "blk.0.attn_output.bias" in shapes else "qkv" if bias else "none",
+  }
+  fields |= _norm(metadata, shapes, fields)
   _window(metadata, fields)
   metadata.check_rest()
   config = configs.freeze(unflatten_dict(fields, sep="."), ModelConfig, "model.")
@@ -124,15 +129,6 @@ def _same_heads(metadata: Metadata, h: int):
       )
 
 
-def _attention(shapes, head_dim: int) -> dict:
-  bias = "blk.0.attn_q.bias" in shapes or "blk.0.attn_qkv.bias" in shapes
-  normed = shapes.get("blk.0.attn_q_norm.weight")
-  return {
-    "attention.qk_norm": "none" if not normed else "head" if normed == (head_dim,) else "all",
-    "attention.bias": "all" if "blk.0.attn_output.bias" in shapes else "qkv" if bias else "none",
-  }
-
-
 def _norm(metadata: Metadata, shapes, fields: dict) -> dict:
   before, after, post = (
     f"blk.0.{name}.weight" in shapes
@@ -149,7 +145,6 @@ def _norm(metadata: Metadata, shapes, fields: dict) -> dict:
 
 
 def _window(metadata: Metadata, fields: dict):
-  """Decides which layers have a window, and the base of their rotary positions."""
   pattern = fields.pop("attention.pattern", None)
   local = fields.pop("position.local_theta", 0.0)
   given, layers = metadata.get("attention.sliding_window_pattern"), fields["layers"]

@@ -92,7 +92,6 @@ def _tokenizer(values: dict, vocab_size: int) -> Tokenizer | None:
 
 
 def _read(path) -> tuple[dict, dict]:
-  """Parses a file and its further shards: (metadata, tensors as they are stored)."""
   values, tensors = _parse(path)
   count, wanted = values.get("split.count", 1), values.get("split.tensors.count", len(tensors))
   if count <= 1:
@@ -140,7 +139,6 @@ def _dequantize(tensor) -> np.ndarray:
 
 
 def _table(config: ModelConfig, names) -> dict:
-  """The rows that this architecture and its file's tensors need."""
   norms = _NORMS[config.norm.place]
   rows = _ROWS | {f"blk.{{l}}.{name}": f"@/blocks/{norm}" for name, norm in norms.items()}
   if "blk.0.attn_qkv.weight" in names:

@@ -62,7 +62,8 @@ class Metadata:
     value = self.values.get(f"{self.name}.{key}")
     if value is None:
       return default
-    if isinstance(default, (int, float)) and not _is_number(value):
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    if isinstance(default, (int, float)) and not is_number:
       raise UserError(f"GGUF key '{self.name}.{key}' is {value!r}, not a finite number")
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -94,7 +95,3 @@ class Metadata:
         unknown.append(name)
     if unknown:
       note(f"nothing reads these keys of the GGUF file: {', '.join(unknown)}")
-
-
-def _is_number(value) -> bool:
-  return isinstance(value, (int, float)) and math.isfinite(value)

@@ -20,9 +20,7 @@ def positions(metadata: Metadata, shapes, factors: Mapping, head_dim: int) -> di
   """Reads positions by dotted key, and `max_seq_len` with those that a stretch adds.
 
   Args:
-    shapes: tensor name → shape.
     factors: those of `TENSORS` that the file has.
-    head_dim: h.
   Raises:
     UserError: a scaling that is not known here.
   """
@@ -69,7 +67,6 @@ def positions(metadata: Metadata, shapes, factors: Mapping, head_dim: int) -> di
 
 
 def _longrope(factors: Mapping, factor: float, share: float, original: int) -> dict:
-  """Two sets of divisors, for short documents and for long ones."""
   if factor != 1 or not {SHORT, LONG} <= factors.keys():
     raise UserError(f"GGUF longrope needs tensors {SHORT!r} and {LONG!r} and no factor")
   return {

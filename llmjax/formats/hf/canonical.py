@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from llmjax.models.config import ModelConfig, VisionConfig
 from llmjax.nn.attention.config import AttentionConfig
@@ -33,7 +34,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
 
 def _canonical_attention(config: ModelConfig) -> AttentionConfig:
   attention, h = config.attention, config.dims["h"]
-  layers = layer_kinds(config)
+  layers = config.layer_kinds
   usual = config.kind == "encoder_decoder" or config.causal == (config.kind == "decoder")
   unread = ("window", "sparse_block", "sparse_local", "sparse_global", "sparse_stride")
   unread = [key for key in unread if key.partition("_")[0] not in layers]
@@ -101,13 +102,7 @@ def _canonical_context(config: ModelConfig) -> int:
   return context
 
 
-def layer_kinds(config: ModelConfig) -> list[str]:
-  """Lists the kind of every layer."""
-  pattern = config.attention.pattern
-  return [pattern[i % len(pattern)] for i in range(config.layers)]
-
-
-def shortest_pattern(layers: list) -> tuple:
+def shortest_pattern(layers: Sequence[str]) -> tuple:
   """Finds the shortest pattern whose repetition begins with these kinds of layers."""
   for period in range(1, len(layers) + 1):
     if all(kind == layers[i % period] for i, kind in enumerate(layers)):

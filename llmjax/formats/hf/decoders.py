@@ -122,10 +122,10 @@ PHI3 = replace(
 )
 
 
-def _gemma_scalar(scale: float, config) -> int:
-  return round((scale or config.dims["h"] ** -0.5) ** -2)
-
-
+GEMMA_SCALE = (
+  lambda scalar, _: scalar**-0.5,
+  lambda scale, config: round((scale or config.dims["h"] ** -0.5) ** -2),
+)
 EMBED_SCALE = Codec(("hidden_act",), lambda raw, fields: {"embed.scale": fields["width"] ** 0.5})
 GEMMA2 = replace(
   LLAMA, name="gemma2", architecture="Gemma2ForCausalLM",
@@ -136,9 +136,7 @@ GEMMA2 = replace(
     "hidden_activation": Key("activation", "gelu_pytorch_tanh", GATED),
     "tie_word_embeddings": Key("tie_embeddings", True),
     "use_bidirectional_attention": only(None, False),
-    "query_pre_attn_scalar": Key(
-      "attention.scale", 256, (lambda scalar, _: scalar**-0.5, _gemma_scalar)
-    ),
+    "query_pre_attn_scalar": Key("attention.scale", 256, GEMMA_SCALE),
     "attn_logit_softcapping": Key("attention.softcap", 50.0, null=0.0),
     "final_logit_softcapping": Key("embed.logit_softcap", 30.0, null=0.0),
   },

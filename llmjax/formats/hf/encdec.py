@@ -83,7 +83,6 @@ T5 = Family(
 
 
 def _read_marian(raw: dict, fields: dict) -> dict:
-  """Vocabularies, and what encoder and decoder must have alike."""
   for name, field, default in (("attention_heads", "heads", 16), ("ffn_dim", "mlp_width", 4096)):
     decoder = raw.get(f"decoder_{name}", default)
     if fields[field] != decoder:

@@ -54,7 +54,6 @@ POSITIONS = (lambda rows, _: rows - UNUSED_ROWS, lambda length, _: length + UNUS
 
 
 def _roberta(name: str) -> str:
-  """RoBERTa's name of a tensor of BERT's."""
   for old, new in (
     ("cls.predictions.transform.LayerNorm", "lm_head.layer_norm"),
     ("cls.predictions.transform.", "lm_head."),

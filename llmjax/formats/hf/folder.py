@@ -145,7 +145,6 @@ def save_folder(model: Model, path, dtype: str = "float32", family: str = ""):
 
 
 def _with_start_token(model: Model) -> Model:
-  """Sets an encoder_decoder's start token, where that is left to the tokenizer."""
   config, embed = model.config, model.config.embed
   if config.kind != "encoder_decoder" or embed.start_token >= 0 or model.tokenizer is None:
     return model

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from llmjax.core.errors import UserError
-from llmjax.formats.hf.canonical import layer_kinds, shortest_pattern
+from llmjax.formats.hf.canonical import shortest_pattern
 from llmjax.formats.hf.family import Codec
 from llmjax.models.config import ModelConfig
 
@@ -41,7 +41,7 @@ def _layers(keys: tuple, size: Callable, slides: Callable, write: Callable) -> C
 
 def _kinds(config: ModelConfig) -> list:
   names = {kind: name for name, kind in KINDS.items()}
-  return [names.get(kind, kind) for kind in layer_kinds(config)]
+  return [names.get(kind, kind) for kind in config.layer_kinds]
 
 
 def window(default: int | None) -> Codec:

@@ -44,7 +44,6 @@ def from_tensors(
   """Builds a model from tensors under another project's names.
 
   Args:
-    config: the architecture.
     tensors: arrays of any float dtype by their name; each is asked for once.
     table: rows as above; those whose paths the architecture lacks are passed over.
     offset: added to the scales of norms.
@@ -194,11 +193,9 @@ def scales(config: ModelConfig) -> set[str]:
 
 
 class _Layout:
-  """A layout expression with its sizes: `shape` is the tensor's.
-
-  `arrays` are the letters of each of our arrays, `sizes` those letters' sizes; `groups` are, for
-  each dimension that `view` cuts, its summands and their sizes.
-  """
+  """A layout expression with its sizes: `shape` is the tensor's. `arrays` are the letters of each
+  of our arrays, `sizes` those letters' sizes; `groups` are, for each dimension that `view` cuts,
+  its summands and their sizes."""
 
   def __init__(self, letters: str, paths, shapes, config: ModelConfig):
     self.letters = letters

@@ -105,18 +105,15 @@ def _write_latent(config):
   return keys | {"rope_scaling": scaling}
 
 
-def _read_groups(raw, fields):
-  if raw.get("topk_method") != LIMITED:
-    return {}
-  return {"moe.groups": raw.get("n_group"), "moe.top_groups": raw.get("topk_group")}
-
-
-def _write_groups(config):
-  groups = {"n_group": config.moe.groups, "topk_group": config.moe.top_groups}
-  return groups | ({"topk_method": LIMITED} if config.moe.groups > 1 else {})
-
-
 LIMITED = "group_limited_greedy"
+GROUPS = {"n_group": "groups", "topk_group": "top_groups"}
+LIMITS = Codec(
+  tuple(GROUPS),
+  lambda raw, fields: {f"moe.{field}": raw.get(key) for key, field in GROUPS.items()}
+  if raw.get("topk_method") == LIMITED else {},
+  lambda config: {key: getattr(config.moe, field) for key, field in GROUPS.items()}
+  | ({"topk_method": LIMITED} if config.moe.groups > 1 else {}),
+)
 ROPE = rope(
   kinds={kind: kind for kind in TYPES if kind != "dynamic"}, elsewhere=("mscale_all_dim",)
 )
@@ -186,9 +183,6 @@ DEEPSEEK_V2 = replace(
   },
   fixed={"moe.renormalize": False, "position.layout": "interleaved"},
   skip=LLAMA.skip,
-  codecs=(
-    ROPE, LATENT, UNREAD, DIVIDES,
-    Codec(("n_group", "topk_group"), _read_groups, _write_groups),
-  ),
+  codecs=(ROPE, LATENT, UNREAD, DIVIDES, LIMITS),
 )
 MOES = (MIXTRAL, QWEN3_MOE, OLMOE, DEEPSEEK_V3, DEEPSEEK_V2)

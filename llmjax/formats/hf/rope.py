@@ -92,9 +92,7 @@ def _first(*values):
 
 def _blocks(raw: dict, nested: bool) -> tuple[dict, dict]:
   """The rope parameters of full layers and of window layers, where those are `nested`.
-
-  `rope_scaling` is read before `rope_parameters`; nested ones it adds to.
-  """
+  `rope_scaling` is read before `rope_parameters`; nested ones it adds to."""
   new, old = (raw.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
   full, local = (new.get(FULL) or {}, new.get(SLIDING) or {}) if nested else (new, {})
   for block in (new, old, full, local):

@@ -22,18 +22,14 @@ def _image(patch: int) -> dict:
   }
 
 
-def _read_vit(raw, fields):
-  return {"vocab_size": raw.get("num_labels") or len(raw.get("id2label") or "ab")}
-
-
-def _write_vit(config):
-  names = [f"LABEL_{i}" for i in range(config.vocab_size)]
-  return {
-    "id2label": {str(i): name for i, name in enumerate(names)},
-    "label2id": {name: i for i, name in enumerate(names)},
-  }
-
-
+CLASSES = Codec(
+  ("encoder_stride", "pooler_act", "pooler_output_size"),
+  lambda raw, fields: {"vocab_size": raw.get("num_labels") or len(raw.get("id2label") or "ab")},
+  lambda config: {
+    "id2label": {str(i): f"LABEL_{i}" for i in range(config.vocab_size)},
+    "label2id": {f"LABEL_{i}": i for i in range(config.vocab_size)},
+  },
+)
 V = "vit.embeddings."
 L = "vit.encoder.layer.{l}."
 VIT = Family(
@@ -58,7 +54,7 @@ VIT = Family(
     "vit.layernorm": "vision/encoder/norm",
     "classifier": "head/head",
   },
-  (Codec(("encoder_stride", "pooler_act", "pooler_output_size"), _read_vit, _write_vit),),
+  (CLASSES,),
   LEARNED | {"kind": "vision", "vision.class_token": True, "vision.patch_bias": True},
   aliases=((r"^(embeddings|encoder|layernorm)\.", r"vit.\1."),),
   dropped=(r"^(vit\.)?pooler\.",),
@@ -121,7 +117,6 @@ def _write_llava(config: ModelConfig):
 
 
 def _unread_layer(name: str, config: ModelConfig) -> bool:
-  """Whether a tensor is of a layer behind the one whose result LLaVA reads."""
   layer = re.match(r"vision_tower\.vision_model\.encoder\.layers\.(\d+)\.", name)
   return layer is not None and int(layer[1]) >= config.vision.layers
 
@@ -164,15 +159,16 @@ LLAVA = Family(
 )
 
 
-def _read_gemma3(raw, fields):
-  tied = raw.get("tie_word_embeddings") is not False
-  return read_fields(GEMMA3, {**(raw.get("text_config") or {}), "tie_word_embeddings": tied})
-
-
+GEMMA3_TEXT = Codec(
+  (*SHELL_KEYS, *GEMMA3_KEYS, "mm_tokens_per_image"),
+  lambda raw, fields: read_fields(GEMMA3, (raw.get("text_config") or {}) | {
+    "tie_word_embeddings": raw.get("tie_word_embeddings") is not False
+  }),
+)
 # The text model out of a Gemma 3 with images; it is written as gemma3_text.
 GEMMA3_SHELL = dataclasses.replace(
   GEMMA3, name="gemma3", keys={}, fixed={},
-  codecs=(Codec((*SHELL_KEYS, *GEMMA3_KEYS, "mm_tokens_per_image"), _read_gemma3),),
+  codecs=(GEMMA3_TEXT,),
   aliases=(
     (r"^language_model\.", ""),
     (r"^model\.language_model\.", "model."),

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llmjax.core.choices import check_choice, check_least
+from llmjax.core.choices import check_choice, check_fields
 from llmjax.core.errors import UserError
 from llmjax.nn.attention.context import CONTEXTS
 from llmjax.nn.attention.grouped_query import GroupedQuery
@@ -65,14 +65,12 @@ class AttentionConfig:
   latent: LatentConfig = LatentConfig()
 
   def __post_init__(self):
-    for key, known in CHOICES.items():
-      check_choice(f"model.attention.{key}", getattr(self, key), known)
-    for kind in self.pattern:
-      check_choice("model.attention.pattern", kind, LAYERS)
-    check_least(
-      "model.attention", self, window=0, sparse_block=1, sparse_local=1, sparse_global=0,
+    check_fields(
+      "model.attention", self, **CHOICES, window=0, sparse_block=1, sparse_local=1, sparse_global=0,
       sparse_stride=0, softcap=0, scale=0, block=16,
     )
+    for kind in self.pattern:
+      check_choice("model.attention.pattern", kind, LAYERS)
     if not self.pattern:
       raise UserError("model.attention.pattern is empty; write ('full',)")
     if ("window" in self.pattern) != (self.window > 0):

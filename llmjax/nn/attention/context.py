@@ -1,8 +1,6 @@
-"""Attention with context parallelism (positions sharded along `context`).
-
-`ring` is in nn/attention/ring.py, `gather` all-gathers keys and values, and `all_to_all` exchanges
-the sharding of positions for one of heads, before and after.
-"""
+"""Attention with context parallelism (positions sharded along `context`). `ring` is in
+nn/attention/ring.py, `gather` all-gathers keys and values, and `all_to_all` exchanges the sharding
+of positions for one of heads, before and after."""
 
 import dataclasses
 
@@ -15,7 +13,7 @@ from llmjax.nn.attention.kernels import attend
 from llmjax.nn.attention.mask import Mask
 from llmjax.nn.attention.ring import ring_attend
 from llmjax.nn.attention.scores import Scores
-from llmjax.parallel.rules import ACTIVATIONS, inside, shards, spec
+from llmjax.parallel.rules import ACTIVATIONS, inside, on_each_device, shards, spec
 
 CONTEXTS = ("ring", "gather", "all_to_all")
 _HEADS = ACTIVATIONS | {"t": None, "n": ("tensor", "context"), "k": ("tensor", "context")}
@@ -37,7 +35,7 @@ def attend_sharded(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, config):
     arXiv:2309.14509.
   """
   arguments = q_btnh, k_bskh, v_bskh, mask, scores
-  if shards("t", ACTIVATIONS) == 1:
+  if shards("t") == 1:
     return attend(*arguments, config.kernel, config.block)
   if config.context_parallel == "all_to_all" and mask.aligned:
     return _all_to_all(*arguments, config.kernel, config.block)
@@ -67,10 +65,8 @@ def _gather(q_btnh, k_bskh, v_bskh, mask: Mask, scores: Scores, block: int):
   sharded, replicated = PartitionSpec(None, "context"), PartitionSpec()
   queries = (q_btnh, mask.q_positions_bt, mask.q_segments_bt)
   keys = (k_bskh, v_bskh, mask.k_positions_bs, mask.k_segments_bs, mask.prefix_bs)
-  return jax.shard_map(
-    local, in_specs=(sharded, sharded, replicated, replicated), out_specs=sharded,
-    axis_names={"context"}, check_vma=False,
-  )(queries, keys, scores.bias, scores.sinks_n)
+  run = on_each_device(local, (sharded, sharded, replicated, replicated), sharded, "context")
+  return run(queries, keys, scores.bias, scores.sinks_n)
 
 
 def _all_to_all(q_btnh, k_bskh, v_bskh, mask, scores, kernel, block):

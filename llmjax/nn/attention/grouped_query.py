@@ -56,10 +56,8 @@ class Attention(nnx.Module):
     """Computes self-attention: (y_btd, the cache with the new keys and values or None).
 
     Args:
-      x_btd: normed residual stream.
       inputs: mask, rope and bias.
       positions_bt: positions that new keys and values are written to the cache with.
-      cache: this layer's keys and values so far.
     """
     q_btnh, *key_value = project_in(self, x_btd, "query_dnh", "key_dkh", "value_dkh")
     q_btnh, new = self._queries(q_btnh, inputs), self._keys_values(*key_value, inputs.rope)

@@ -1,9 +1,7 @@
-"""Attention's inner product, computed four ways: direct, blockwise, splash (TPU), cudnn (GPU).
-
-All compute softmax(cap(q kᵀ · scale) + bias) v within the mask, softmax in fp32. `direct` keeps the
-[t, s] weights for the backward pass; `blockwise` recomputes them a strip of queries at a time and
-needs O(t) memory in both directions; the other two are the platforms' own kernels.
-"""
+"""Attention's inner product, computed four ways: direct, blockwise, splash (TPU), cudnn (GPU). All
+compute softmax(cap(q kᵀ · scale) + bias) v within the mask, softmax in fp32. `direct` keeps the
+weights for the backward pass; `blockwise` recomputes them a strip of queries at a time and needs
+O(t) memory in both directions; the other two are the platforms' own kernels."""
 
 import dataclasses
 import functools
@@ -13,17 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llmjax.core.dot import contract
+from llmjax.core.dot import dot
 from llmjax.core.errors import UserError
 from llmjax.core.platform import platform
+from llmjax.nn.attention import platform_kernels
 from llmjax.nn.attention.mask import Mask
-from llmjax.nn.attention.platform_kernels import (
-  cudnn,
-  cudnn_cannot,
-  masked_by_rule,
-  splash,
-  splash_cannot,
-)
 from llmjax.nn.attention.scores import Scores
 from llmjax.parallel.rules import ACTIVATIONS
 
@@ -42,7 +34,6 @@ def attend(
     k_bskh: keys; n is a multiple of k, and query head i reads key head i // g.
     v_bskh: values, whose head width may be smaller.
     mask: which keys each query attends to; each query that matters attends to at least one.
-    scores: scale, soft cap, bias and sinks.
     kernel: one of `KERNELS`; auto takes the platform's where it supports the arguments.
     block: queries of a block of blockwise attention; splash's tile derives from it.
     table: from letters to mesh axes, for a kernel that runs on each device by itself.
@@ -60,9 +51,10 @@ def attend(
     short = q_btnh.shape[-1] - v_bskh.shape[-1]
     v_bskh = jnp.pad(v_bskh, ((0, 0), (0, 0), (0, 0), (0, short))) if short else v_bskh
     if chosen == "splash":
-      o_btnh = splash(q_btnh, k_bskh, v_bskh, mask, scores, block, table)
+      o_btnh = platform_kernels.splash(q_btnh, k_bskh, v_bskh, mask, scores, block, table)
     else:
-      o_btnh = checkpoint_name(cudnn(q_btnh, k_bskh, v_bskh, mask, scores), "attention")
+      o_btnh = platform_kernels.cudnn(q_btnh, k_bskh, v_bskh, mask, scores)
+      o_btnh = checkpoint_name(o_btnh, "attention")
     return o_btnh[..., :-short] if short else o_btnh
   one_block = chosen == "direct" or q_btnh.shape[1] <= block
   run = _attend_block if one_block else functools.partial(_blockwise, block=block)
@@ -79,12 +71,12 @@ def choose(
     UserError: the named kernel does not support this, with the reason.
   """
   reasons = {
-    "splash": splash_cannot(platform, q_shape, k_shape, mask, scores),
-    "cudnn": cudnn_cannot(platform, q_shape, k_shape, mask, scores, dtype),
+    "splash": platform_kernels.splash_cannot(platform, q_shape, k_shape, mask, scores),
+    "cudnn": platform_kernels.cudnn_cannot(platform, q_shape, k_shape, mask, scores, dtype),
   }
   if kernel == "auto":
     long = q_shape[1] * k_shape[1] > _DIRECT_POSITIONS**2
-    if long and (scores.bias is not None or not masked_by_rule(mask)):
+    if long and (scores.bias is not None or not platform_kernels.masked_by_rule(mask)):
       reasons.pop("cudnn")  # it would be given a mask or bias of [t, s]
     fit = [name for name, reason in reasons.items() if reason is None]
     return (*fit, "blockwise" if long else "direct")[0]
@@ -115,14 +107,14 @@ def _attend_block(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores):
 def _weigh(weights_bkgts, v_bksh, dtype, out_dtype=None):
   b, k, g, t, s = weights_bkgts.shape
   weights = weights_bkgts.astype(dtype).reshape(b, k, g * t, s)
-  return contract("bkqs,bksh->bkqh", weights, v_bksh, out_dtype).reshape(b, k, g, t, -1)
+  return dot("bkqs,bksh->bkqh", weights, v_bksh, out_dtype).reshape(b, k, g, t, -1)
 
 
 def _masked_scores(q_bkgth, k_bksh, mask: Mask, scores: Scores):
   """s_bkgts, fp32, without any sink."""
   b, k, g, t, h = q_bkgth.shape
   q_bkqh = q_bkgth.reshape(b, k, g * t, h)  # a key head's g queries share an axis
-  s_bkgts = contract("bkqh,bksh->bkqs", q_bkqh, k_bksh, jnp.float32).reshape(b, k, g, t, -1)
+  s_bkgts = dot("bkqh,bksh->bkqs", q_bkqh, k_bksh, jnp.float32).reshape(b, k, g, t, -1)
   if scores.softcap:
     s_bkgts = scores.softcap * jnp.tanh(s_bkgts / scores.softcap)
   if scores.bias is not None:

@@ -1,8 +1,6 @@
-"""Multi-head latent attention: all heads' keys and values are projections of one latent vector.
-
-The cache holds that vector and one rotary key for each position. With few queries, as in decoding,
-the up-projections are absorbed into queries and results; otherwise keys and values are expanded.
-"""
+"""Multi-head latent attention: all heads' keys and values are projections of one latent vector. The
+cache holds that vector and one rotary key for each position. With few queries, as in decoding, the
+up-projections are absorbed into queries and results; otherwise keys and values are expanded."""
 
 import dataclasses
 import math
@@ -11,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llmjax.core.choices import check_least
+from llmjax.core.choices import check_fields
 from llmjax.core.dot import dot
 from llmjax.core.errors import UserError
 from llmjax.nn.attention.context import attend_sharded
@@ -47,11 +45,11 @@ class LatentConfig(AttentionVariant):
 
   def __post_init__(self):
     section = "model.attention.latent"
-    check_least(section, self, kv_rank=0, query_rank=0)
+    check_fields(section, self, kv_rank=0, query_rank=0)
     if not self.used and any(dataclasses.astuple(self)):
       raise UserError(f"{section} changes nothing without {section}.kv_rank")
     if self.used:
-      check_least(section, self, rope_dim=2, nope_dim=1, value_dim=1)
+      check_fields(section, self, rope_dim=2, nope_dim=1, value_dim=1)
       if self.value_dim > self.width:
         raise UserError(f"{section}.value_dim {self.value_dim} is above nope_dim + rope_dim")
 

@@ -1,8 +1,6 @@
-"""Attention masks as a static rule with positions and segments, not as [t, s] arrays.
-
-Any tile of the mask can be computed by itself, so blockwise attention needs O(t) memory and fully
-masked key blocks are skipped.
-"""
+"""Attention masks as a static rule with positions and segments, not as [t, s] arrays. Any tile of
+the mask can be computed by itself, so blockwise attention needs O(t) memory and fully masked key
+blocks are skipped."""
 
 import dataclasses
 
@@ -73,8 +71,6 @@ class Mask:
   def key_range(self, start: int, stop: int, keys: int) -> tuple[int, int]:
     """Bounds the keys that are not masked for all of the queries from `start` to before `stop`.
 
-    Args:
-      keys: how many keys there are.
     Returns:
       (first, end) of the keys.
     """
@@ -117,7 +113,6 @@ def cache_mask(rule: MaskSpec, positions_bt, k_positions_bs, prefix_bs=None) -> 
 
   Args:
     rule: a causal one, or empty slots would not be masked.
-    positions_bt: int32 position of each query.
     k_positions_bs: int32 position of the key in each slot; later than every query for empty ones.
     prefix_bs: bool, keys that every query attends to.
   """

@@ -1,7 +1,5 @@
-"""Attention by the platforms' own kernels: splash attention on TPU, cuDNN on NVIDIA GPUs.
-
-For each there is a function that says what it does not support, for the user who named it.
-"""
+"""Attention by the platforms' own kernels: splash attention on TPU, cuDNN on NVIDIA GPUs. For each
+there is a function that says what it does not support, for the user who named it."""
 
 import functools
 

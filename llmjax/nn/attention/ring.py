@@ -1,8 +1,6 @@
-"""Ring attention: each device keeps its queries while keys and values travel along `context`.
-
-A row is split into twice as many chunks as devices, c. Under a causal mask device i takes chunks i
-and 2c - 1 - i, so every device computes two of a step's four tiles. Memory is O(t / c).
-"""
+"""Ring attention: each device keeps its queries while keys and values travel along `context`. A row
+is split into twice as many chunks as devices, c. Under a causal mask device i takes chunks i and
+2c - 1 - i, so every device computes two of a step's four tiles. Memory is O(t / c)."""
 
 import dataclasses
 import functools
@@ -16,6 +14,7 @@ from jax.sharding import PartitionSpec
 from llmjax.nn.attention.kernels import attend_partially
 from llmjax.nn.attention.mask import Mask, MaskSpec
 from llmjax.nn.attention.scores import Scores
+from llmjax.parallel.rules import on_each_device
 
 _AXIS = "context"
 _SHARDED, _REPLICATED = PartitionSpec(None, _AXIS), PartitionSpec()
@@ -57,12 +56,9 @@ def _ring_backward(static, residuals, grad):
 _ring.defvjp(_ring_forward, _ring_backward)
 
 
-def _on_ring(function, static, out_specs):
-  # Manual along this axis only: batch and heads are left to the compiler.
-  return jax.shard_map(
-    functools.partial(function, static), in_specs=(_SHARDED, _REPLICATED, _SHARDED),
-    out_specs=out_specs, axis_names={_AXIS}, check_vma=False,
-  )
+def _on_ring(function, static, out_specs):  # batch and heads are left to the compiler
+  in_specs = _SHARDED, _REPLICATED, _SHARDED
+  return on_each_device(functools.partial(function, static), in_specs, out_specs, _AXIS)
 
 
 def _forward(static, qkv, extra, ids):
@@ -127,7 +123,6 @@ def _backward(static, saved, extra, grad):
 
 
 def _tile(static, queries, keys, bias):
-  """Attends from one chunk's queries to another's keys: (o_btnh, lse_btn), fp32."""
   rule, scores, block = static
   q, (q_positions, q_segments) = queries
   (k, v), (k_positions, k_segments, prefix_bs) = keys
@@ -136,10 +131,8 @@ def _tile(static, queries, keys, bias):
 
 
 def _pull_tile(static, queries, keys, bias, saved):
-  """Gradients of one tile by its queries, its keys and values, and the bias, in fp32.
-
-  With o = Σ wᵢ oᵢ and wᵢ = exp(lseᵢ - lse): ∂oᵢ = wᵢ ∂o and ∂lseᵢ = wᵢ ∂o·(oᵢ - o).
-  """
+  """Gradients of one tile by its queries, its keys and values, and the bias, in fp32. With
+  o = Σ wᵢ oᵢ and wᵢ = exp(lseᵢ - lse): ∂oᵢ = wᵢ ∂o and ∂lseᵢ = wᵢ ∂o·(oᵢ - o)."""
   grad, grad_dot_o, lse = saved
   tile = lambda q, kv, bias: _tile(static, (q, queries[1]), (kv, keys[1]), bias)  # noqa: E731
   (o, tile_lse), pull = jax.vjp(tile, queries[0], keys[0], bias)
@@ -155,7 +148,6 @@ def _masked_result(q_btnh, v_bskh):
 
 
 def _merge(*results):
-  """Combines (o, lse) over two sets of keys."""
   lse = jnp.logaddexp(*(each for _, each in results))
   return sum(o * jnp.exp(each - lse)[..., None] for o, each in results), lse
 

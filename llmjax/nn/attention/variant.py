@@ -7,7 +7,7 @@ from flax import nnx
 
 from llmjax.core.errors import UserError
 from llmjax.nn.attention.mask import Mask
-from llmjax.nn.bias import Bias
+from llmjax.nn.attention.scores import Bias
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.variant import Variant
 
@@ -37,10 +37,6 @@ class AttentionVariant(Variant):
     """Makes a layer: a module called as (x_btd, inputs, positions_bt, cache) → (y_btd, cache).
 
     Args:
-      key: PRNG key of the module.
-      dims: sizes of d, n, k and h.
-      config: `AttentionConfig`.
-      norm: kind and eps of norms inside attention.
       layout: pairing of the channels that rope rotates.
       out_scale: factor on the output projection's initial standard deviation.
     """

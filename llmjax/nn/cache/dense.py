@@ -1,8 +1,6 @@
-"""The key/value cache of decoding, with the position of every key.
-
-The key of position p is written to slot p mod slots: a cache as long as the text keeps every key,
-and a shorter one is a ring buffer of the last ones, which is all that a window layer needs.
-"""
+"""The key/value cache of decoding, with the position of every key. The key of position p is written
+to slot p mod slots: a cache as long as the text keeps every key, and a shorter one is a ring buffer
+of the last ones, which is all that a window layer needs."""
 
 import dataclasses
 

@@ -13,8 +13,8 @@ from llmjax.core.errors import UserError
 from llmjax.nn.attention.config import AttentionConfig
 from llmjax.nn.attention.grouped_query import Attention
 from llmjax.nn.attention.mask import MaskSpec, cache_mask, cross_mask, self_mask
+from llmjax.nn.attention.scores import Bias
 from llmjax.nn.attention.variant import AttentionInputs
-from llmjax.nn.bias import Bias
 from llmjax.nn.cache.dense import KVCache
 from llmjax.nn.norm import NormConfig
 from llmjax.nn.position import PositionConfig, rope_angles

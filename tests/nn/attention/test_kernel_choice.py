@@ -9,8 +9,7 @@ import pytest
 from llmjax.core.errors import UserError
 from llmjax.nn.attention.kernels import attend, choose
 from llmjax.nn.attention.mask import MaskSpec, cache_mask, self_mask
-from llmjax.nn.attention.scores import Scores
-from llmjax.nn.bias import Bias
+from llmjax.nn.attention.scores import Bias, Scores
 
 # It is memory that is measured, which XLA's optimizer of code does not change.
 FAST = {"xla_backend_optimization_level": 0}

@@ -16,8 +16,7 @@ from llmjax.core.errors import UserError
 from llmjax.nn.attention import kernels
 from llmjax.nn.attention.kernels import attend
 from llmjax.nn.attention.mask import MaskSpec, cache_mask, cross_mask, self_mask
-from llmjax.nn.attention.scores import Scores
-from llmjax.nn.bias import Bias
+from llmjax.nn.attention.scores import Bias, Scores
 from tests.reference import layers
 from tests.reference.gradient import assert_pulled
 from tests.reference.masks import keys_of
@@ -311,5 +310,5 @@ def test_attend_runs_what_was_chosen(monkeypatch):
     attend(*given, "splash")
   for name, made in (("splash", 1.0), ("cudnn", 2.0)):
     monkeypatch.setattr(kernels, "choose", lambda *_, name=name: name)
-    monkeypatch.setattr(kernels, name, lambda *_, made=made: jnp.float32(made))
+    monkeypatch.setattr(kernels.platform_kernels, name, lambda *_, made=made: jnp.float32(made))
     assert attend(*given) == made

@@ -142,7 +142,7 @@ def test_values_narrower_than_keys_are_padded_for_a_platforms_kernel(monkeypatch
   mask = self_mask(MaskSpec(True), None, jnp.arange(6)[None])
   want = kernels.attend(q, k, v, mask, Scores(0.3), "direct")
   monkeypatch.setattr(kernels, "choose", lambda *a: "cudnn")
-  monkeypatch.setattr(kernels, "cudnn", lambda *a: cudnn(*a, implementation="xla"))
+  monkeypatch.setattr(kernels.platform_kernels, "cudnn", lambda *a: cudnn(*a, implementation="xla"))
   # The same softmax by another program, fp32.
   assert_allclose(kernels.attend(q, k, v, mask, Scores(0.3), "cudnn"), want, atol=1e-6)
 

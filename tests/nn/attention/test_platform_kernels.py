@@ -11,8 +11,7 @@ from numpy.testing import assert_allclose
 
 from llmjax.nn.attention.mask import MaskSpec, self_mask
 from llmjax.nn.attention.platform_kernels import _splash_local, cudnn
-from llmjax.nn.attention.scores import Scores
-from llmjax.nn.bias import Bias
+from llmjax.nn.attention.scores import Bias, Scores
 from tests.reference import layers
 from tests.reference.gradient import assert_pulled
 from tests.reference.masks import keys_of
