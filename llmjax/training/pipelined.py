@@ -80,7 +80,10 @@ def pipelined_grad(
   frozen_blocks, frozen_outer = _divide(leaves, prefix)
   single, remat = key is not None and microbatches == 1, config.schedule != "zb_h1"
   shapes = jax.eval_shape(lambda: model)
-  make_chunk = functools.partial(_Chunk, shapes, assignment, layout, single, remat)
+  shell, stack = copy.copy(shapes), copy.copy(shapes.stack)
+  stack.blocks = nnx.data(())
+  setattr(shell, model.config.kind, stack)
+  make_chunk = functools.partial(_Chunk, shapes, shell, assignment, layout, single, remat)
   by_stage, replicated = PartitionSpec("stage"), PartitionSpec()
   run = on_each_device(
     functools.partial(_run_stage, schedule, make_chunk),
@@ -123,6 +126,7 @@ class _Chunk:
 
   Attributes:
     model: abstract, gives the structure.
+    shell: the same without the stacked blocks of its stack.
     assignment: of layers to stages.
     layout: marks the weights that `fsdp` shards.
     single: there is one microbatch, which draws as a step without microbatches does.
@@ -132,6 +136,7 @@ class _Chunk:
   """
 
   model: nnx.Module
+  shell: nnx.Module
   assignment: "StageAssignment"
   layout: Callable
   single: bool
@@ -146,7 +151,7 @@ class _Chunk:
     """Returns (x_btd, sum of the objective, (number of predictions, metrics))."""
     assignment, objective = self.assignment, self.objective
     batch, key = self._microbatch(microbatch)
-    model = self.layout(self._outer(outer))
+    model = self.layout(tree.unflatten(self.shell, outer | self.frozen_outer))
     before = self.model.stack.groups[-1].start  # layers that run with the embedding
     layer_inputs = model.layer_inputs(batch, key)
 
@@ -182,14 +187,8 @@ class _Chunk:
 
   def layer_inputs(self, outer, microbatch):
     """Makes the inputs that are the same for the layers of every virtual stage."""
-    return self._outer(outer).layer_inputs(*self._microbatch(microbatch))
-
-  def _outer(self, outer) -> nnx.Module:
-    """The model of these parameters, without the stacked blocks of its stack."""
-    model, stack = copy.copy(self.model), copy.copy(self.model.stack)
-    stack.blocks = nnx.data(())
-    setattr(model, model.config.kind, stack)
-    return tree.unflatten(model, outer | self.frozen_outer)
+    model = tree.unflatten(self.shell, outer | self.frozen_outer)
+    return model.layer_inputs(*self._microbatch(microbatch))
 
   def _microbatch(self, number):
     batch = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, 0, False), self.batches)
