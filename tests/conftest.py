@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -13,6 +14,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 # What runs once costs more to optimize than to run; `optimized` is for tests that read programs.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+FLAGS = "--xla_cpu_parallel_codegen_split_count=1"
+# The older emitters compile in half the time; newer versions know no flag for them.
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+  FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import pytest

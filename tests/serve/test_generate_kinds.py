@@ -131,10 +131,12 @@ def test_an_encoder_decoders_prompt_is_its_source(translating):
 def test_a_source_of_another_vocabulary_is_given_as_ids():
   model = hf.load_folder(golden.FOLDER / "marian_apart")  # 41 source ids, 37 target ids
   source, row = [40, 38, 7, 2], [0]
-  for _ in range(4):
-    tokens, source_bs = np.array([row], np.int32), np.array([source], np.int32)
-    x_btd, *_ = model.parameters.hidden(Batch(tokens, source_bs=source_bs))
-    row = [*row, int(np.argmax(model.parameters.logits(x_btd)[0, -1]))]
+  scores = jax.jit(lambda model, batch: model.logits(model.hidden(batch)[0])[0])
+  for _ in range(4):  # the decoder is causal: what follows a token does not reach it
+    tokens = np.zeros((1, 5), np.int32)
+    tokens[0, : len(row)] = row
+    scores_tv = scores(model.parameters, Batch(tokens, source_bs=np.array([source], np.int32)))
+    row = [*row, int(np.argmax(scores_tv[len(row) - 1]))]
   greedy = Sampling(temperature=0, max_tokens=4)
   assert generate_ids(model, Prompts([[0]], [source]), greedy) == [row[1:]]
   with pytest.raises(UserError, match="another vocabulary"):

@@ -66,10 +66,10 @@ def test_absorbed_and_expanded_are_taken_where_each_costs_less(monkeypatch):
   })
   model = weights_of(one)  # n queries: 16 n of 24 more channels, against 12 · 8 to expand
   for queries, name in ((1, "_absorbed"), (5, "_absorbed"), (6, "_expanded")):
-    places = np.arange(queries)[None]
-    model.hidden(Batch(ROWS[:1, :queries], positions_bt=places), model.decoder.empty_cache(1, 8))
+    batch = Batch(ROWS[:1, :queries], positions_bt=np.arange(queries)[None])
+    jax.eval_shape(lambda batch=batch: model.hidden(batch, model.decoder.empty_cache(1, 8)))
     assert calls.pop() == name, queries
-  model.hidden(Batch(ROWS[:1, :1]))
+  jax.eval_shape(lambda: model.hidden(Batch(ROWS[:1, :1])))
   assert calls == ["_expanded"]  # without a cache there is nothing to save
 
 
