@@ -86,14 +86,14 @@ def trained(config: Config, devices: int, slices: int, workdir, monkeypatch) -> 
 
 def test_plan_refuses_what_train_refuses_and_nothing_else(tmp_path, monkeypatch):
   said = []
-  for seed in range(36):
+  for seed in range(18):
     config, slices = drawn(seed)
     where = f"h100:{DEVICES // slices}"
     theirs = trained(config, DEVICES, slices, tmp_path, monkeypatch)
     ours = refusal(lambda c=config, w=where, s=slices: plan(c, w, s))
     assert ours == theirs, seed
     said.append(theirs)
-  assert 5 < said.count("") < 30 and len(set(said)) > 12, "some of each are drawn"
+  assert 3 < said.count("") < 15 and len(set(said)) > 6, "some of each are drawn"
 
 
 @pytest.mark.slow
