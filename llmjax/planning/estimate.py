@@ -26,7 +26,7 @@ _TOKENS = 500  # half of it where a device has so many tokens of a micro-batch
 _TILE_STEP_S = 0.35e-6  # of a kernel's step over one tile, whatever it holds
 _PASSES = 16  # times that arrays of experts' tokens go through memory
 _HIDDEN = 0.9  # share of sending that work hides, but all wait
-_AWAITED = ("tensor", "expert")  # along these axes
+_AWAITED = {"tensor", "expert"}  # along these axes
 _SUMS = ("reduce-scatter", "all-reduce")  # and for sums of gradients
 
 
@@ -120,7 +120,7 @@ def _sent_s(sent: Collective, chip: Chip, slow: set[str]) -> float:
 
 
 def _hidden(sent: Collective) -> float:
-  return 0.0 if sent.axes[0] in _AWAITED or sent.kind in _SUMS else _HIDDEN
+  return 0.0 if {*sent.axes} & _AWAITED or sent.kind in _SUMS else _HIDDEN
 
 
 def _busy_s(config: Config, topology: Topology, sizes, compute_s: float, recompute: float) -> float:

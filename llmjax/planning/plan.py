@@ -109,7 +109,7 @@ def _training(config: Config, chips: Topology, sizes: dict[str, int]) -> dict:
     "repeated_flops_per_step": (found.roofline["compute_s"] - found.model_s) * peak,
     "memory_by_formula": dataclasses.asdict(found.memory),
     "sends_by_formula": [
-      {"kind": each.kind, "axis": each.axes[0], "bytes": each.bytes} for each in found.sends
+      {"kind": each.kind, "axis": "+".join(each.axes), "bytes": each.bytes} for each in found.sends
     ],
     "predicted_s": found.step_s,
     "predicted_mfu": found.mfu,

@@ -1,7 +1,7 @@
 """A model's layers traced on abstract devices: what a token costs and keeps for the backward pass.
 
-A model is traced once for each remat and number of shards of its positions and experts. All other
-mesh axes divide what was counted, so a search traces no candidate.
+A model is traced once for each remat, on one and two shards of its positions and experts. All
+other mesh axes divide what was counted, so a search traces no candidate.
 """
 
 import dataclasses
@@ -145,7 +145,7 @@ def trace_of(config: Config, sizes: dict[str, int], platform: str) -> Traced:
 def _traced_at(
   model: ModelConfig, groups: tuple, platform: str, context: int, expert: int
 ) -> Traced:
-  """Puts a trace together from those of single saved names and of two devices of `context`."""
+  """Puts a trace together from those of single saved names and of two devices of an axis."""
   names = model.remat.split("+")
   if len(names) > 1:  # each name saves what it saves alone
     full, *each = (
@@ -156,11 +156,24 @@ def _traced_at(
       key: getattr(full, key) + sum(getattr(one, key) - getattr(full, key) for one in each)
       for key in ("flops", "attention_flops", "kept")
     })
-  two = trace_layers(model, groups, platform, min(2, context), expert)
+  if expert > 1:  # buffers grow with the devices that share experts, what is sent with the others
+    moe, one = model.moe, _traced_at(model, groups, platform, context, 1)
+    two = trace_layers(model, groups, platform, min(2, context), 2)
+    rows = [n * min(moe.top_k, moe.experts // n) for n in (1, 2, expert)]
+    grown = (rows[2] - rows[0]) / max(1, rows[1] - rows[0])
+    larger = {
+      key: getattr(one, key) + grown * (getattr(two, key) - getattr(one, key))
+      for key in ("kept", "live")
+    }
+    exchanged = {
+      key: size * 2 * (1 - 1 / expert) for key, size in two.sent.items() if "expert" in key[1]
+    }
+    return dataclasses.replace(one, **larger, sent=one.sent | exchanged)
+  two = trace_layers(model, groups, platform, min(2, context), 1)
   if context <= 2:
     return two  # on more a token's arrays are the same, and more is sent for each further device
   if model.attention.context_parallel == "ring":
-    four = trace_layers(model, groups, platform, 4, expert).sent
+    four = trace_layers(model, groups, platform, 4, 1).sent
     sent = {key: size + (four[key] - size) * (context - 2) / 2 for key, size in two.sent.items()}
   else:
     sent = {

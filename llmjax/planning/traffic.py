@@ -24,8 +24,9 @@ def collective_bytes(config: Config, sizes: dict[str, int]) -> list[Collective]:
   total = Counter()
   for rule in (_weight_bytes, _gradient_bytes, _activation_bytes):
     for kind, axis, size in rule(config, sizes):
-      total[kind, axis] += size * (sizes[axis] > 1)
-  return [Collective(kind, (axis,), size) for (kind, axis), size in total.items() if size]
+      axes = tuple(each for each in axis.split("+") if sizes[each] > 1)
+      total[kind, axes] += size * bool(axes)
+  return [Collective(kind, axes, size) for (kind, axes), size in total.items() if size]
 
 
 def _weight_bytes(config: Config, sizes) -> Iterator[tuple]:

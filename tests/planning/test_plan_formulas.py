@@ -1,5 +1,7 @@
 """The examples that textbooks print come out of the formulas."""
 
+import math
+
 import pytest
 
 from llmjax.core.chips import CHIPS, topology
@@ -18,6 +20,7 @@ from llmjax.planning.formulas import (
   serving,
   training_flops,
 )
+from llmjax.planning.trace import alike, trace_layers, trace_of
 from llmjax.planning.traffic import collective_bytes
 from llmjax.training.config import Config
 
@@ -120,6 +123,37 @@ def test_a_ring_sends_what_compiled_steps_were_seen_to_send():
   # Two keys and values of 4 bytes a channel; the positions and segments that go round with them are
   # 8 bytes a position, at most 2 % of it.
   assert ring.bytes == pytest.approx(4 * (8 * (2 + 4) + (4 + 4) * 7 / 8) * own, rel=0.02)
+
+
+def test_experts_exchange_their_tokens_whatever_else_is_sharded():
+  """Half or three quarters of a token's two experts are elsewhere: there and back, both directions.
+
+  Positions that are sharded too leave that as it is, and sums over both axes are counted.
+  """
+  config = override(Config(), [f"--config.{change}" for change in (
+    "model.layers=2", "model.width=256", "model.max_seq_len=2048", "model.vocab_size=64",
+    "data.batch_size=8", "model.moe.experts=8",
+  )])
+  for sizes in ({"expert": 2}, {"expert": 4}, {"expert": 2, "context": 2}):
+    found = collective_bytes(config, dict.fromkeys(AXES, 1) | sizes)
+    devices, others = math.prod(sizes.values()), 1 - 1 / sizes["expert"]
+    (rows,) = (one for one in found if one.kind == "all-to-all")
+    assert rows.axes == ("expert",)
+    assert rows.bytes == 2 * 4 * (8 * 2048 / devices) * 2 * 256 * 2 * others
+    assert any(one.axes == ("context", "expert") for one in found) == ("context" in sizes)
+
+
+def test_what_experts_cost_on_many_devices_follows_from_two():
+  config = override(Config(), [f"--config.{change}" for change in (
+    "model.layers=2", "model.width=64", "model.heads=2", "model.mlp_width=128",
+    "model.max_seq_len=256", "model.vocab_size=64", "model.moe.experts=16", "model.moe.top_k=4",
+  )])
+  sizes = dict.fromkeys(AXES, 1) | {"expert": 8}
+  traced = trace_layers(alike(config.model), config.optim.groups, "tpu", 1, 8)
+  found = trace_of(config, sizes, "tpu")
+  assert (found.flops, found.kept, found.live) == (traced.flops, traced.kept, traced.live)
+  rows = ("all-to-all", "expert")
+  assert found.sent[rows] == traced.sent[rows] > 0
 
 
 @pytest.mark.parametrize(
