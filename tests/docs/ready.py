@@ -34,8 +34,8 @@ def prepare(folder: Path, root: Path) -> Path:
   (folder / ".venv" / "bin").mkdir(parents=True)
   (folder / ".venv" / "bin" / "activate").touch()
   (folder / "bin").mkdir()
-  _program(folder / "bin" / "llmjax", 'exec "$PYTHON" -m tests.docs.shrunk "$@"')
-  _program(folder / "bin" / "python", 'exec "$PYTHON" "$@"')
+  _program(folder / "bin" / "llmjax", 'exec python -m tests.docs.shrunk "$@"')
+  _program(folder / "bin" / "python", f'exec {sys.executable} "$@"')
   for name in _IDLE:
     _program(folder / "bin" / name, "exit 0")
   write_text(folder / "FOLDER")

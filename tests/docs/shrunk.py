@@ -22,6 +22,7 @@ MODEL = {
   "eval.stride": "0",
 }
 DATA = {"data.sources": "FOLDER", "data.batch_size": "8", "tokenizer.vocab_size": "400"}
+OWN_PROCESS = ("check", "launch")  # which say how many devices a CPU has
 OPTIONS = {
   "check": ["--devices=2"],
   "generate": ["--max_tokens=4"],
@@ -32,6 +33,7 @@ def shrunk(argv: list[str]) -> list[str]:
   """Returns a command line with few steps of a small model; the last of equal options counts."""
   verb = argv[0]
   argv = [word.replace("data.sources=llmjax", "data.sources=FOLDER") for word in argv]
+  argv = [word for word in argv if not word.startswith("--keep-")]  # of the TPU's compiler
   config = next((word.partition("=")[2] for word in argv if word.startswith("--config=")), "")
   keys = {}
   if verb in ("train", "launch"):
@@ -45,5 +47,10 @@ def shrunk(argv: list[str]) -> list[str]:
   return [*argv, *more, *(f"--config.{key}={keys[key]}" for key in keys if key not in given)]
 
 
+def run(argv: list[str]) -> int:
+  """Runs a command line, shrunk; returns its exit status."""
+  return 0 if argv[0] == "bench" else main(shrunk(argv))
+
+
 if __name__ == "__main__":
-  sys.exit(0 if sys.argv[1] == "bench" else main(shrunk(sys.argv[1:])))
+  sys.exit(run(sys.argv[1:]))
