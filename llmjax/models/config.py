@@ -231,7 +231,7 @@ def _conflicts(config: ModelConfig) -> Iterator[str]:
     if not vision.image_size:
       yield "model.kind=vision needs model.vision.image_size"
     if position != "learned":
-      yield f"a vision model needs model.position.kind=learned, not {position}"
+      yield f"a vision model learns positions: set model.position.kind to learned, not {position}"
     if mask not in ("auto", "bidirectional"):
       yield f"a vision model is bidirectional, not model.attention.mask={mask}"
     if dataclasses.replace(config.embed, norm=False) != EmbedConfig():
