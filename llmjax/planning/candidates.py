@@ -161,18 +161,18 @@ def candidates(config: Config, chips: Topology) -> Iterator[Candidate]:
 
 
 def of_mesh(
-  config: Config, chips: Topology, sizes: dict[str, int], across: str
+  config: Config, chips: Topology, sizes: dict[str, int], across: str, remat: tuple = ()
 ) -> Iterator[Candidate]:
-  """Lists one mesh with all settings; arguments as of `candidates` and `meshes`."""
+  """Lists one mesh with all settings, `remat` all or those given; arguments as of `candidates`."""
   mesh = {f"mesh.{axis}": size for axis, size in sizes.items()}
   mesh |= {"mesh.across": across, "mesh.slices": 0}
   mesh |= {key: value for axis, key, value in unread() if sizes[axis] == 1}
-  for settings in _settings(config, sizes):
+  for settings in _settings(config, sizes, remat or _REMAT):
     changes = mesh | settings
     yield Candidate(change(config, changes), changes, chips, sizes)
 
 
-def _settings(config: Config, sizes: dict[str, int]) -> Iterator[dict]:
+def _settings(config: Config, sizes: dict[str, int], all_remat: tuple) -> Iterator[dict]:
   stages = sizes["stage"]
   sequences = config.data.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
   times = [
@@ -180,7 +180,7 @@ def _settings(config: Config, sizes: dict[str, int]) -> Iterator[dict]:
     and n <= max(_MICRO_BATCHES, 4 * stages)
   ]
   zero_stages = ZERO if sizes["fsdp"] > 1 else (3,)
-  for parts, zero, remat in itertools.product(times, zero_stages, _REMAT):
+  for parts, zero, remat in itertools.product(times, zero_stages, all_remat):
     settings = {"train.grad_accum_steps": parts, "train.zero_stage": zero, "model.remat": remat}
     summed = zero == 3 and sizes["fsdp"] > 1
     settings["train.grad_reduce_dtype"] = config.train.grad_reduce_dtype if summed else "float32"

@@ -13,7 +13,7 @@ from operator import attrgetter
 from llmjax.core.chips import Topology
 from llmjax.core.config import flat
 from llmjax.core.errors import UserError
-from llmjax.planning.candidates import Candidate, candidates, refined
+from llmjax.planning.candidates import Candidate, meshes, of_mesh, refined
 from llmjax.planning.formulas import costs
 from llmjax.planning.plan import plan
 from llmjax.planning.report import show_row, verdict
@@ -94,18 +94,33 @@ def search(
 
 
 def _pool(config: Config, topology: Topology) -> tuple[list[Candidate], int]:
-  """Those near the fastest that fits, else the one that wants least; and of how many."""
-  ranked = sorted(candidates(config, topology), key=attrgetter("step_s"))
-  pool = [candidate for candidate in ranked if candidate.fits()]
-  if not pool:
-    return sorted(ranked, key=attrgetter("peak_bytes"))[:1], len(ranked)
+  """Those near the fastest that fits, else the one that wants least; and how many were estimated.
+
+  With all layers recomputed a mesh needs least memory and at most 4/3 of its seconds, so other
+  settings are tried on meshes alone that fit so and are not slower than that.
+  """
+  tried = []
+  for sizes in meshes(config, topology):
+    mesh = config, topology, sizes, sizes.pop("across")
+    tried.append((mesh, list(of_mesh(*mesh, ("full",)))))
+  recomputed = [candidate for _, found in tried for candidate in found]
+  fitting = [candidate.step_s for candidate in recomputed if candidate.fits()]
+  if not fitting:
+    return sorted(recomputed, key=attrgetter("peak_bytes"))[:1], len(recomputed)
+  limit_s = 4 / 3 * min(fitting)
+  every = [
+    candidate for mesh, found in tried
+    if any(one.step_s <= limit_s and one.fits() for one in found) for candidate in of_mesh(*mesh)
+  ]
+  count = len(recomputed) + sum(one.config.model.remat != "full" for one in every)
+  pool = sorted((one for one in every if one.fits()), key=attrgetter("step_s"))
   pool = [candidate for candidate in pool if candidate.step_s <= _FAR * pool[0].step_s]
   for candidate in _best_per_mesh(pool)[:_REFINED]:
     finer = sorted(refined(candidate), key=attrgetter("step_s"))
     for share in _FULL:
       near = next((one for one in finer if one.fits(share)), None)
       pool += [near] if near and near.config not in [one.config for one in pool] else []
-  return sorted(pool, key=attrgetter("step_s")), len(ranked)
+  return sorted(pool, key=attrgetter("step_s")), count
 
 
 def _best_per_mesh(pool: list[Candidate]) -> list[Candidate]:

@@ -167,7 +167,7 @@ def test_the_best_by_formula_is_never_pruned():
   best = min(fitting, key=lambda x: x.step_s)
   rest = [x.step_s for x in refined(best) if fits(x)]
   assert result["winner"]["predicted_s"] == min([best.step_s, *rest])
-  assert result["considered"] == len(every) and result["fits"]
+  assert 0 < result["considered"] <= len(every) and result["fits"]
 
 
 def test_the_compiler_has_the_last_word():
