@@ -5,20 +5,22 @@ from llmjax.convert import convert
 from llmjax.core.config import defaults
 from llmjax.core.errors import UserError
 from llmjax.core.memory import tune_allocator
-from llmjax.models.model import Model
+from llmjax.model import Model
 from llmjax.planning.plan import plan
-from llmjax.run import evaluate, load, train
+from llmjax.run import count_parameters, evaluate, load, train
 from llmjax.serve.embed import embed
-from llmjax.serve.generate import generate, stream
+from llmjax.serve.generate import Completion, generate, stream
 from llmjax.serve.sample import Sampling
 from llmjax.training.config import Config
 
 __all__ = [
+  "Completion",
   "Config",
   "Model",
   "Sampling",
   "UserError",
   "convert",
+  "count_parameters",
   "defaults",
   "embed",
   "evaluate",

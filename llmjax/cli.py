@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmjax import Sampling, convert, embed, load, run
+from llmjax import Sampling, convert, embed, generate, load, run, stream
 from llmjax.bench import suite
 from llmjax.core import config as configs
 from llmjax.core import interrupt
@@ -25,7 +25,7 @@ from llmjax.core.files import to_json
 from llmjax.core.platform import spare_libtpu
 from llmjax.parallel import channels, join, multihost
 from llmjax.planning import command
-from llmjax.serve.generate import Completion, stream
+from llmjax.serve.generate import Completion
 from llmjax.training import check as checks
 from llmjax.training.config import Config
 
@@ -111,14 +111,27 @@ def _launch(args, overrides) -> dict:
 
 
 def _generate(args, overrides) -> dict:
+  if not args.prompt:
+    raise UserError("--prompt is missing (see llmjax generate --help)")
   names = [field.name for field in dataclasses.fields(Sampling)]
   sampling = Sampling(**{name: getattr(args, name) for name in names})
   model = load(args.checkpoint)
-  stride = 1 if sys.stdout.isatty() else 16
-  pieces = stream(model, args.prompt, sampling, args.image, args.chat, args.special, stride)
   continues = not args.chat and model.config.kind != "encoder_decoder"
-  written = _print_pieces(args.prompt if continues else "", pieces)
-  return {"prompt": args.prompt, **dataclasses.asdict(written)}
+  written = []
+  if len(args.prompt) == 1:
+    stride = 1 if sys.stdout.isatty() else 16
+    pieces = stream(model, args.prompt[0], sampling, args.image, args.chat, args.special, stride)
+    written.append(_print_pieces(args.prompt[0] if continues else "", pieces))
+  else:
+    images = [args.image] * len(args.prompt) if args.image else None
+    written += generate(model, args.prompt, sampling, images, args.chat, args.special)
+    for prompt, completion in zip(args.prompt, written, strict=True):
+      print(f"--- {prompt!r}\n{prompt if continues else ''}{completion}")
+  results = [
+    {"prompt": prompt, **dataclasses.asdict(completion)}
+    for prompt, completion in zip(args.prompt, written, strict=True)
+  ]
+  return results[0] if len(results) == 1 else {"completions": results}
 
 
 def _print_pieces(first: str, pieces) -> Completion:
@@ -211,15 +224,16 @@ VERBS = {
   )),
   "generate": _Verb(_generate, "Generate text from a prompt.", (
     ("--checkpoint", None, _MODEL, "PATH"),
-    ("--prompt", None, "text to continue", "TEXT"),
-    ("--temperature", 0.8, "sampling temperature; 0 is greedy"),
-    ("--top_k", 0, "sample from the k most likely tokens; 0 keeps all"),
-    ("--top_p", 0.95, "nucleus sampling: the fewest tokens with this total probability"),
-    ("--min_p", 0.0, "drop tokens below this fraction of the highest probability"),
-    ("--repetition_penalty", 1.0, "lowers the scores of tokens already present; 1 is off"),
+    ("--prompt", (), "text to continue; may be repeated", "TEXT"),
+    ("--temperature", Sampling.temperature, "sampling temperature; 0 is greedy"),
+    ("--top_k", Sampling.top_k, "sample from the k most likely tokens; 0 keeps all"),
+    ("--top_p", Sampling.top_p, "nucleus sampling: the fewest tokens with this total probability"),
+    ("--min_p", Sampling.min_p, "drop tokens below this fraction of the highest probability"),
+    ("--repetition_penalty", Sampling.repetition_penalty,
+     "lowers the scores of tokens already present; 1 is off"),
     ("--stop", (), "string that ends the text; may be repeated", "TEXT"),
-    ("--max_tokens", 128, "maximum number of new tokens"),
-    ("--seed", 0, "random seed of sampling"),
+    ("--max_tokens", Sampling.max_tokens, "maximum number of new tokens"),
+    ("--seed", Sampling.seed, "random seed of sampling"),
     ("--special", False, "read special tokens that the prompt spells out as tokens"),
     ("--chat", False, "put the prompt into the chat template as a user message"),
     ("--image", (), "image file; may be repeated", "FILE"),

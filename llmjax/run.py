@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
 from llmjax.core import config as configs
 from llmjax.core import files
@@ -21,8 +20,9 @@ from llmjax.data.prepare import prepare, store_key
 from llmjax.eval.loss import compressor_bits_per_byte, evaluate_loss
 from llmjax.formats.gguf import file as gguf
 from llmjax.formats.hf import folder as hf
-from llmjax.models.build import count_parameters
-from llmjax.models.model import Model
+from llmjax.model import Model
+from llmjax.models import build
+from llmjax.models.config import ModelConfig
 from llmjax.models.upcycle import init_from
 from llmjax.parallel import multihost
 from llmjax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
@@ -36,7 +36,7 @@ from llmjax.training.config import Config, binding
 from llmjax.training.loop import fit
 from llmjax.training.metrics import rates, read_metrics
 from llmjax.training.plot import plot_experts, plot_loss
-from llmjax.training.runnable import check_run, with_vocab
+from llmjax.training.runnable import check_config, check_run, with_vocab
 from llmjax.training.stored import load_model, newest_meta
 
 _REPORTED = 1000  # held-out documents that the tokenizer is measured on
@@ -46,14 +46,14 @@ EVAL_KEYS = (
 )
 
 
-def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
+def train(config, workdir: str | Path) -> dict:
   """Runs or resumes an experiment: tokenizer, data, training, held-out evaluation, samples.
 
   Writes `data/`, `checkpoints/` (each with config and tokenizer), `metrics.jsonl`, `tensorboard/`,
   `loss.png`, `samples.txt` and `result.json` into the workdir.
 
   Args:
-    config: the experiment, frozen or as `get_config()` returns it.
+    config: the experiment, frozen (`Config`) or as `get_config()` returns it.
     workdir: folder of the run, created if it is missing.
   Returns:
     The content of `result.json`: `nats_per_token`, `bits_per_byte` (language models only),
@@ -65,8 +65,7 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> dict:
     RunFailed: the loss or a gradient is not finite, or a file could not be written.
   """
   workdir = Path(workdir)
-  if isinstance(config, ConfigDict):
-    config = configs.freeze(config.to_dict(), Config)
+  config = configs.frozen(config, Config)
   _check_paths(config, workdir)
   with files.report_full_disk(), contextlib.ExitStack() as held:
     multihost.from_writer(lambda: held.enter_context(locked(workdir)))
@@ -104,7 +103,7 @@ def _train(config: Config, workdir: Path) -> dict:
     encode_prompts(config.model, tokenizer, config.sample.prompts)
   _sampling(config)
   multihost.say(
-    f"{count_parameters(config.model):,} parameters, {len(store):,} documents, "
+    f"{build.count_parameters(config.model):,} parameters, {len(store):,} documents, "
     f"{int(store.lengths.sum()):,} tokens of {store.size_bytes / store.lengths.sum():.2f} bytes; "
     f"held out: {held_store.size_bytes:,} bytes in {len(held_store):,} documents"
   )
@@ -209,7 +208,7 @@ def _finish(config, workdir, tokenizer, held_out, model, train_s, scores, began_
     "train_seconds": round(train_s, 2),
     **rates(workdir),
     "steps": config.train.steps,
-    "parameters": count_parameters(config.model),
+    "parameters": build.count_parameters(config.model),
     "config_hash": configs.config_hash(config),
     "first_words": _first_words(held_out[0].text, config.model.max_seq_len),
     "tokenizer": report(tokenizer, [document.text for document in held_out[:_REPORTED]]),
@@ -237,6 +236,10 @@ def load(path: str | Path) -> Model:
   Raises:
     UserError: there is nothing, or nothing that can be read.
   """
+  return Model(**vars(_load(path)))
+
+
+def _load(path: str | Path):
   if gguf.is_file(path):
     return gguf.load_file(path)
   if Path(path).is_file():
@@ -247,6 +250,24 @@ def load(path: str | Path) -> Model:
   if model.tokenizer is None and model.config.kind != "vision":
     multihost.say("llmjax: note: the checkpoint holds no tokenizer, so the model has none")
   return model
+
+
+def count_parameters(config) -> int:
+  """Counts the weights of an experiment's model, without making an array.
+
+  Args:
+    config: the experiment or its `model` section, frozen or editable.
+  Raises:
+    UserError: a section whose `vocab_size` is 0, which only the experiment's tokenizer tells.
+  """
+  if hasattr(config, "model"):
+    return build.count_parameters(check_config(configs.frozen(config, Config)).model)
+  model = configs.frozen(config, ModelConfig, "model.")
+  if not model.vocab_size:
+    raise UserError(
+      "model.vocab_size is 0, to be filled in from the tokenizer: set it, or give the whole config"
+    )
+  return build.count_parameters(model)
 
 
 def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict:

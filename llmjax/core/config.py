@@ -172,6 +172,28 @@ def freeze(values: dict, schema: type, prefix: str = ""):
   return schema(**fields)
 
 
+def frozen(config, schema: type, prefix: str = ""):
+  """Returns a config as an instance of `schema`, whether it is one or editable.
+
+  Args:
+    config: instance of `schema`, what `defaults` or `get_config()` returns, or nested dicts.
+    schema: frozen dataclass.
+    prefix: path of this section in the whole config, for messages.
+  Raises:
+    UserError: it is something else, or `freeze` raised it.
+  """
+  if isinstance(config, schema):
+    return config
+  if isinstance(config, ConfigDict):
+    config = config.to_dict()
+  if not isinstance(config, dict):
+    raise UserError(
+      f"a config is an llmjax.{schema.__name__}, or editable as llmjax.defaults(llmjax.Config) "
+      f"returns it, not {type(config).__name__}"
+    )
+  return freeze(config, schema, prefix)
+
+
 def coerce(value, kind: type, key: str):
   """Returns a value in its key's type: int becomes float, list tuple; others are a `UserError`."""
   if dataclasses.is_dataclass(kind):

@@ -90,6 +90,12 @@ class Block(nnx.Module):
     x_btd, stats = self._add(x_btd, "mlp", feed_forward, keys[2])
     return x_btd, cache, stats
 
+  def attention_weights(self, x_btd, kind: str, inputs: LayerInputs):
+    """The weights of self-attention: fp32 [b, n, t, s]. Arguments as of `__call__`."""
+    norm_first = self.config.norm.place in ("pre", "sandwich") or self.config.block != "sequential"
+    x_btd = self.attention_norm(x_btd) if norm_first else x_btd
+    return self.attention.weights(x_btd, inputs.attention[kind])
+
   def feed_forward(self, x_btd, inputs: LayerInputs):
     """Runs the feed-forward layer: (y_btd, the router's statistics or None)."""
     key = None if inputs.key is None else jax.random.fold_in(inputs.key, 3)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -14,8 +15,10 @@ from llmjax.core.weight import cast, is_kind
 from llmjax.data.batch import Batch
 from llmjax.models.config import ModelConfig
 from llmjax.models.depth import unstack_layers, views
+from llmjax.models.inputs import Rows, check_ids, encode_inputs
 from llmjax.models.pooling import Pooling
 from llmjax.models.processor import Processor
+from llmjax.models.states import attention_maps, hidden_states
 from llmjax.nn.param import fp32_weights, roles
 from llmjax.parallel.rules import weight_shardings
 from llmjax.text.tokenizer import Tokenizer
@@ -71,32 +74,78 @@ class Model:
       weights, weight_shardings(self.mesh, weights)
     )
 
-  def logits(self, tokens_bt):
-    """Scores the next token at every position.
+  def encode(self, inputs):
+    """Encodes inputs as the model reads them, with the ids that stand around a text.
 
     Args:
-      tokens_bt: int ids, each row one document from position 0.
+      inputs: text, token ids (taken as they are) or chat messages, or a list of these.
     Returns:
-      logits_btv, fp32.
+      A list of ids, or a list of lists.
+    Raises:
+      UserError: no tokenizer or no chat template.
+    """
+    rows = encode_inputs(inputs, self.tokenizer, self.config.kind)
+    return rows.ids[0] if rows.single else rows.ids
+
+  def logits(self, inputs):
+    """Scores the next token at every position; an encoder scores the token itself.
+
+    Args:
+      inputs: text, token ids or chat messages, or a list of these; each is one document from
+        position 0.
+    Returns:
+      logits_btv, fp32, NaN after the end of shorter rows; logits_tv for one input.
     Raises:
       UserError: rows longer than the context, an id outside the vocabulary, or a kind of model
         that does not read tokens alone.
     """
+    rows, batch = self._batch(inputs, "logits")
+    return rows.unpad(_logits(self.parameters, batch), 1)
+
+  def hidden(self, inputs, layers: Sequence[int] | None = None):
+    """Computes the residual stream, at the end or between blocks.
+
+    Args:
+      inputs: as of `logits`.
+      layers: 0 is the embedded tokens, i the result of block i, -1 that of the last one.
+        `parameters.logits(parameters.final_norm(x))` reads each as the head would (the logit
+        lens). None: what the head reads.
+    Returns:
+      x_lbtd for `layers`, x_btd for None, in the compute dtype, NaN after the end of shorter rows;
+      of one input without `b`.
+    Raises:
+      UserError: as `logits`, or there is no such layer.
+    """
+    rows, batch = self._batch(inputs, "hidden")
+    if layers is None:
+      return rows.unpad(_hidden(self.parameters, batch), 1)
+    return rows.unpad(hidden_states(self.parameters, batch, layers), 2, 1)
+
+  def attention(self, inputs, layers: Sequence[int] | None = None):
+    """Computes the weights with which each token attends to each.
+
+    Args:
+      inputs: as of `logits`.
+      layers: blocks, from 0; None: all.
+    Returns:
+      weights_lbnts, fp32: [layers, b, heads, queries, keys], NaN for the queries after the end of
+      shorter rows; of one input without `b`.
+    Raises:
+      UserError: as `logits`, or there is no such layer.
+    """
+    rows, batch = self._batch(inputs, "attention")
+    longest = max(map(len, rows.ids))
+    return rows.unpad(attention_maps(self.parameters, batch, layers)[..., :longest], 3, 1)
+
+  def _batch(self, inputs, name: str) -> tuple[Rows, Batch]:
+    """Inputs as rows and as a batch; `name` is of the function that wants them."""
     if self.config.kind in ("encoder_decoder", "vision"):
-      raise UserError(f"logits wants a decoder or an encoder, not model.kind={self.config.kind}")
-    tokens_bt = np.asarray(tokens_bt, np.int32)
-    if tokens_bt.ndim != 2:
-      raise UserError(f"tokens_bt has rank {tokens_bt.ndim}; logits wants [batch, positions]")
-    if tokens_bt.shape[1] > self.config.max_seq_len:
-      raise UserError(
-        f"{tokens_bt.shape[1]} tokens are more than the context of {self.config.max_seq_len}"
-      )
-    if tokens_bt.size and not 0 <= tokens_bt.min() <= tokens_bt.max() < self.config.vocab_size:
-      raise UserError(
-        f"token ids run from {tokens_bt.min()} to {tokens_bt.max()}, "
-        f"the vocabulary from 0 to {self.config.vocab_size - 1}"
-      )
-    return _logits(self.parameters, Batch(tokens_bt))
+      raise UserError(f"{name} wants a decoder or an encoder, not model.kind={self.config.kind}")
+    rows = encode_inputs(inputs, self.tokenizer, self.config.kind)
+    tokens_bt, inside_bt = rows.pad(self.config.max_seq_len)
+    check_ids(rows.ids, self.config.vocab_size)
+    segments_bt = None if inside_bt.all() else inside_bt.astype(np.int32)
+    return rows, Batch(tokens_bt, segments_bt=segments_bt)
 
 
 def decoding_weights(model: nnx.Module, take=None) -> nnx.Module:
@@ -116,6 +165,11 @@ def cast_weights(model: nnx.Module, dtype) -> nnx.Module:
     return cast(leaf, dtype) if read_low else leaf
 
   return tree.map_with_path(cast_leaf, model, is_leaf=is_kind)
+
+
+@jax.jit
+def _hidden(model: nnx.Module, batch: Batch):
+  return model.hidden(batch)[0]
 
 
 @jax.jit

@@ -8,6 +8,7 @@ from pathlib import Path
 from jax.sharding import AbstractMesh
 
 from llmjax.core.chips import Topology
+from llmjax.core.config import frozen
 from llmjax.core.errors import UserError
 from llmjax.models.build import count_parameters
 from llmjax.models.formulas import filled_share, forward_flops_per_token, seen_share
@@ -24,7 +25,7 @@ from llmjax.training.runnable import check_run, with_vocab
 
 
 def plan(
-  config: Config,
+  config,
   where: str,
   slices: int = 1,
   price: float | None = None,
@@ -35,7 +36,7 @@ def plan(
   """Plans a run on a topology that need not be at hand.
 
   Args:
-    config: the experiment; without `model.vocab_size` the tokenizer's is taken.
+    config: the experiment, frozen or editable; without `model.vocab_size` the tokenizer's is taken.
     where: `v5p:4x4x4`, `h100:64`.
     slices: groups of such chips with a slow network between them.
     price: dollars an hour of a chip; by default the list price.
@@ -52,6 +53,7 @@ def plan(
   Raises:
     UserError: an unknown topology, a mesh that does not divide it, a program that is refused.
   """
+  config = frozen(config, Config)
   if decode and keep_executable:
     raise UserError("a run loads a train step: --keep-executable does not go with --decode")
   above_zero("--price", price)

@@ -11,9 +11,9 @@ from flax import nnx
 
 from llmjax.core.errors import UserError, note
 from llmjax.data.batch import Batch
+from llmjax.models.inputs import as_list, bucket, check_lengths, is_single, pad_rows
 from llmjax.models.model import Model
 from llmjax.models.pooling import Pooling, pool
-from llmjax.serve.prompt import bucket, check_lengths, pad_rows
 from llmjax.text.tokenizer import affixes, framed
 
 _BATCH = 32  # texts of a batch
@@ -21,7 +21,7 @@ _BATCH = 32  # texts of a batch
 
 def embed(
   model: Model,
-  texts: Sequence[str],
+  texts: str | Sequence[str],
   pooling: str | None = None,
   normalize: bool | None = None,
   prompt: str | None = None,
@@ -30,13 +30,13 @@ def embed(
 
   Args:
     model: an encoder or a decoder, with a tokenizer.
-    texts: each with what the tokenizer puts around a text, as [CLS] and [SEP].
+    texts: one or several, each with what the tokenizer puts around a text, as [CLS] and [SEP].
     pooling: of `models.pooling.POOLINGS`, as mean, cls or lasttoken; several with + between them
       are concatenated. None: the model's own; where it has none mean, and a note says so.
     normalize: vectors of length one, so that their products are cosines. None: as the model says.
     prompt: stands before every text. None: the model's own, mostly nothing.
   Returns:
-    fp32 [texts, d] (d for each pooling), in order.
+    fp32 [texts, d] (d for each pooling), in order; [d] of one text.
   Raises:
     UserError: another kind of model, no tokenizer, an unknown pooling, or a text longer than the
       context or than the model's own limit.
@@ -47,7 +47,7 @@ def embed(
   if model.tokenizer is None:
     raise UserError("this model has no tokenizer")
   how = _chosen(model, pooling, normalize, prompt)
-  rows, skipped = _encode(model, texts, how)
+  rows, skipped = _encode(model, as_list(texts), how)
   vectors = np.zeros((len(rows), model.config.width * len(how.modes)), np.float32)
   shortest_first = sorted(range(len(rows)), key=lambda number: len(rows[number]))
   for first in range(0, len(rows), _BATCH):
@@ -59,7 +59,7 @@ def embed(
     vectors[chosen] = _pooled(model.parameters, batch, skipped, how.modes)[: len(chosen)]
   if how.normalize:
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-  return vectors
+  return vectors[0] if is_single(texts) else vectors
 
 
 def _chosen(model: Model, pooling, normalize, prompt) -> Pooling:

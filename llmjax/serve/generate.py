@@ -12,10 +12,11 @@ import numpy as np
 
 from llmjax.core.errors import UserError, note
 from llmjax.data.batch import Batch
+from llmjax.models.inputs import as_list, bucket, is_chat, is_single, pad_rows
 from llmjax.models.model import Model
 from llmjax.nn.position import PositionConfig
 from llmjax.serve.detokenize import Detokenizer
-from llmjax.serve.prompt import Prompts, bucket, check_prompts, encode_prompts, end_ids, pad_rows
+from llmjax.serve.prompt import Prompts, check_prompts, encode_prompts, end_ids
 from llmjax.serve.sample import RowSampling, Sampling
 from llmjax.serve.state import check_chunks, prefill, run_steps
 
@@ -39,16 +40,24 @@ class Completion:
   logprobs: list[float]
   finish: str
 
+  def __str__(self) -> str:
+    return self.text
+
+  @property
+  def message(self) -> dict:
+    """The completion as the assistant's message of a chat."""
+    return {"role": "assistant", "content": self.text}
+
 
 def generate(
   model: Model,
-  prompts: Sequence[str],
+  prompts,
   sampling: Sampling | None = None,
   images=None,
   chat: bool = False,
   special: bool = False,
   prefill_chunk: int | None = None,
-) -> list[Completion]:
+) -> Completion | list[Completion]:
   """Continues prompts.
 
   What a prompt is continued with depends on the model, the prompt, the sampling with its seed, and
@@ -60,32 +69,37 @@ def generate(
   Args:
     model: as `llmjax.load` returns it, with a tokenizer. Decoding runs on the mesh that its
       parameters lie on (`Model.mesh`), which need not divide the number of prompts.
-    prompts: texts; BOS is put before each, if the tokenizer is so made. An encoder_decoder reads
-      them and begins anew.
+    prompts: a text, token ids (taken as they are) or a list of chat messages, or a list of these.
+      BOS is put before a text, if the tokenizer is so made; messages get an answer. An
+      encoder_decoder reads prompts and begins anew.
     images: for each prompt a sequence of image files or open images; None: no images. They stand
       where the prompt spells the image token, or before it where it spells none.
-    chat: each prompt is a user's message, put into the tokenizer's chat template; the assistant's
+    chat: each text is a user's message, put into the tokenizer's chat template; the assistant's
       answer comes back.
     special: special tokens that a prompt spells out are those tokens, not text.
     prefill_chunk: prompt tokens that are read at a time, at least 2 (bounds memory); None: all.
       An encoder reads its source at once all the same.
   Returns:
-    One completion a prompt, in order.
+    The completion of one prompt, or a list of them, in order.
   Raises:
     UserError: a prompt leaves no room in the context, or the model does not take it: no tokenizer,
       no chat template, no images, or a model that must read a prompt at once.
   """
   sampling = sampling or Sampling()
-  stride = _STRIDE if sampling.stop else 0
+  single, stride = is_single(prompts), _STRIDE if sampling.stop else 0
+  if single and images is not None:
+    images = [images]
+  prompts = as_list(prompts)
   texts, steps = _write(model, prompts, sampling, images, chat, special, stride, prefill_chunk)
   for _ in steps:
     pass
-  return [text.completion() for text in texts]
+  completions = [text.completion() for text in texts]
+  return completions[0] if single else completions
 
 
 def stream(
   model: Model,
-  prompt: str,
+  prompt,
   sampling: Sampling | None = None,
   images: Sequence = (),
   chat: bool = False,
@@ -96,6 +110,7 @@ def stream(
   """Continues one prompt and hands the text out while it is written.
 
   Args:
+    prompt: a text, token ids or a list of chat messages.
     stride: tokens between two pieces; the others are those of `generate`, which writes the same.
   Returns:
     A generator of pieces, whole characters and never what a stop text may still take back. Together
@@ -104,6 +119,8 @@ def stream(
     UserError: as `generate`, before the first piece is asked for.
   """
   sampling = sampling or Sampling()
+  if not is_single(prompt):
+    raise UserError("stream takes one prompt; generate takes several")
   [text], steps = _write(
     model, [prompt], sampling, [images], chat, special, stride, prefill_chunk
   )
@@ -149,7 +166,7 @@ def _write(
   encoded = encode_prompts(
     model.config, model.tokenizer, prompts, images, chat, special, model.processor
   )
-  ends = end_ids(model.tokenizer, chat)
+  ends = end_ids(model.tokenizer, chat or any(map(is_chat, prompts)))
   texts = [_Text(model.tokenizer, ids, sampling, ends) for ids in encoded.rows]
   going_b = np.ones(len(texts), bool)
 

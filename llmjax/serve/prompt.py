@@ -9,9 +9,10 @@ import numpy as np
 
 from llmjax.core.errors import UserError
 from llmjax.models.config import ModelConfig
+from llmjax.models.inputs import check_lengths, encode_input
 from llmjax.models.processor import Processor
 from llmjax.serve.image import read_image
-from llmjax.text.chat import encode_chat, render, token_values
+from llmjax.text.chat import render, token_values
 from llmjax.text.tokenizer import Tokenizer, framed, start_id
 
 _ANSWER = "this is what the assistant says"
@@ -35,17 +36,18 @@ class Prompts:
 def encode_prompts(
   config: ModelConfig,
   tokenizer: Tokenizer,
-  texts: Sequence[str],
+  inputs: Sequence,
   images=None,
   chat: bool = False,
   special: bool = False,
   processor: Processor | None = None,
 ) -> Prompts:
-  """Encodes texts as prompts.
+  """Encodes prompts.
 
   Args:
+    inputs: texts, rows of ids or lists of chat messages.
     images: for each prompt a sequence of image files or open images; None: no images.
-    chat: each prompt is a user's message, put into the tokenizer's chat template.
+    chat: each text is a user's message, put into the tokenizer's chat template.
     special: special tokens that a text spells out become their ids.
     processor: how images are prepared; None: as CLIP's.
   Returns:
@@ -53,16 +55,16 @@ def encode_prompts(
   Raises:
     UserError: a prompt leaves no room in the context, or the model takes no such prompts.
   """
-  if not texts:
+  if not inputs:
     return Prompts([])
   if config.kind not in ("decoder", "encoder_decoder"):
     raise UserError(f"a model of kind {config.kind!r} writes no text")
   if chat and special:
     raise UserError("in a chat the template alone writes special tokens: leave out special")
-  images = [()] * len(texts) if images is None else images
-  _check_images(config, texts, images)
-  pairs = zip(texts, images, strict=True)
-  rows = [_encode(config, tokenizer, text, len(shown), chat, special) for text, shown in pairs]
+  images = [()] * len(inputs) if images is None else images
+  _check_images(config, inputs, images)
+  pairs = zip(inputs, images, strict=True)
+  rows = [_encode(config, tokenizer, one, len(shown), chat, special) for one, shown in pairs]
   if config.kind == "encoder_decoder":
     prompts = _as_sources(config, tokenizer, rows)
   else:
@@ -75,33 +77,6 @@ def check_prompts(prompts: Prompts, context: int):
   """Raises a `UserError` where a prompt or source is empty, or too long to write one more token."""
   check_lengths("prompt", prompts.rows, context - 1, context)
   check_lengths("source", prompts.sources or (), context, context)
-
-
-def check_lengths(name: str, rows: Sequence[Sequence[int]], most: int, context: int):
-  """Raises a `UserError` where a row has not 1 to `most` ids; `name` is what it calls the row."""
-  for number, row in enumerate(rows):
-    if not 0 < len(row) <= most:
-      raise UserError(
-        f"{name} {number} has {len(row)} tokens (special ones counted); this model's context of "
-        f"{context} takes from 1 to {most}"
-      )
-
-
-def pad_rows(rows: Sequence[Sequence[int]], context: int, least: int = 16):
-  """Pads rows on the right: (ids int32 [b, t], bool, true where a row has an id).
-
-  Their width is a `bucket` of at least `least`, at most the context.
-  """
-  lengths = np.array([len(row) for row in rows])
-  is_token_bt = np.arange(min(bucket(int(lengths.max()), least), context)) < lengths[:, None]
-  ids_bt = np.zeros(is_token_bt.shape, np.int32)
-  ids_bt[is_token_bt] = [i for row in rows for i in row]
-  return ids_bt, is_token_bt
-
-
-def bucket(count: int, least: int = 16) -> int:
-  """Rounds up to a power of two, so that few shapes are ever compiled."""
-  return max(least, 1 << (count - 1).bit_length())
 
 
 def end_ids(tokenizer: Tokenizer, chat: bool = False) -> list[int]:
@@ -120,22 +95,21 @@ def end_ids(tokenizer: Tokenizer, chat: bool = False) -> list[int]:
   return list(dict.fromkeys(found))
 
 
-def _encode(config, tokenizer, text: str, images: int, chat: bool, special: bool) -> list[int]:
+def _encode(config, tokenizer, one, images: int, chat: bool, special: bool) -> list[int]:
   """One prompt's ids, an image token for every patch."""
-  if chat:
-    content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
-    message = {"role": "user", "content": content if images else text}
-    ids = encode_chat(tokenizer, [message], add_generation_prompt=True)
-  else:
-    ids = _with_image_tokens(config, tokenizer, text, images, special)
+  if chat and isinstance(one, str):
+    content = [{"type": "image"}] * images + [{"type": "text", "text": one}]
+    one = [{"role": "user", "content": content if images else one}]
+  if images and isinstance(one, str):
+    ids = _with_image_tokens(config, tokenizer, one, images, special)
     ids = framed(tokenizer, config.kind, ids)
+  else:
+    ids = encode_input(one, tokenizer, config.kind, special, answer=True)
   return _expand(config, ids, images)
 
 
 def _with_image_tokens(config, tokenizer, text: str, images: int, special: bool) -> list[int]:
   """Encodes a text whose image tokens are spelled out, or all stand before it."""
-  if not images:
-    return tokenizer.encode(text, special)
   image_token = config.vision.image_token
   names = [name for name, i in tokenizer.special_tokens.items() if i == image_token]
   pieces = text.split(names[0]) if names else [text]
@@ -153,9 +127,9 @@ def _expand(config, ids: list[int], images: int) -> list[int]:
   return [i for i in ids for _ in range(vision.patches if i == vision.image_token else 1)]
 
 
-def _check_images(config: ModelConfig, texts, images):
-  if len(images) != len(texts):
-    raise UserError(f"{len(images)} lists of images for {len(texts)} prompts")
+def _check_images(config: ModelConfig, prompts, images):
+  if len(images) != len(prompts):
+    raise UserError(f"{len(images)} lists of images for {len(prompts)} prompts")
   if any(images) and not (config.kind == "decoder" and config.vision.image_size):
     raise UserError("this model takes no images")
 

@@ -28,9 +28,9 @@ class Sampling:
     stop: texts that end what is written; it is cut before them.
   """
 
-  temperature: float = 1.0
+  temperature: float = 0.8
   top_k: int = 0
-  top_p: float = 1.0
+  top_p: float = 0.95
   max_tokens: int = 128
   seed: int = 0
   min_p: float = 0.0

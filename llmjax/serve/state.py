@@ -169,7 +169,7 @@ def step(model, state: DecodeState):
 
 def _draw(state: DecodeState, logits_bv) -> DecodeState:
   """Gives every row that has not ended one more token."""
-  sampling, active_b, v = state.sampling, state.left_b > 0, logits_bv.shape[-1]
+  sampling, active_b = state.sampling, state.left_b > 0
   length_b = state.length_b + active_b
   scores_bv = jax.lax.cond(
     jnp.any(sampling.penalty_b != 1),
@@ -187,7 +187,7 @@ def _draw(state: DecodeState, logits_bv) -> DecodeState:
     logprob_b=jnp.where(active_b, logprob_b, state.logprob_b),
     length_b=length_b,
     left_b=jnp.where(active_b & ~ended_b, state.left_b - 1, 0),
-    seen_bv=state.seen_bv | (jnp.arange(v) == token_b[:, None]),
+    seen_bv=jax.vmap(lambda seen_v, token: seen_v.at[token].set(True))(state.seen_bv, token_b),
   )
   return _constrain(state)
 

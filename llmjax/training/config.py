@@ -100,7 +100,7 @@ class SampleConfig:
 
   prompts: tuple = ("",)
   max_tokens: int = 128
-  temperature: float = 0.7
+  temperature: float = 0.8
   top_p: float = 0.95
 
   def __post_init__(self):

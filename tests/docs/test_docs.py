@@ -4,6 +4,7 @@ A page that drifts from the code fails here, with the page and, where there is o
 """
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -197,6 +198,15 @@ def test_python_runs(page, tmp_path, monkeypatch, request):
     pytest.skip("no python on this page")
   monkeypatch.chdir(tmp_path)
   exec(compile(source, str(page), "exec"), {"__name__": "docs"})
+
+
+def test_the_notebook_s_cells_compile():
+  """`make test-oracle` runs them, with the real model (tests/oracle/test_notebook.py)."""
+  cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
+  code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+  assert len(code) >= 8
+  for body in code:
+    compile(body, "tour.ipynb", "exec")
 
 
 @pages_of_today

@@ -6,6 +6,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.nn.attention.context import attend_sharded
+from llmjax.nn.attention.kernels import attention_weights
 from llmjax.nn.attention.scores import Scores
 from llmjax.nn.attention.variant import AttentionInputs, AttentionVariant
 from llmjax.nn.cache.dense import KVCache
@@ -65,6 +66,14 @@ class Attention(nnx.Module):
       cache = new = cache.write(new, positions_bt)
     return self._attend(q_btnh, new, inputs), cache
 
+  def weights(self, x_btd, inputs: AttentionInputs):
+    """Computes the weights of self-attention: fp32 [b, n, t, s]. Arguments as of `__call__`."""
+    q_btnh, *key_value = project_in(self, x_btd, "query_dnh", "key_dkh", "value_dkh")
+    keys = self._keys_values(*key_value, inputs.rope).key_bskh
+    return attention_weights(
+      self._queries(q_btnh, inputs), keys, inputs.mask, self._scores(q_btnh, inputs)
+    )
+
   def cross_attend(self, x_btd, source: KVCache, inputs: AttentionInputs):
     """Attends to the keys and values of another sequence: y_btd."""
     (q_btnh,) = project_in(self, x_btd, "query_dnh")
@@ -89,9 +98,12 @@ class Attention(nnx.Module):
       q_btnh = rotate(q_btnh, *inputs.rope, self.layout)
     return checkpoint_name(shard(q_btnh, "btnh"), "query")
 
-  def _attend(self, q_btnh, source: KVCache, inputs: AttentionInputs):
+  def _scores(self, q_btnh, inputs: AttentionInputs) -> Scores:
     config = self.config
     scale = config.scale or q_btnh.shape[-1] ** -0.5
-    scores = Scores(scale, config.softcap, inputs.bias, self.sinks_n if config.sinks else None)
-    o_btnh = attend_sharded(q_btnh, source.key_bskh, source.value_bskh, inputs.mask, scores, config)
+    return Scores(scale, config.softcap, inputs.bias, self.sinks_n if config.sinks else None)
+
+  def _attend(self, q_btnh, source: KVCache, inputs: AttentionInputs):
+    keys_and_values, scores = (source.key_bskh, source.value_bskh), self._scores(q_btnh, inputs)
+    o_btnh = attend_sharded(q_btnh, *keys_and_values, inputs.mask, scores, self.config)
     return project_out(self, shard(o_btnh, "btnh"), "out_nhd")

@@ -94,14 +94,30 @@ def _head_major(run: Callable, q_btnh, k_bskh, v_bskh):
   return o_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, n, -1)
 
 
+def attention_weights(q_btnh, k_bskh, mask: Mask, scores: Scores):
+  """Computes the softmax that `attend` weighs values with: weights_bnts, fp32.
+
+  Arguments as of `attend`. Keys that the mask excludes have the weight 0; a sink's share is
+  missing from the sum of a row.
+  """
+  run = lambda q, k, _: _softmax(_masked_scores(q, k, mask, scores), scores)  # noqa: E731
+  weights_btns = _head_major(run, q_btnh * scores.scale, k_bskh, k_bskh)
+  return jnp.where(mask.allowed()[:, None], weights_btns.swapaxes(1, 2), 0)
+
+
 def _attend_block(q_bkgth, k_bksh, v_bksh, mask: Mask, scores: Scores):
-  s_bkgts = _masked_scores(q_bkgth, k_bksh, mask, scores)
+  weights_bkgts = _softmax(_masked_scores(q_bkgth, k_bksh, mask, scores), scores)
+  return _weigh(weights_bkgts, v_bksh, q_bkgth.dtype)
+
+
+def _softmax(s_bkgts, scores: Scores):
+  """The softmax over keys and, where there is one, the sink."""
   if scores.sinks_n is None:
-    return _weigh(jax.nn.softmax(s_bkgts, axis=-1), v_bksh, q_bkgth.dtype)
+    return jax.nn.softmax(s_bkgts, axis=-1)
   sink = scores.sinks_n.reshape(*s_bkgts.shape[1:3], 1, 1)
   high = jax.lax.stop_gradient(jnp.maximum(s_bkgts.max(-1, keepdims=True), sink))
   exp = jnp.exp(s_bkgts - high)
-  return _weigh(exp / (exp.sum(-1, keepdims=True) + jnp.exp(sink - high)), v_bksh, q_bkgth.dtype)
+  return exp / (exp.sum(-1, keepdims=True) + jnp.exp(sink - high))
 
 
 def _weigh(weights_bkgts, v_bksh, dtype, out_dtype=None):

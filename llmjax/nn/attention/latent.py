@@ -13,6 +13,7 @@ from llmjax.core.choices import check_fields
 from llmjax.core.dot import dot
 from llmjax.core.errors import UserError
 from llmjax.nn.attention.context import attend_sharded
+from llmjax.nn.attention.kernels import attention_weights
 from llmjax.nn.attention.scores import Scores
 from llmjax.nn.attention.variant import AttentionInputs, AttentionVariant
 from llmjax.nn.cache.dense import KVCache
@@ -135,6 +136,12 @@ class LatentAttention(nnx.Module):
     o_btnh = attend(q_btnh, latent_bsr, inputs)
     return project_out(self, shard(o_btnh, "btnh"), "out_nhd"), cache
 
+  def weights(self, x_btd, inputs: AttentionInputs):
+    """Computes the weights of attention: fp32 [b, n, t, s]. Arguments as of `__call__`."""
+    q_btnh = self._queries(x_btd, inputs)
+    keys, _ = self._keys_values(self._latents(x_btd, inputs))
+    return attention_weights(q_btnh, keys, inputs.mask, self._scores())
+
   def _absorbing_is_cheaper(self, queries: int) -> bool:  # by multiplications a cached position
     latent = self.config.latent
     expanded = latent.nope_dim + latent.value_dim
@@ -158,13 +165,15 @@ class LatentAttention(nnx.Module):
     return checkpoint_name(jnp.concatenate([c_btr, k_bth], axis=-1), "key")
 
   def _expanded(self, q_btnh, latent_bsr, inputs: AttentionInputs):
-    """Attends to every head's keys and values, projected from the latents."""
+    return self._attend(q_btnh, *self._keys_values(latent_bsr), inputs)
+
+  def _keys_values(self, latent_bsr):
+    """Every head's keys and values, projected from the latents: (k_bsnh, v_bsnh)."""
     c_bsr, k_bsh = jnp.split(latent_bsr, [self.config.latent.kv_rank], axis=-1)
     k_bsnh, v_bsnh = project_in(self, c_bsr, "key_up_rnh", "value_up_rnh")
     k_bs1h = shard(k_bsh[:, :, None], "bt1h")
     rotated = jnp.broadcast_to(k_bs1h, (*k_bsnh.shape[:3], k_bsh.shape[-1]))
-    k_bsnh = shard(jnp.concatenate([k_bsnh, rotated], axis=-1), "btnh")
-    return self._attend(q_btnh, k_bsnh, v_bsnh, inputs)
+    return shard(jnp.concatenate([k_bsnh, rotated], axis=-1), "btnh"), v_bsnh
 
   def _absorbed(self, q_btnh, latent_bsr, inputs: AttentionInputs):
     """Attends to the latents, q · (c W) = (q Wᵀ) · c, and projects the results to values."""
@@ -176,7 +185,9 @@ class LatentAttention(nnx.Module):
     o_btnr = self._attend(q_btnr, kv_bs1r, kv_bs1r, inputs)[..., : latent.kv_rank]
     return dot("btnr,rnh->btnh", o_btnr, self.value_up_rnh)
 
-  def _attend(self, q_btnh, k_bskh, v_bskh, inputs: AttentionInputs):
+  def _scores(self) -> Scores:
     config = self.config
-    scores = Scores(config.scale or config.latent.width**-0.5, config.softcap)
-    return attend_sharded(q_btnh, k_bskh, v_bskh, inputs.mask, scores, config)
+    return Scores(config.scale or config.latent.width**-0.5, config.softcap)
+
+  def _attend(self, q_btnh, k_bskh, v_bskh, inputs: AttentionInputs):
+    return attend_sharded(q_btnh, k_bskh, v_bskh, inputs.mask, self._scores(), self.config)

@@ -34,7 +34,8 @@ class AttentionVariant(Variant):
   def layer(
     self, key, dims: dict[str, int], config, norm: NormConfig, layout: str, out_scale: float
   ) -> nnx.Module:
-    """Makes a layer: a module called as (x_btd, inputs, positions_bt, cache) → (y_btd, cache).
+    """Makes a layer: a module called as (x_btd, inputs, positions_bt, cache) → (y_btd, cache),
+    with a method `weights(x_btd, inputs)` → [b, n, t, s] for those who look into a model.
 
     Args:
       layout: pairing of the channels that rope rotates.
