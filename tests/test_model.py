@@ -130,9 +130,9 @@ def test_configs_are_taken_frozen_or_editable():
     llmjax.Config().model, width=64
   ))
   assert llmjax.count_parameters(editable) == llmjax.count_parameters(frozen)
-  editable.model.vocab_size = 256
+  editable.model.vocab_size = 5000
   assert llmjax.count_parameters(editable.model) == llmjax.count_parameters(
-    dataclasses.replace(frozen.model, vocab_size=256)
+    dataclasses.replace(frozen.model, vocab_size=5000)
   )
   planned = llmjax.plan(editable, "h100:8")
   assert planned["parameters"] == llmjax.count_parameters(editable)

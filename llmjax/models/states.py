@@ -65,8 +65,7 @@ def _numbers(layers: Sequence[int], count: int) -> list[int]:
 
 
 def _blocks(model: nnx.Module, batch: Batch) -> Iterator[tuple]:
-  """Yields (number, x_btd, block, kind, inputs) before each block, and (layers, x_btd) at the end.
-  """
+  """Yields (number, x_btd, block, kind, inputs) before each block, the last block None."""
   number, pattern = 0, model.config.attention.pattern
   x_btd, inputs = _start(model, batch)
   for group in model.stack.groups:
@@ -75,7 +74,7 @@ def _blocks(model: nnx.Module, batch: Batch) -> Iterator[tuple]:
       kind = pattern[number % len(pattern)]
       yield number, x_btd, block, kind, inputs
       x_btd, number = _run(block, x_btd, kind, inputs), number + 1
-  yield number, x_btd
+  yield number, x_btd, None, "", inputs
 
 
 @jax.jit

@@ -19,7 +19,8 @@ from tests.reference import decoder as reference
 
 FP32 = 5e-6  # of the largest state, for the reason in test_variants.py
 # Each has another place of the norm, mask, kind of scores or group of layers.
-NAMES = ["llama", "gemma2", "gptoss", "gptj", "olmo2", "post", "latent", "alibi", "bert"]
+NAMES = ["llama", "gemma2", "gptoss", "gptj", "olmo2", "post", "mla"]
+SLOW = ["alibi", "deepseek", "bert"]
 
 
 def recorded(name, monkeypatch):
@@ -46,7 +47,7 @@ def recorded(name, monkeypatch):
   return model, given, np.stack(states), np.stack(maps)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + [pytest.param(n, marks=pytest.mark.slow) for n in SLOW])
 def test_states_and_attention_are_the_reference_s(name, monkeypatch, quick_compile):
   model, given, states, maps = recorded(name, monkeypatch)
   batch, layers = batch_of(given), model.config.layers

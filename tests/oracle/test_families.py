@@ -18,6 +18,7 @@ from llmjax.core import tree
 from llmjax.formats.hf import folder as hf
 from llmjax.models.build import build
 from llmjax.models.model import Model
+from llmjax.models.states import attention_maps, hidden_states
 from tests import golden
 
 pytestmark = pytest.mark.oracle
@@ -153,3 +154,25 @@ def test_a_t5_with_a_head_of_its_own_keeps_it_in_transformers(tmp_path):
   theirs = _say(_reload(tmp_path, "t5"), "t5")
   np.testing.assert_allclose(theirs, golden.our_logits(model, "t5"), atol=ATOL)
   assert not hf.load_folder(tmp_path).config.tie_embeddings
+
+
+STATES = ("llama", "gpt2", "gemma2", "gpt_neox", "bert", "deepseek_v3", "olmo2", "phi3", "qwen3")
+
+
+@pytest.mark.parametrize("case", STATES, indirect=True)
+def test_states_of_layers_and_attention_are_theirs(case):
+  name, folder, _ = case
+  given = golden.inputs(name)
+  theirs = _reload(folder, name)(
+    **{key: torch.from_numpy(array) for key, array in given.items()},
+    output_hidden_states=True, output_attentions=True,
+  )
+  model, batch = hf.load_folder(folder).parameters, golden.our_batch(given)
+  real = given.get("attention_mask", np.ones_like(given["input_ids"])) > 0
+  states = np.stack([state.detach().numpy() for state in theirs.hidden_states[:-1]])
+  ours = np.asarray(hidden_states(model, batch, range(model.config.layers)))
+  # Theirs are scaled by the embedding's factor as ours, and not normed but for the last.
+  np.testing.assert_allclose(ours[:, real], states[:, real], atol=ATOL * np.abs(states).max())
+  maps = np.stack([each.detach().numpy() for each in theirs.attentions]).swapaxes(2, 3)
+  found = np.asarray(attention_maps(model, batch)).swapaxes(2, 3)
+  np.testing.assert_allclose(found[:, real], maps[:, real], atol=ATOL)
