@@ -14,6 +14,7 @@ PACKAGES = {
   "__init__": "the public names",
   "convert": "models to other formats",
   "run": "train, load, evaluate",
+  "model": "what load returns",
   "planning": "memory, time and cost before a run",
   "eval": "held-out loss, bits per byte",
   "serve": "sampling, generation, text vectors",

@@ -13,6 +13,7 @@ LAYERS = [
   {"__init__"},
   {"convert"},
   {"run"},
+  {"model"},
   {"planning"},
   {"eval"},
   {"serve"},
