@@ -94,7 +94,7 @@ class Stack(nnx.Module):
         self._mask(kind, positions_bt, batch, cache), self._rope(kind, positions_bt, segments_bt),
         self._bias(),
       )
-      for kind in dict.fromkeys(self.config.attention.pattern[: self.groups[-1].end])
+      for kind in dict.fromkeys(cache.positions if cache else self.config.attention.pattern)
     }
     # Constrained, or the sharding of experts' tokens would spread to attention's masks.
     real_bt = None if segments_bt is None else shard(segments_bt > 0, "bt")
