@@ -77,6 +77,11 @@ def test_generate_continues_a_prompt_the_same_way_twice(setup, capsys):
     texts.append(made["text"])
   assert texts[0] == texts[1]
   assert texts[2] == texts[3] == texts[4], "greedy, the one best and a tiny nucleus are the same"
+  assert main([*argv, "--prompt=mi", "--seed=3"]) == 0  # a repeated prompt is a second one
+  lines = capsys.readouterr().out.splitlines()
+  both = json.loads(lines[-1])["completions"]
+  assert [each["prompt"] for each in both] == ["ka lo", "mi"] and both[0]["text"] == texts[0]
+  assert "--- 'ka lo'" in lines and "--- 'mi'" in lines
 
 
 def test_eval_prints_its_scores(setup, capsys):
@@ -214,6 +219,7 @@ def test_bad_input_to_generate_and_eval(setup, tmp_path, capsys):
   here = f"--checkpoint={workdir}"
   long = "--prompt=" + "ka lo mi " * 200
   assert "takes from 1 to 31" in fails(capsys, "generate", here, long)
+  assert "--prompt is missing" in fails(capsys, "generate", here)
   for flag, message in {
     "--temperature=-1": "temperature -1.0 is less than 0",
     "--temperature=nan": "argument --temperature: nan is not a finite number",
