@@ -37,6 +37,7 @@ from llmjax.training.loop import fit
 from llmjax.training.metrics import rates, read_metrics
 from llmjax.training.plot import plot_experts, plot_loss
 from llmjax.training.runnable import check_config, check_run, with_vocab
+from llmjax.training.schedules import check_schedule
 from llmjax.training.stored import load_model, newest_meta
 
 _REPORTED = 1000  # held-out documents that the tokenizer is measured on
@@ -173,9 +174,14 @@ def _check_workdir(config: Config, meta: dict, workdir: Path):
   here = configs.flat(config)
   here["model.vocab_size"] = here["model.vocab_size"] or there["model.vocab_size"]
   differing = [key for key, value in binding(here).items() if value != there[key]]
-  if differing == ["train.steps"]:
-    multihost.say(f"train.steps was {there['train.steps']} and is now {here['train.steps']}")
-  elif differing:
+  if {"train.steps", "optim.schedule"}.issuperset(differing):
+    if differing:
+      check_schedule(
+        config.optim.schedule, config.optim.warmup, config.train.steps, done=meta["step"]
+      )
+    for key in differing:
+      multihost.say(f"{key} was {there[key]} and is now {here[key]}")
+  else:
     shown = ", ".join(f"{key} ({there[key]!r} there, {here[key]!r} here)" for key in differing[:4])
     more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
     raise UserError(

@@ -18,6 +18,7 @@ from llmjax.training.loop import Interrupted
 from llmjax.training.metrics import read_metrics
 from llmjax.training.parameters import abstract_state
 from llmjax.training.stored import load_model, read_meta
+from tests.reference.optim import schedule
 from tests.runs import tiny, write_text
 
 pytestmark = pytest.mark.usefixtures("quick_module")
@@ -158,6 +159,27 @@ def test_an_interrupted_run_resumes_bit_for_bit(finished, text, tmp_path, monkey
   for path, leaf in whole.items():
     np.testing.assert_array_equal(cut[path], leaf, err_msg=path)
   assert _losses(workdir) == _losses(tmp_path / "cut")
+
+
+def test_a_decay_branches_off_a_stable_checkpoint_as_in_one_run(text, tmp_path, capsys):
+  stable = {"optim__schedule": "constant", "sample__max_tokens": 1}
+  llmjax.train(tiny(text, 8, **stable), tmp_path / "stable")
+  shutil.copytree(tmp_path / "stable", tmp_path / "branch")
+  late = tiny(text, 10, **stable | {"optim__schedule": "wsd:decay=3"})
+  with pytest.raises(UserError, match=r"decay of 3 steps does not fit into the 2 steps .* step 8,"):
+    llmjax.train(late, tmp_path / "branch")
+  decayed = tiny(text, 12, **stable | {"optim__schedule": "wsd:decay=4"})
+  llmjax.train(decayed, tmp_path / "branch")
+  said = capsys.readouterr().err
+  assert "optim.schedule was constant and is now wsd:decay=4" in said
+  assert "train.steps was 8 and is now 12" in said and "going on from step 8" in said
+  llmjax.train(decayed, tmp_path / "whole")
+  branch, _ = _state(tmp_path / "branch", decayed)
+  for path, leaf in _state(tmp_path / "whole", decayed)[0].items():
+    np.testing.assert_array_equal(branch[path], leaf, err_msg=path)
+  rates = [line["learning_rate"] for line in read_metrics(tmp_path / "branch") if "loss" in line]
+  expected = [schedule("wsd 4 sqrt", u, 1e-2, 4, 12, 0.1) for u in range(1, 13)]
+  assert rates == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_same_command_again_does_nothing_new(finished):

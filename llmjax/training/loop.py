@@ -1,7 +1,6 @@
 """The training loop, top to bottom: restore or make the state, step, report, checkpoint."""
 
 import contextlib
-import dataclasses
 import functools
 import signal
 import time
@@ -26,7 +25,8 @@ from llmjax.training.config import Config
 from llmjax.training.executable import make_step
 from llmjax.training.finite import NotFinite, Watch
 from llmjax.training.metrics import NoReport, Reporter
-from llmjax.training.parameters import abstract_state, init_sharded, model_of, split
+from llmjax.training.optimizers import started_from
+from llmjax.training.parameters import TrainState, abstract_state, init_sharded, model_of, split
 from llmjax.training.rates import peak_of
 from llmjax.training.stored import make_meta
 
@@ -124,7 +124,8 @@ def _start(checkpoints, config, mesh, meta, begin):
   if restored is None:
     state = init_sharded(config, mesh)
     trainable, frozen = split(begin(model_of(state, config)), config.optim.groups)
-    return dataclasses.replace(state, trainable=trainable, frozen=frozen), 0, 0.0
+    optimizer = started_from(state.optimizer, trainable)
+    return TrainState(state.step, trainable, frozen, optimizer), 0, 0.0
   state, found = restored
   if found["data_key"] != meta["data_key"]:
     raise UserError(

@@ -1,37 +1,41 @@
-"""Optimizers and schedules: optax, put together from a config whose groups cover all parameters."""
+"""The optimizer of a run: rows of a config that cover all parameters, each with optimizer, rate and
+decay."""
 
 import dataclasses
 import fnmatch
-import math
 
 import optax
 
 from llmjax.core import tree
 from llmjax.core.choices import check_choice, check_fields, check_finite
 from llmjax.core.config import Options
-from llmjax.core.dims import letters_of
 from llmjax.core.errors import UserError, nearest
 from llmjax.core.weight import fixed_paths
 from llmjax.nn.param import roles
+from llmjax.training.optimizers import check_kind, make_rule
+from llmjax.training.schedules import make_schedule, parse_schedule
 
-KINDS = ("adamw", "muon", "adafactor")
 _OPTIONS = ("rate", "decay", "kind")
 _NOT_DECAYED = ("scale", "bias", "router_bias")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """The optimizer of every parameter, under a linear warm-up and a cosine decay.
+  """The optimizer of every parameter, and its learning rate.
 
   Attributes:
-    kind: adamw; muon, which updates matrices by Muon and all other parameters by AdamW; adafactor.
+    kind: adamw; adam, which is never decayed; sgd with momentum; adafactor; lion; muon, which
+      updates matrices by Muon and all other parameters by AdamW; schedule_free (AdamW).
     learning_rate: peak at the end of the warm-up; of Adafactor relative to a parameter's size.
     matrix_learning_rate: Muon's peak; unused by other kinds.
+    schedule: after the warm-up: cosine, linear, constant, inverse_sqrt or wsd, with options such as
+      wsd:decay=0.1,shape=linear; see docs/optim.md.
     warmup: steps of linear growth from zero.
-    min_lr_ratio: share of the peak that the cosine ends on, at the last step.
-    beta1: decay of AdamW's first moment.
-    beta2: decay of AdamW's second moment.
-    eps: added to the root of AdamW's second moment.
+    min_lr_ratio: share of the peak that cosine, linear and wsd end on, at the last step.
+    beta1: decay of Adam's first moment, of SGD's momentum, of Lion's update; schedule-free's share
+      of the average in the weights that gradients are taken at.
+    beta2: decay of Adam's second moment, of Lion's momentum.
+    eps: added to the root of Adam's second moment.
     weight_decay: decoupled, times the learning rate; scales and biases are not decayed.
     groups: rows (pattern, {"rate": …, "decay": …, "kind": …}) or (pattern, None). The first row
       whose pattern matches a parameter's path decides: rate is a factor on the learning rate (1),
@@ -44,6 +48,7 @@ class OptimConfig:
   kind: str = "adamw"
   learning_rate: float = 1e-3
   matrix_learning_rate: float = 0.02
+  schedule: str = "cosine"
   warmup: int = 100
   min_lr_ratio: float = 0.1
   beta1: float = 0.9
@@ -56,11 +61,18 @@ class OptimConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "groups", tuple(map(_checked_row, self.groups)))
+    check_kind("optim.kind", self.kind)
     check_fields(
-      "optim", self, kind=KINDS, learning_rate="positive", matrix_learning_rate="positive",
+      "optim", self, learning_rate="positive", matrix_learning_rate="positive",
       eps="positive", warmup=0, min_lr_ratio=0, weight_decay=0, clip_norm=0, bias_rate=0,
       beta1="[0, 1)", beta2="[0, 1)",
     )
+    name, _ = parse_schedule(self.schedule)
+    if "schedule_free" in (self.kind, *(row.get("kind") for _, row in self.groups if row)):
+      if name != "constant":
+        raise UserError(f"kind 'schedule_free' needs optim.schedule constant, not {name}")
+      if not self.beta1:
+        raise UserError("kind 'schedule_free' needs an optim.beta1 above 0")
 
 
 def _checked_row(row) -> tuple:
@@ -75,7 +87,7 @@ def _checked_row(row) -> tuple:
   for key, value in options.items():
     check_choice(f"{where} option", key, _OPTIONS)
     if key == "kind":
-      check_choice(f"{where} kind", value, KINDS)
+      check_kind(f"{where} kind", value)
     elif (key, value) != ("decay", None):
       check_finite(f"{where} {key}", value)
       is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -114,19 +126,6 @@ def assign(groups, model) -> dict[str, Options | None]:
   return {path: found[path] for path in leaves}
 
 
-def make_schedule(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
-  """Learning rate by updates done: up linearly to `peak`, then down a cosine to the last step.
-
-  The run's update number 1 already moves; number `warmup` is at the peak, number `steps` at
-  `min_lr_ratio` of it. A run of no more steps than `warmup` ends as it warms up.
-  """
-  rate = optax.warmup_cosine_decay_schedule(
-    init_value=0.0, peak_value=peak, warmup_steps=config.warmup,
-    decay_steps=max(steps, config.warmup + 1), end_value=peak * config.min_lr_ratio,
-  )
-  return lambda done: rate(done + 1)
-
-
 def make_optimizer(
   config: OptimConfig, steps: int, model, role: dict[str, str] | None = None
 ) -> optax.GradientTransformation:
@@ -140,20 +139,21 @@ def make_optimizer(
     The optax transformation.
   Raises:
     UserError: groups do not fit the model; see `assign`.
-  Source: AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101; Muon: Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon; Adafactor: Shazeer & Stern 2018, arXiv:1804.04235, alg. 5.
+  Source: AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101.
   """
   role = roles(model) if role is None else role
   kinds, rates, decays = {}, {}, {}
   for path, options in assign(config.groups, model).items():
     if options is not None:
       own = _role_of(path, role)
-      kind = options.get("kind", config.kind)
-      kinds[path] = "adamw" if kind == "muon" and own != "matrix" else kind
+      kinds[path] = _kind_for(options.get("kind", config.kind), own)
       rates[path] = options.get("rate", 1.0)
       decays[path] = options.get("decay")
       if decays[path] is None:
-        decays[path] = 0.0 if own in _NOT_DECAYED else config.weight_decay
+        spared = own in _NOT_DECAYED or kinds[path] == "adam"
+        decays[path] = 0.0 if spared else config.weight_decay
+      elif decays[path] and kinds[path] == "adam":
+        raise UserError(f"optim.groups: decay of {path!r}: kind 'adam' has none; use 'adamw'")
   for pattern, options in config.groups:
     if options and options.get("kind") == "muon" and not any(
       kinds.get(path) == "muon" for path in fnmatch.filter(kinds, pattern)
@@ -166,53 +166,22 @@ def make_optimizer(
 
   def rule(kind):
     peak = config.matrix_learning_rate if kind == "muon" else config.learning_rate
-    schedule = make_schedule(config, steps, peak)
-    return optax.chain(
-      _DIRECTIONS[kind](config), optax.stateless(decay), optax.scale_by_learning_rate(schedule)
-    )
+    return make_rule(kind, config, decay, make_schedule(config, steps, peak))
 
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
   used = sorted(set(kinds.values()))
   return optax.chain(clip, optax.partition({kind: rule(kind) for kind in used}, kinds))
 
 
+def _kind_for(kind: str, role: str) -> str:
+  """The optimizer of a parameter where its row says `kind`. A router's bias has no gradient and is
+  moved by the step, which must move all that an optimizer keeps of it."""
+  if (kind == "muon" and role != "matrix") or (kind == "schedule_free" and role == "router_bias"):
+    return "adamw"
+  return kind
+
+
 def _role_of(path: str, role: dict[str, str]) -> str:
   while path and path not in role:
     path = path.rpartition("/")[0]
   return role[path]
-
-
-def _muon(config: OptimConfig) -> optax.GradientTransformation:
-  def scale(path, update):
-    """Scales by √max(1, outputs / inputs)."""
-    inputs, outputs = (
-      math.prod(update.shape[axis] for axis in axes) for axes in _sides(path, update)
-    )
-    return update * math.sqrt(max(1.0, outputs / inputs))
-
-  return optax.chain(
-    optax.contrib.scale_by_muon(
-      weight_dimension_numbers=lambda params: tree.map_with_path(_sides, params)
-    ),
-    optax.stateless(lambda updates, _: tree.map_with_path(scale, updates)),
-  )
-
-
-_DIRECTIONS = {
-  "adamw": lambda config: optax.scale_by_adam(config.beta1, config.beta2, config.eps),
-  "muon": _muon,
-  "adafactor": lambda config: optax.chain(
-    optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
-  ),
-}
-
-
-def _sides(path: str, leaf) -> optax.contrib.MuonDimensionNumbers:
-  """Says which axes of a matrix are its input and its output. The residual width `d` (or else a low
-  rank) is one side, all but layers `l` and experts `e` the other."""
-  letters = letters_of(path, leaf.ndim)
-  stacked = "le" if "f" in letters else "l"  # an expert's matrix is one of many
-  axes = {letter: axis for axis, letter in enumerate(letters) if letter not in stacked}
-  side = (axes.pop(next(letter for letter in "dra" if letter in axes)),)
-  other = tuple(axes.values())
-  return optax.contrib.MuonDimensionNumbers(*((side, other) if side < other else (other, side)))

@@ -23,7 +23,8 @@ class TrainState:
 
   Attributes:
     step: int32 scalar, steps done.
-    trainable: parameters that gradients are taken for, by path; fp32 master weights.
+    trainable: parameters that gradients are taken for, by path; fp32 master weights. Of
+      schedule-free the averages, which are evaluated and kept; see `training.optimizers`.
     frozen: all other parameters, by path.
     optimizer: optax state of the trainable ones, its moments sharded as they are.
   """

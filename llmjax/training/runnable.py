@@ -16,8 +16,9 @@ from llmjax.nn.attention.context import check_heads
 from llmjax.parallel import rules
 from llmjax.text.tokenizer import Tokenizer, train_tokenizer
 from llmjax.training.config import Config
-from llmjax.training.optim import assign
+from llmjax.training.parameters import optimizer_of
 from llmjax.training.pipelined import check_stages
+from llmjax.training.schedules import check_schedule
 from llmjax.training.shrink import made_up_batch
 
 _OF_AXIS = (
@@ -56,11 +57,13 @@ def check_config(config: Config) -> Config:
 
   Raises:
     UserError: no task for this kind of model, a vocabulary that is not the tokenizer's, groups of
-      the optimizer that do not fit the model.
+      the optimizer that do not fit the model, a schedule that is longer than the run.
   """
   config.known_task()
   config = with_vocab(config)
-  assign(config.optim.groups, abstract(config.model))
+  if config.optim.warmup < config.train.steps:
+    check_schedule(config.optim.schedule, config.optim.warmup, config.train.steps)
+  optimizer_of(config)
   return config
 
 

@@ -16,10 +16,11 @@ from llmjax.parallel import rules
 from llmjax.training.config import Config
 from llmjax.training.experts import move_biases, router_biases, routing_metrics
 from llmjax.training.objective import Objective, make_objective
-from llmjax.training.optim import make_schedule
+from llmjax.training.optimizers import averaged, gradient_point
 from llmjax.training.parameters import TrainState, abstract_state, combine, model_of, optimizer_of
 from llmjax.training.pipelined import PipelineConfig, pipelined_grad
 from llmjax.training.runnable import check_mesh
+from llmjax.training.schedules import make_schedule
 
 
 def loss_and_grad(
@@ -115,8 +116,10 @@ def advance(state: TrainState, batch: Batch, config: Config, optimizer=None):
   if config.model.dropout or config.model.moe.noisy:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
   train = config.train
+  point = gradient_point(state.optimizer, state.trainable, rules.ZERO[train.zero_stage])
+  model = model_of(dataclasses.replace(state, trainable=point), config)
   metrics, grads, count, routing = loss_and_grad(
-    model_of(state, config), state.trainable, batch,
+    model, point, batch,
     make_objective(config.task_name, config.loss, batch),
     train.grad_accum_steps, key, train.zero_stage, config.pipeline, train.grad_reduce_dtype,
   )
@@ -124,8 +127,9 @@ def advance(state: TrainState, batch: Batch, config: Config, optimizer=None):
   grads = rules.constrain(grads, rules.WEIGHTS)
   state = dataclasses.replace(state, trainable=rules.constrain(state.trainable, rules.WEIGHTS))
   update = (optimizer or optimizer_of(config)).update
-  updates, opt_state = update(grads, state.optimizer, state.trainable)
-  trainable = optax.apply_updates(state.trainable, updates)
+  point = gradient_point(state.optimizer, state.trainable)
+  updates, opt_state = update(grads, state.optimizer, point)
+  trainable = averaged(opt_state, optax.apply_updates(point, updates))
   rate = make_schedule(config.optim, train.steps, config.optim.learning_rate)(state.step)
   metrics |= {"grad_norm": optax.tree.norm(grads), "tokens": count, "learning_rate": rate}
   if routing is not None:

@@ -215,10 +215,11 @@ def test_a_bias_has_no_gradient_and_stays_without_a_rate(model, batch):
   assert move_biases(frozen, [BIAS], jnp.ones((2, 4)).at[:, 0].set(9), 0.1).keys() == frozen.keys()
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "muon", "lion", "schedule_free"])
 def test_the_optimizer_leaves_a_bias_alone(model, kind):
   """Even where the sum of other gradients is clipped, and whatever the optimizer."""
-  optimizer = make_optimizer(OptimConfig(kind=kind, weight_decay=0.5), 10, model)
+  config = OptimConfig(kind=kind, schedule="constant", weight_decay=0.5)
+  optimizer = make_optimizer(config, 10, model)
   before = tree.flatten(model)
   ones = {path: (0.0 if path == BIAS else 1.0) + 0 * leaf for path, leaf in before.items()}
 

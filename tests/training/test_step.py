@@ -14,11 +14,13 @@ from llmjax.core.errors import UserError
 from llmjax.data.batch import Batch
 from llmjax.data.loader import DataConfig
 from llmjax.data.tasks import language_model
+from llmjax.models.build import abstract
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.training import step as steps
 from llmjax.training.config import Config, TrainConfig
 from llmjax.training.optim import OptimConfig
-from llmjax.training.parameters import TrainState, abstract_state, init_sharded
+from llmjax.training.optimizers import started_from
+from llmjax.training.parameters import TrainState, abstract_state, combine, init_sharded
 from llmjax.training.step import compile_step, compiler_options, micro_batches
 from tests.gradients import loss_and_grad
 from tests.models.variants import VARIANTS, batch_of, inputs, scored_places, weights_of
@@ -59,9 +61,9 @@ def plain(tiny_decoder, batch):
   return mean_loss(tiny_decoder)
 
 
-def assert_close(found, expected):
+def assert_close(found, expected, rtol=ROUNDING):
   for path, leaf in tree.flatten(expected).items():
-    atol = ROUNDING * np.abs(leaf).max()
+    atol = rtol * np.abs(leaf).max()
     assert_allclose(tree.flatten(found)[path], leaf, rtol=0, atol=atol, err_msg=path)
 
 
@@ -191,6 +193,38 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(tiny_config, batc
     assert np.isfinite(metrics["grad_norm"]) and int(state.step) == 2
     # The second of 100 updates of warm-up to 1e-3; fp32 rounds the distance from the peak.
     assert_allclose(metrics["learning_rate"], 2 / 100 * 1e-3, rtol=50 * 2**-23)
+
+
+def test_schedule_free_steps_take_gradients_at_y_and_hold_the_averages(tiny_config, batch):
+  """By its paper's three sequences in NumPy, from the gradients that the steps return."""
+  optim = OptimConfig(
+    kind="schedule_free", schedule="constant", learning_rate=0.05, warmup=1, eps=1.0, clip_norm=0.0,
+    weight_decay=0.0, beta1=0.6,
+  )
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  whole = experiment(tiny_config, accumulation=2, optim=optim)
+  step, state = compile_step(whole, mesh, with_grads=True), init_sharded(whole, mesh)
+  # As if the weights had come from `init.checkpoint`: z starts from them too.
+  other = {path: leaf * 1.5 for path, leaf in state.trainable.items()}
+  kept = started_from(state.optimizer, other)
+  state = dataclasses.replace(state, trainable=other, optimizer=kept)
+  x = z = {path: np.asarray(leaf, np.float64) for path, leaf in other.items()}
+  v = dict.fromkeys(x, 0.0)
+  with jax.set_mesh(mesh):
+    for number in (1, 2, 3):
+      y = {path: 0.4 * z[path] + 0.6 * x[path] for path in x}
+      point = combine(abstract(tiny_config), {p: jnp.asarray(w, jnp.float32) for p, w in y.items()})
+      _, at_y, *_ = micro(point, batch, 2)
+      state, _, grads = step(state, batch)
+      assert_close(grads, at_y, rtol=4 * ROUNDING)  # y is rounded too, in other places
+      for path, g in grads.items():
+        v[path] = 0.95 * v[path] + 0.05 * np.square(np.asarray(g, np.float64))
+        moved = np.asarray(g) / (np.sqrt(v[path] / (1 - 0.95**number)) + 1.0)
+        z = z | {path: z[path] - 0.05 * moved}
+        x = x | {path: (1 - 1 / number) * x[path] + z[path] / number}
+        # x is worked out again from y: some roundings of it, over β₁.
+        assert_allclose(state.trainable[path], x[path], rtol=0, atol=1e-6, err_msg=path)
+  assert max(np.abs(x[path] - z[path]).max() for path in x) > 1e-3
 
 
 @pytest.mark.parametrize("accumulation", [3, 8])
