@@ -18,7 +18,7 @@ from llmjax.nn.cache.dense import Cache, KVCache, shard_keys
 from llmjax.nn.norm import Norm
 from llmjax.nn.param import normal, param
 from llmjax.nn.position import rope_angles
-from llmjax.parallel.rules import shard
+from llmjax.parallel.rules import key_copies, shard
 
 
 class Stack(nnx.Module):
@@ -117,13 +117,14 @@ class Stack(nnx.Module):
         keep only the last w + chunk - 1 keys.
     """
     config, attention = self.config, self.config.attention
-    kinds = config.layer_kinds
+    kinds, k = config.layer_kinds, config.dims["k"]
+    dims = config.dims | {"k": k * key_copies(k)}
     sizes = dict.fromkeys(kinds, slots)
     if chunk and "window" in sizes and attention.mask != "prefix":
       sizes["window"] = min(slots, attention.window + chunk - 1)
 
     def layer(slots: int) -> KVCache:
-      shapes = attention.variant.cache_shapes(config.dims, batch, slots)
+      shapes = attention.variant.cache_shapes(dims, batch, slots)
       zeros = [shape and jnp.zeros(shape, jnp.dtype(config.dtype)) for shape in shapes]
       return shard_keys(KVCache(*zeros))
 

@@ -18,7 +18,8 @@ def project_in(module: nnx.Module, x_btd, *names: str) -> tuple:
     x_btd: residual stream as `shard_stream` lays it out, or a latent in its place.
     names: of weights, such as "query_dnh".
   Returns:
-    An array for each name, such as q_btnh, sharded over `tensor`.
+    An array for each name, such as q_btnh, sharded over `tensor`; key and value heads of which
+    `tensor` wants copies (`rules.key_copies`) are replicated.
   Source: Shoeybi et al. 2019, arXiv:1909.08053, sec. 3; with positions cut: Korthikanti et al.
     2022, arXiv:2205.05198, sec. 4.2.
   """
@@ -40,7 +41,10 @@ def project_in(module: nnx.Module, x_btd, *names: str) -> tuple:
   if not by_hand:
     return project(rules.shard(x_btd, "btd"), weights)
   in_specs = rules.stream_spec(x_btd.shape[1]), rules.weight_specs(weights)
-  out_specs = tuple(rules.spec(f"bt{dims[1:]}") for dims in letters.values())
+  out_specs = tuple(
+    rules.spec(f"bt{dims[1:]}", shape=(*x_btd.shape[:2], *weights[name].shape[1:]))
+    for name, dims in letters.items()
+  )
   return rules.on_each_device(project, in_specs, out_specs)(x_btd, weights)
 
 

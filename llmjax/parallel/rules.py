@@ -28,18 +28,39 @@ class LayoutError(UserError):
   """The rules do not shard what the mesh says they should."""
 
 
-def spec(letters: str, table: dict = ACTIVATIONS, shape: Sequence[int] = ()) -> PartitionSpec:
+def spec(
+  letters: str, table: dict = ACTIVATIONS, shape: Sequence[int] = (), mesh: Mesh | None = None
+) -> PartitionSpec:
   """Looks letters up in a table: `spec("df", WEIGHTS)` is `P("fsdp", "tensor")`.
 
   An axis shards the first letter that names it: `spec("dr", WEIGHTS)` is `P("fsdp", None)`. With a
-  shape, widths of one are replicated: the scales of a weight whose inputs are one block.
+  shape, what `_axes_for` says is replicated; `mesh` is by default the one in scope.
   """
   entries, taken = [], set()
   for letter, size in itertools.zip_longest(letters, shape):
-    axes = set() if size == 1 and letter in "df" else set(axes_of(letter, table))
+    axes = set(_axes_for(letter, size, table, mesh))
     entries.append(table[letter] if axes and not axes & taken else None)
     taken |= axes
   return PartitionSpec(*entries)
+
+
+def _axes_for(letter: str, size: int | None, table: dict, mesh: Mesh | None) -> tuple[str, ...]:
+  """The axes that shard a dimension of this size (None: any). Replicated are widths of one, the
+  scales of a weight whose inputs are one block, and key heads of which `tensor` wants copies."""
+  if size == 1 and letter in "df":
+    return ()
+  return () if letter == "k" and size and key_copies(size, mesh) > 1 else axes_of(letter, table)
+
+
+def key_copies(k: int, mesh: Mesh | None = None) -> int:
+  """How many devices of `tensor` share a key head: more than 1 where they are a multiple of k.
+
+  Weights of key and value heads are then replicated over `tensor`, and each head is copied for the
+  devices whose queries read it.
+  """
+  mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+  tensor = 1 if mesh.empty or inside("tensor") else mesh.shape["tensor"]
+  return tensor // k if tensor > k and tensor % k == 0 else 1
 
 
 def shard(x, letters: str):
@@ -137,7 +158,7 @@ def _sharding(mesh: Mesh, path: str, letters: str, shape, table: dict) -> NamedS
   if letters[:1] == "l" and shape[0] % mesh.shape["stage"]:
     table = table | {"l": None, "d": (*axes_of("d", table), "stage")}
   check_divides(mesh, path, letters, shape, table)
-  return NamedSharding(mesh, spec(letters, table, shape))
+  return NamedSharding(mesh, spec(letters, table, shape, mesh))
 
 
 def shard_weights(weights, table: dict, reduce_dtype: str = "float32"):
@@ -263,7 +284,7 @@ def check_layout(mesh: Mesh, model, table: dict):
 def check_divides(mesh: Mesh, name: str, letters: str, shape, table: dict = ACTIVATIONS):
   """Raises a `UserError` naming array, letter, size and axes where the mesh does not divide."""
   for letter, size in zip(letters, shape, strict=True):
-    axes = () if size == 1 and letter in "df" else axes_of(letter, table)
+    axes = _axes_for(letter, size, table, mesh)
     if size % math.prod(mesh.shape[axis] for axis in axes):
       cut = [axis for axis in axes if mesh.shape[axis] > 1]
       raise UserError(

@@ -23,8 +23,7 @@ def shrink(config: Config, devices: int) -> Config:
     The experiment in fp32, of a few layers, with heads 8 wide.
   """
   model, dims = config.model, config.model.dims
-  k = math.gcd(dims["k"], devices)
-  heads = k * (2 if dims["g"] % 2 == 0 else min(dims["g"], 3))
+  k, group = _few_heads(dims["k"], dims["g"], devices)
   attention = dataclasses.replace(
     model.attention.shrunk(devices, _HEAD), window=min(model.attention.window, devices + 3),
     sparse_block=min(model.attention.sparse_block, 4), block=16,
@@ -34,7 +33,7 @@ def shrink(config: Config, devices: int) -> Config:
     layers=min(model.layers, max(4, len(model.attention.pattern))),
     encoder_layers=min(model.encoder_layers, 2),
     width=8 * math.gcd(model.width, devices) if not model.vision.image_size else model.width,
-    heads=heads, kv_heads=k, head_dim=_HEAD, mlp_width=8 * math.gcd(model.mlp_width, devices),
+    heads=k * group, kv_heads=k, head_dim=_HEAD, mlp_width=8 * math.gcd(model.mlp_width, devices),
     vocab_size=32 * devices, max_seq_len=8 * devices, dtype="float32", attention=attention,
     weights=tuple((pattern, _small_blocks(kind)) for pattern, kind in model.weights),
   )
@@ -45,6 +44,15 @@ def shrink(config: Config, devices: int) -> Config:
     loss=dataclasses.replace(config.loss, chunk=min(config.loss.chunk, 4) or 0),
     optim=dataclasses.replace(config.optim, warmup=min(config.optim.warmup, 1)),
   )
+
+
+def _few_heads(k: int, g: int, devices: int) -> tuple[int, int]:
+  """Fewer key heads and queries to each, which the same meshes of `devices` divide or copy."""
+  few, n = math.gcd(k, devices), math.gcd(k * g, devices)
+  if few < min(k, devices):  # so that it divides no mesh that k does not divide
+    few *= next(factor for factor in range(2, k + 1) if k // few % factor == 0)
+  groups = [i for i in range(1, g + 1) if g % i == 0 and few * i % n == 0]
+  return few, next((i for i in groups if i > 1), 1)
 
 
 def _small_blocks(kind: dict) -> dict:

@@ -122,14 +122,15 @@ def only_rows(monkeypatch):
 
 
 def test_a_mesh_that_cannot_run_proves_nothing_and_is_counted_apart(monkeypatch):
-  small = override(config(), ["--config.model.kv_heads=2", "--config.model.heads=8"])
+  small = override(config(), ["--config.model.kv_heads=2", "--config.model.heads=4"])
   only_rows(monkeypatch)
   meshes = [{"data": 8}, {"tensor": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2}]
   found = checks.check(small, 8, meshes)
-  assert [row["ok"] for row in found["meshes"]] == [True, None, True, None]
-  assert "key_dkh' has 2 key/value heads" in found["meshes"][1]["error"]
-  assert (found["ok"], found["equal"], found["off"], found["left_out"]) == (True, 2, 0, 2)
-  assert "2 of 4 meshes equal one device, 0 are off, 2 cannot run" in checks.summary(found)
+  # Four devices share two key heads, but eight have no query head each.
+  assert [row["ok"] for row in found["meshes"]] == [True, None, True, True]
+  assert "has 4 query heads ('n'), which mesh tensor 8" in found["meshes"][1]["error"]
+  assert (found["ok"], found["equal"], found["off"], found["left_out"]) == (True, 3, 0, 1)
+  assert "3 of 4 meshes equal one device, 0 are off, 1 cannot run" in checks.summary(found)
   with pytest.raises(UserError, match="none of 1 meshes can run this config"):
     checks.check(small, 8, [{"tensor": 8}])
 

@@ -32,6 +32,9 @@ SAMPLINGS = Sampling(temperature=0, max_tokens=9), Sampling(temperature=1.5, top
 
 
 OTHERS = {
+  "shared_keys": dataclasses.replace(
+    CONFIG, kv_heads=1, attention=AttentionConfig(pattern=("window", "full"), window=6)
+  ),
   "latent": dataclasses.replace(
     CONFIG, kv_heads=0, layers=1,
     attention=AttentionConfig(latent=LatentConfig(kv_rank=8, rope_dim=4, nope_dim=4, value_dim=6)),
@@ -89,7 +92,7 @@ def test_three_rows_on_a_mesh_are_those_of_one_device(model, expected, sizes):
 @pytest.mark.parametrize(
   ("name", "sizes"),
   [
-    ("experts", {"expert": 2, "context": 2}),
+    ("experts", {"expert": 2, "context": 2}), ("shared_keys", {"data": 2, "tensor": 4}),
     pytest.param("latent", {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
     pytest.param("encoder_decoder", {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
   ],

@@ -347,8 +347,8 @@ def test_init_is_the_same_on_every_mesh():
 
 def test_a_mesh_that_does_not_divide_names_array_and_sizes():
   config = experiment()
-  few = dataclasses.replace(config.model, kv_heads=1)
-  with pytest.raises(UserError, match=r"key_dkh' has 1 key/value heads \('k'\).*tensor 8"):
+  few = dataclasses.replace(config.model, heads=6, kv_heads=6)
+  with pytest.raises(UserError, match=r"key_dkh' has 6 key/value heads \('k'\).*tensor 8"):
     weight_shardings(make_mesh(MeshConfig(data=1, tensor=8)), abstract(few))
   mesh = make_mesh(MeshConfig(data=8))
   odd = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=12))

@@ -80,8 +80,15 @@ def test_every_weight_of_a_model_gets_the_sharding_of_its_letters(tiny_config):
 
 def test_a_weight_the_mesh_does_not_divide_is_named_with_letter_size_and_axis(tiny_config):
   # tiny_config has 2 key/value heads.
-  with pytest.raises(UserError, match=r"key_dkh.* 2 key/value heads \('k'\).*tensor 4"):
-    weight_shardings(abstract_mesh(1, 1, 4), abstract(tiny_config))
+  with pytest.raises(UserError, match=r"key_dkh.* 2 key/value heads \('k'\).*tensor 3"):
+    weight_shardings(abstract_mesh(1, 1, 3), abstract(tiny_config))
+
+
+def test_key_heads_that_more_devices_share_are_replicated(tiny_config):
+  found = tree.flatten(weight_shardings(abstract_mesh(1, 2, 4), abstract(tiny_config)))
+  specs = {path.rpartition("/")[2]: sharding.spec for path, sharding in found.items()}
+  assert specs["key_dkh"] == specs["value_dkh"] == P("stage", "fsdp", None, None)
+  assert specs["query_dnh"] == P("stage", "fsdp", "tensor", None)
 
 
 def test_layers_that_stages_do_not_divide_are_cut_along_the_width(tiny_config):

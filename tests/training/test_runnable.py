@@ -17,7 +17,7 @@ from llmjax.planning.plan import plan
 from llmjax.training.config import Config
 from llmjax.training.parameters import abstract_state
 from llmjax.training.runnable import check_config, check_mesh, check_run
-from llmjax.training.shrink import made_up_batch
+from llmjax.training.shrink import _few_heads, made_up_batch
 from llmjax.training.step import advance
 
 SMALL = (
@@ -203,5 +203,18 @@ def test_a_mesh_of_devices_not_at_hand_is_that_of_devices_at_hand():
 def test_python_may_ask_about_a_mesh_alone():
   config = override(Config(), [f"--config.{text}" for text in (*SMALL, "model.vocab_size=512")])
   check_mesh(config, abstract_mesh(MeshConfig(data=2, tensor=4), 8))
+  check_mesh(config, abstract_mesh(MeshConfig(tensor=8), 8))  # two devices share a key head
   with pytest.raises(UserError, match="key_dkh' has 4 key/value heads"):
-    check_mesh(config, abstract_mesh(MeshConfig(tensor=8), 8))
+    check_mesh(config, abstract_mesh(MeshConfig(tensor=6), 6))
+
+
+def test_few_heads_are_divided_and_shared_by_the_same_meshes():
+  def fits(k, g, tensor):
+    return k * g % tensor == 0 and (k % tensor == 0 or (tensor > k and tensor % k == 0))
+
+  for k, g, devices in itertools.product((1, 2, 3, 4, 6, 8, 12, 16), (1, 2, 3, 4, 8), (2, 4, 6, 8)):
+    few, group = _few_heads(k, g, devices)
+    assert (few, group) <= (k, g) and (group > 1) == (g > 1), (k, g, devices)
+    for tensor in range(1, devices + 1):
+      if devices % tensor == 0:
+        assert fits(few, group, tensor) == fits(k, g, tensor), (k, g, devices, tensor)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -14,7 +15,7 @@ from llmjax.nn.norm import Norm, NormConfig
 from llmjax.nn.param import constant, fan_in, param
 from llmjax.nn.position import rotate
 from llmjax.nn.projection import project_in, project_out
-from llmjax.parallel.rules import shard
+from llmjax.parallel.rules import key_copies, shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,10 @@ class Attention(nnx.Module):
     return self._attend(self._queries(q_btnh, inputs), source, inputs)
 
   def keys_and_values(self, x_bsd, rope=None) -> KVCache:
-    """Projects a sequence into keys, normed and rotated, and values."""
+    """Projects a sequence into keys, normed and rotated, and values.
+
+    Where `tensor` has more devices than there are key heads, each head is there once for each.
+    """
     return self._keys_values(*project_in(self, x_bsd, "key_dkh", "value_dkh"), rope)
 
   def _keys_values(self, k_bskh, v_bskh, rope=None) -> KVCache:
@@ -88,6 +92,9 @@ class Attention(nnx.Module):
       k_bskh = self.key_norm(k_bskh)
     if rope is not None:
       k_bskh = rotate(k_bskh, *rope, self.layout)
+    copies = key_copies(k_bskh.shape[2])
+    if copies > 1:
+      k_bskh, v_bskh = (jnp.repeat(a, copies, axis=2) for a in (k_bskh, v_bskh))
     k_bskh, v_bskh = shard(k_bskh, "btkh"), shard(v_bskh, "btkh")
     return KVCache.of(checkpoint_name(k_bskh, "key"), checkpoint_name(v_bskh, "value"))
 
