@@ -13,6 +13,7 @@ PACKAGES = {
   "bench": "ratios against peers and limits",
   "__init__": "the public names",
   "convert": "models to other formats",
+  "data_show": "documents of a step's rows",
   "run": "train, load, evaluate",
   "model": "what load returns",
   "planning": "memory, time and cost before a run",

@@ -5,6 +5,7 @@ from llmjax.convert import convert
 from llmjax.core.config import defaults
 from llmjax.core.errors import UserError
 from llmjax.core.memory import tune_allocator
+from llmjax.data_show import data_show
 from llmjax.model import Model
 from llmjax.planning.plan import plan
 from llmjax.run import count_parameters, evaluate, load, train
@@ -21,6 +22,7 @@ __all__ = [
   "UserError",
   "convert",
   "count_parameters",
+  "data_show",
   "defaults",
   "embed",
   "evaluate",

@@ -23,6 +23,7 @@ from llmjax.core.choices import check_choice
 from llmjax.core.errors import RunFailed, UserError, nearest
 from llmjax.core.files import to_json
 from llmjax.core.platform import spare_libtpu
+from llmjax.data_show import data_show, parse_rows, show_rows
 from llmjax.parallel import channels, join, multihost
 from llmjax.planning import command
 from llmjax.serve.generate import Completion
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     return join.leave(2)
   except RunFailed as error:
     print(f"llmjax: failed: {error}", file=sys.stderr)
+    return join.leave(1)
+  except BrokenPipeError:  # the reader of standard output, such as `head`, has enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return join.leave(1)
   except KeyboardInterrupt as error:
     interrupt.say(str(error))
@@ -162,6 +166,14 @@ def _evaluate(args, overrides) -> dict:
   return result
 
 
+def _data(args, overrides) -> dict:
+  check_choice("data", args.action, ("show",))
+  config = configs.load(args.config, overrides, Config)
+  result = data_show(config, args.workdir, args.step, parse_rows(args.rows))
+  print(show_rows(result))
+  return result
+
+
 def _convert(args, overrides) -> dict:
   result = convert(getattr(args, "from"), args.to, args.format, args.dtype, args.family)
   print(
@@ -246,6 +258,13 @@ VERBS = {
   ), False),
   "eval": _Verb(_evaluate, "Measure the loss on held-out text, or on --config.data.sources=DIR.", (
     ("--checkpoint", None, _MODEL, "PATH"),
+  )),
+  "data": _Verb(_data, "Show the documents of a training step's rows and what is predicted.", (
+    ("action", None, "show", "show"),
+    _CONFIG,
+    ("--workdir", "", "folder of the run; default: a run that is to begin", "DIR"),
+    ("--step", 1, "step of training, from 1"),
+    ("--rows", "", "rows of the batch, such as 0-3,7; default: the first four", "ROWS"),
   )),
   "convert": _Verb(_convert, "Write a model in another format.", (
     ("--from", None, _MODEL, "PATH"),

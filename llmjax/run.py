@@ -156,14 +156,20 @@ def _check_paths(config: Config, workdir: str | Path):
 def _check_run(config: Config, workdir: str | Path, mesh, meta: dict | None) -> Config:
   """Checks a config against the newest checkpoint and the mesh; fills in `vocab_size`."""
   if meta:
-    _check_workdir(config, meta, Path(workdir))
+    check_workdir(config, meta, Path(workdir))
     size = meta["config"]["model"]["vocab_size"]
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
   return check_run(config, mesh)
 
 
-def _check_workdir(config: Config, meta: dict, workdir: Path):
-  """Refuses a workdir whose checkpoints have another config, naming the differences."""
+def check_workdir(config: Config, meta: dict, workdir: Path):
+  """Refuses a workdir whose checkpoints have another config, naming the differences.
+
+  Args:
+    meta: of the workdir's newest checkpoint.
+  Raises:
+    UserError: which keys differ, beside those that may change when a run resumes.
+  """
   values = configs.with_new_names(meta["config"])
   if values != meta["config"]:
     raise UserError(

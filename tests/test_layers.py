@@ -11,7 +11,7 @@ LAYERS = [
   {"cli"},
   {"bench"},
   {"__init__"},
-  {"convert"},
+  {"convert", "data_show"},
   {"run"},
   {"model"},
   {"planning"},

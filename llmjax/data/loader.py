@@ -3,7 +3,7 @@
 Batch content is a function of (seed, step), whatever the number of processes."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -88,6 +88,12 @@ def make_store(config: DataConfig, documents, tokenizer: Tokenizer, workdir: Pat
   return stores[0] if stores else prepare(documents, tokenizer, cache)
 
 
+def read_rows(rows: PackedRows, task: Task, numbers: Sequence[int], seed: int) -> Batch:
+  """Makes a numpy batch of packed rows by their numbers, counted through the whole run."""
+  tokens_bu, segments_bu = map(np.stack, zip(*(rows[number] for number in numbers), strict=True))
+  return task.batch(tokens_bu, segments_bu, [(seed, number) for number in numbers])
+
+
 def batches(
   rows: PackedRows,
   task: Task,
@@ -109,9 +115,7 @@ def batches(
   local = local_rows(sharding, batch_size)
 
   def local_batch(step) -> Batch:
-    numbers = [int(step) * batch_size + row for row in local]
-    tokens_bu, segments_bu = map(np.stack, zip(*(rows[number] for number in numbers), strict=True))
-    return task.batch(tokens_bu, segments_bu, [(seed, number) for number in numbers])
+    return read_rows(rows, task, [int(step) * batch_size + row for row in local], seed)
 
   # Indices are steps, so Grain's own state is one number that we already know.
   steps = grain.MapDataset.range(start, stop).map(local_batch)

@@ -49,25 +49,26 @@ class PackedRows:
     Returns:
       (tokens, segments), int32 [row_tokens + 1]; segments number the row's documents from 1.
     """
-    numbers, offset = self._span(index)
-    pieces = [self._document(number) for number in numbers]
-    pieces[0] = pieces[0][offset:]
-    pieces[-1] = pieces[-1][: self._row_tokens + 1 - sum(map(len, pieces[:-1]))]
+    pieces = [self._document(number)[start:stop] for number, start, stop in self.pieces(index)]
     segments = np.arange(1, len(pieces) + 1, dtype=np.int32)
     return np.concatenate(pieces), np.repeat(segments, list(map(len, pieces)))
 
-  def documents(self, index: int) -> list[int]:
-    """Lists the numbers of the documents that row `index` is made of."""
-    return self._span(index)[0]
+  def pieces(self, index: int) -> list[tuple[int, int, int]]:
+    """Lists what row `index` is made of, in order.
 
-  def _span(self, index: int) -> tuple[list[int], int]:
-    """The documents that a row overlaps, and the row's offset within the first of them."""
+    Returns:
+      (a document's number, its first token in the row, the token after its last) of each segment.
+    """
     epoch, index = divmod(int(index), self.rows_per_epoch)
     documents, ends, rows = self._order(epoch)
     start = int(rows[index]) * self._row_tokens
     first, last = np.searchsorted(ends, (start, start + self._row_tokens), side="right")
-    numbers = documents[first : last + 1].tolist()
-    return numbers, start - int(ends[first] - self._store.lengths[numbers[0]])
+    out, stop = [], start + self._row_tokens + 1
+    within = slice(first, last + 1)
+    for number, end in zip(documents[within].tolist(), ends[within].tolist(), strict=True):
+      begin = end - int(self._store.lengths[number])
+      out.append((number, max(start, begin) - begin, min(stop, end) - begin))
+    return out
 
 
 class Window(NamedTuple):

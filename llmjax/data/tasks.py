@@ -87,6 +87,23 @@ class Task:
     rows = [make(*row) for row in zip(tokens_bu, segments_bu, rngs, strict=True)]
     return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
 
+  def segment_ranges(self, segments_u: np.ndarray) -> list[tuple[int, int]]:
+    """Finds where in a row each segment of its batch comes from.
+
+    Args:
+      segments_u: int32 [t + 1] document numbers of the row, 0 for padding.
+    Returns:
+      (first position, the position after the last) of segments 1, 2, …
+    """
+    shortest = _SHORTEST if self.config.name == "span_corruption" else 1
+    out, start = [], 0
+    for length in np.bincount(segments_u[:-1], minlength=1)[1:]:
+      if length >= shortest:
+        cuts = np.array_split(np.arange(start, start + length), self.windows(int(length)))
+        out += [(int(cut[0]), int(cut[-1]) + 1) for cut in cuts]
+      start += length
+    return out
+
   def _prefix_lm(self, tokens_u, segments_u, rng) -> Batch:
     """Each document's first tokens, at least one and not all, are seen by all of it."""
     row = language_model(tokens_u, segments_u)
@@ -123,14 +140,8 @@ class Task:
     Source: Raffel et al. 2019, arXiv:1910.10683, sec. 3.1.4.
     """
     t = len(tokens_u) - 1
-    numbers = range(1, int(segments_u.max()) + 1)
-    documents = [tokens_u[:-1][segments_u[:-1] == number] for number in numbers]
-    pairs = [
-      self._corrupt(window, rng)
-      for ids in documents
-      if len(ids) >= _SHORTEST
-      for window in np.array_split(ids, self.windows(len(ids)))
-    ]
+    ranges = self.segment_ranges(segments_u)
+    pairs = [self._corrupt(tokens_u[start:stop], rng) for start, stop in ranges]
     source_s, source_segments_s = _pad_row([source for source, _ in pairs], t)
     target_t, segments_t = _pad_row([target for _, target in pairs], self.target_width(t))
     positions_t = segment_positions(segments_t)

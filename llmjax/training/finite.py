@@ -56,7 +56,7 @@ class Watch:
   def _batch(self, step: int) -> str:
     first = (step - 1) * self._batch_size
     numbers = range(first, first + self._batch_size)
-    documents = dict.fromkeys(i for row in numbers for i in self._rows.documents(row))
+    documents = dict.fromkeys(i for row in numbers for i, *_ in self._rows.pieces(row))
     names = [self._name(i) for i in list(documents)[:_SHOWN]]
     more = f", … ({len(documents)} in all)" if len(documents) > _SHOWN else ""
     return f"rows {first} to {numbers[-1]} of the packed text (documents {', '.join(names)}{more})"

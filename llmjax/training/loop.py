@@ -28,7 +28,7 @@ from llmjax.training.metrics import NoReport, Reporter
 from llmjax.training.optimizers import started_from
 from llmjax.training.parameters import TrainState, abstract_state, init_sharded, model_of, split
 from llmjax.training.rates import peak_of
-from llmjax.training.stored import make_meta
+from llmjax.training.stored import check_text, make_meta
 
 
 class Interrupted(KeyboardInterrupt):
@@ -127,11 +127,7 @@ def _start(checkpoints, config, mesh, meta, begin):
     optimizer = started_from(state.optimizer, trainable)
     return TrainState(state.step, trainable, frozen, optimizer), 0, 0.0
   state, found = restored
-  if found["data_key"] != meta["data_key"]:
-    raise UserError(
-      f"the training text or tokenizer changed since this run began (data {found['data_key']} "
-      f"then, {meta['data_key']} now); use another --workdir, or bring the text back"
-    )
+  check_text(found, meta["data_key"])
   step = int(state.step)
   if step > config.train.steps:
     raise UserError(f"the run is at step {step}, beyond train.steps {config.train.steps}")

@@ -64,6 +64,15 @@ def make_meta(config: Config, tokenizer: Tokenizer | None, data_key: str) -> dic
   }
 
 
+def check_text(meta: dict, data_key: str):
+  """Raises a `UserError` if the run of a checkpoint's `meta` has other training text."""
+  if meta["data_key"] != data_key:
+    raise UserError(
+      f"the training text or tokenizer changed since this run began (data {meta['data_key']} "
+      f"then, {data_key} now); use another --workdir, or bring the text back"
+    )
+
+
 def save_model(model: Model, folder: Path):
   """Writes a model as a checkpoint without optimizer and text, of step 0.
 

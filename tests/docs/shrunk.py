@@ -38,6 +38,8 @@ def shrunk(argv: list[str]) -> list[str]:
   keys = {}
   if verb in ("train", "launch"):
     keys = DATA | STEPS | (MODEL if Path(config).resolve().parent == EXPERIMENTS else {})
+  if verb == "data":
+    keys = DATA | MODEL
   if verb == "plan":
     keys = {"model.layers": "2"}
   given = {word.partition("=")[0].removeprefix("--config.") for word in argv} - STEPS.keys()
