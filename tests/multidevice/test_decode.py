@@ -32,9 +32,7 @@ SAMPLINGS = Sampling(temperature=0, max_tokens=9), Sampling(temperature=1.5, top
 
 
 OTHERS = {
-  "shared_keys": dataclasses.replace(
-    CONFIG, kv_heads=1, attention=AttentionConfig(pattern=("window", "full"), window=6)
-  ),
+  "shared_keys": CONFIG,  # two key heads, for four devices of tensor
   "latent": dataclasses.replace(
     CONFIG, kv_heads=0, layers=1,
     attention=AttentionConfig(latent=LatentConfig(kv_rank=8, rope_dim=4, nope_dim=4, value_dim=6)),

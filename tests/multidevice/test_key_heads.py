@@ -10,7 +10,7 @@ from tests.multidevice.test_step import named, prove
 
 ADAPTER = "model.weights=(('*/key_dkh',{'kind':'lora','rank':3}),)"
 CASES = [
-  ({"fsdp": 2, "tensor": 4}, ("model.heads=8", "model.kv_heads=1", "model.attention.qk_norm=head")),
+  ({"fsdp": 2, "tensor": 4}, ("model.heads=8", "model.kv_heads=2", "model.attention.qk_norm=head")),
   pytest.param(
     {"context": 2, "tensor": 4},
     ("model.heads=8", "model.kv_heads=2", "model.attention.qk_norm=all", ADAPTER),
