@@ -9,9 +9,8 @@ from pathlib import Path
 
 from llmjax.cli import main
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 STEPS = {"train.steps": "2", "sample.max_tokens": "4"}
-# The rest only where a command does not set it; the model, of the project's own experiments.
+# The rest only where a command does not set it.
 MODEL = {
   "model.layers": "2",
   "model.width": "32",
@@ -37,7 +36,8 @@ def shrunk(argv: list[str]) -> list[str]:
   config = next((word.partition("=")[2] for word in argv if word.startswith("--config=")), "")
   keys = {}
   if verb in ("train", "launch"):
-    keys = DATA | STEPS | (MODEL if Path(config).resolve().parent == EXPERIMENTS else {})
+    is_published = "llmjax.load(" in Path(config).read_text()  # a model that has its size
+    keys = DATA | STEPS | ({} if is_published else MODEL)
   if verb == "data":
     keys = DATA | MODEL
   if verb == "plan":
