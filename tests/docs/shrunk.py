@@ -42,7 +42,9 @@ def shrunk(argv: list[str]) -> list[str]:
     keys = DATA | MODEL
   if verb == "plan":
     keys = {"model.layers": "2"}
-  given = {word.partition("=")[0].removeprefix("--config.") for word in argv} - STEPS.keys()
+  given = {word.partition("=")[0].removeprefix("--config.") for word in argv}
+  if "optim.schedule" not in given:  # whose options may be numbers of steps
+    given -= STEPS.keys()
   if config and ("tokenizer.path" in given or "tokenizer.path" in Path(config).read_text()):
     given.add("tokenizer.vocab_size")
   more = OPTIONS.get(verb, []) + ["--compile=0"] * ("--search" in argv)
