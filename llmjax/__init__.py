@@ -5,6 +5,7 @@ from llmjax.convert import convert
 from llmjax.core.config import defaults
 from llmjax.core.errors import UserError
 from llmjax.core.memory import tune_allocator
+from llmjax.core.platform import spare_libtpu
 from llmjax.data_show import data_show
 from llmjax.model import Model
 from llmjax.planning.plan import plan
@@ -34,3 +35,4 @@ __all__ = [
 ]
 
 tune_allocator()
+spare_libtpu()

@@ -22,7 +22,6 @@ from llmjax.core import interrupt
 from llmjax.core.choices import check_choice
 from llmjax.core.errors import RunFailed, UserError, nearest
 from llmjax.core.files import to_json
-from llmjax.core.platform import spare_libtpu
 from llmjax.data_show import data_show, parse_rows, show_rows
 from llmjax.parallel import channels, join, multihost
 from llmjax.planning import command
@@ -34,7 +33,6 @@ from llmjax.training.config import Config
 def main(argv: list[str] | None = None) -> int:
   """Runs one command line; returns its exit status."""
   argv = sys.argv[1:] if argv is None else argv
-  spare_libtpu()
   try:
     args, overrides = _parse(argv)
     with interrupt.end_on_sigint():

@@ -2,7 +2,6 @@
 
 import glob
 import importlib.util
-import os
 
 import jax
 
@@ -24,6 +23,6 @@ def spare_libtpu():
 
   Otherwise jax would try libtpu and print six lines of errors. `JAX_PLATFORMS` takes precedence.
   """
-  asked = "JAX_PLATFORMS" in os.environ or any(map(glob.glob, _ACCELERATORS))
+  asked = jax.config.jax_platforms or any(map(glob.glob, _ACCELERATORS))
   if not asked and importlib.util.find_spec("libtpu"):
     jax.config.update("jax_platforms", "cpu")
