@@ -71,7 +71,7 @@ def _train(args, overrides) -> dict:
     )
   else:
     print(f"held-out text: {result['nats_per_token']:.3f} nats per masked token")
-  print(f"{args.workdir} holds loss.png, samples.txt, result.json. What to try next:")
+  print(f"{args.workdir} holds report.html, samples.txt, result.json. What to try next:")
   for line in _next_commands(args, config.model.kind, result["first_words"]):
     print(f"  {line}")
   return result

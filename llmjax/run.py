@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from llmjax.core import files
 from llmjax.core.errors import UserError
 from llmjax.core.lock import locked
 from llmjax.data.loader import DataConfig, make_store, make_tokenizer, read_all, read_split
-from llmjax.data.prepare import prepare, store_key
+from llmjax.data.prepare import composition_of, prepare, store_key
 from llmjax.eval.loss import compressor_bits_per_byte, evaluate_loss
 from llmjax.formats.gguf import file as gguf
 from llmjax.formats.hf import folder as hf
@@ -35,7 +34,8 @@ from llmjax.text.tokenizer import from_state, to_state
 from llmjax.training.config import Config, binding
 from llmjax.training.loop import fit
 from llmjax.training.metrics import rates, read_metrics
-from llmjax.training.plot import plot_experts, plot_loss
+from llmjax.training.page import write_page
+from llmjax.training.plot import levels, plot_experts, plot_loss
 from llmjax.training.runnable import check_config, check_run, with_vocab
 from llmjax.training.schedules import check_schedule
 from llmjax.training.stored import load_model, newest_meta
@@ -50,8 +50,8 @@ EVAL_KEYS = (
 def train(config, workdir: str | Path) -> dict:
   """Runs or resumes an experiment: tokenizer, data, training, held-out evaluation, samples.
 
-  Writes `data/`, `checkpoints/` (each with config and tokenizer), `metrics.jsonl`, `tensorboard/`,
-  `loss.png`, `samples.txt` and `result.json` into the workdir.
+  Writes `data/`, `data.json`, `checkpoints/` (each with config and tokenizer), `metrics.jsonl`,
+  `tensorboard/`, `loss.png`, `samples.txt`, `result.json` and `report.html` into the workdir.
 
   Args:
     config: the experiment, frozen (`Config`) or as `get_config()` returns it.
@@ -91,6 +91,13 @@ def _train(config: Config, workdir: Path) -> dict:
   )
   store = make_store(config.data, documents, tokenizer, workdir)
   held_store = make_store(config.data, held_out, tokenizer, workdir)
+  composition = [
+    *composition_of("training", documents, store),
+    *composition_of("held out", held_out, held_store),
+  ]
+  multihost.from_writer(
+    lambda: files.replace(workdir / "data.json", files.to_json(composition, indent=1) + "\n")
+  )
   task = config.task_of(tokenizer)
   config = with_vocab(config, tokenizer)
   windows = task.windows(config.model.max_seq_len)
@@ -225,7 +232,7 @@ def _finish(config, workdir, tokenizer, held_out, model, train_s, scores, began_
     "first_words": _first_words(held_out[0].text, config.model.max_seq_len),
     "tokenizer": report(tokenizer, [document.text for document in held_out[:_REPORTED]]),
   }
-  plot_loss(workdir, workdir / "loss.png", _levels(result))
+  plot_loss(workdir, workdir / "loss.png", levels(result))
   if config.model.moe.experts:
     plot_experts(workdir, workdir / "experts.png")
     result["moe_max_load"] = _last_fifth(workdir, "moe_max_load")
@@ -234,6 +241,7 @@ def _finish(config, workdir, tokenizer, held_out, model, train_s, scores, began_
     _write_samples(model, config.sample.prompts, _sampling(config), workdir)
   result["total_seconds"] = round(time.perf_counter() - began_s, 2)
   files.replace(workdir / "result.json", files.to_json(result, indent=1) + "\n")
+  write_page(workdir)
   return result
 
 
@@ -329,18 +337,6 @@ def _load_run(path: str | Path) -> tuple[Model, Config, str]:
     return model, Config(model=model.config, data=DataConfig(sources="")), ""
   model, meta = load_model(path)
   return model, configs.freeze(configs.with_new_names(meta["config"]), Config), meta["data_key"]
-
-
-def _levels(result: dict) -> dict[str, float]:
-  """The held-out scores in nats per token, so that one plot shows model and compressors."""
-  if "bits_per_byte" not in result:
-    return {}
-  nats = math.log(2) * result["bytes"] / result["tokens"]
-  names = {"gzip -9": "gzip_bits_per_byte", "xz -9": "xz_bits_per_byte", "model": "bits_per_byte"}
-  return {
-    f"{name} on held-out text: {result[key]:.3f} bits per byte": result[key] * nats
-    for name, key in names.items()
-  }
 
 
 def _last_fifth(workdir: Path, name: str) -> float:

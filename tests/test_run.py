@@ -72,6 +72,12 @@ def test_a_run_leaves_all_it_promises(finished):
   assert json.loads((workdir / "result.json").read_text()) == result
   assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
   assert (workdir / "samples.txt").read_text().count("--- prompt:") == 2
+  page = (workdir / "report.html").read_text()
+  assert "12 steps, finished" in page and f"{result['bits_per_byte']:.4g}" in page
+  whole = [row for row in json.loads((workdir / "data.json").read_text()) if row["source"] == "all"]
+  assert [row["documents"] for row in whole] == [12, 12], "of so few, each one's end is held out"
+  assert whole[1]["bytes"] == result["bytes"]
+  assert whole[1]["tokens"] == result["tokens"] + whole[1]["documents"], "each BOS is given"
   assert list((workdir / "tensorboard").iterdir())
   lines = read_metrics(workdir)
   steps = [line for line in lines if "loss" in line]
@@ -150,6 +156,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(finished, text, tmp_path, monkey
   monkeypatch.undo()
   steps = [line["step"] for line in read_metrics(tmp_path / "cut") if "loss" in line]
   assert steps == list(range(1, 7))
+  assert "step 6 of 12" in (tmp_path / "cut/report.html").read_text()
   resumed = llmjax.train(config, tmp_path / "cut")
   assert resumed["bits_per_byte"] == result["bits_per_byte"]
   assert (tmp_path / "cut/samples.txt").read_text() == (workdir / "samples.txt").read_text()

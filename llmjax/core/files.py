@@ -57,14 +57,15 @@ def _kind(path: Path) -> str:
 
 def to_json(value, **options) -> str:
   """Writes a value as JSON, with null for NaN and infinities; `options` go to `json.dumps`."""
-  return json.dumps(_finite(value), allow_nan=False, **options)
+  return json.dumps(finite(value), allow_nan=False, **options)
 
 
-def _finite(value):
+def finite(value):
+  """Returns a JSON value with None in place of each NaN and infinity."""
   if isinstance(value, dict):
-    return {key: _finite(each) for key, each in value.items()}
+    return {key: finite(each) for key, each in value.items()}
   if isinstance(value, (list, tuple)):
-    return [_finite(each) for each in value]
+    return [finite(each) for each in value]
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

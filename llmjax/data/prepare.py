@@ -60,6 +60,26 @@ def store_key(documents: Sequence[Document], tokenizer: Tokenizer) -> str:
   return digest.hexdigest()[:16]
 
 
+def composition_of(name: str, documents: Sequence[Document], store: TokenStore) -> list[dict]:
+  """Counts what a text is made of: all of it, then each of its sources if there are several.
+
+  Args:
+    name: which text it is, such as training.
+    store: of the documents.
+  Returns:
+    Rows of `text` (the name), `source`, `documents` and `tokens`; of all of it also `bytes`.
+  """
+  whole = {"text": name, "source": "all", "documents": len(store)}
+  rows = {}
+  for document, tokens in zip(documents, store.lengths.tolist(), strict=True):
+    row = {"text": name, "source": document.source, "documents": 0, "tokens": 0}
+    row = rows.setdefault(document.source, row)
+    row["documents"] += 1
+    row["tokens"] += tokens
+  parts = list(rows.values()) if len(rows) > 1 else []
+  return [whole | {"tokens": int(store.lengths.sum()), "bytes": store.size_bytes}, *parts]
+
+
 def prepare(
   documents: Sequence[Document], tokenizer: Tokenizer, cache: str | Path = ""
 ) -> TokenStore:

@@ -26,9 +26,12 @@ from llmjax.training.executable import make_step
 from llmjax.training.finite import NotFinite, Watch
 from llmjax.training.metrics import NoReport, Reporter
 from llmjax.training.optimizers import started_from
+from llmjax.training.page import write_page
 from llmjax.training.parameters import TrainState, abstract_state, init_sharded, model_of, split
 from llmjax.training.rates import peak_of
 from llmjax.training.stored import check_text, make_meta
+
+_LARGE_BYTES = 4_000_000  # of metrics.jsonl, read in about 0.1 s
 
 
 class Interrupted(KeyboardInterrupt):
@@ -94,7 +97,8 @@ def fit(
         saved = meta | {"train_seconds": time.perf_counter() - began_s}
         last = stopping or step == steps
         # After all lines of metrics: a run that resumes from here must not lack one before it.
-        report.record(step, "checkpoint", functools.partial(checkpoints.save, state, saved, last))
+        save = functools.partial(_save, checkpoints, state, saved, last, workdir, config)
+        report.record(step, "checkpoint", save)
       if stopping:
         break
     jax.block_until_ready(state)
@@ -104,6 +108,15 @@ def fit(
   if multihost.agree(stop.asked):
     raise Interrupted(f"stopped after step {int(state.step)} of {steps}")
   return model_of(state, config), train_s
+
+
+def _save(checkpoints: Checkpoints, state, meta: dict, last: bool, workdir: Path, config: Config):
+  """Saves a checkpoint, and the page of the run where reading its metrics takes no time."""
+  checkpoints.save(state, meta, last)
+  metrics = workdir / "metrics.jsonl"
+  if multihost.is_writer() and metrics.stat().st_size < _LARGE_BYTES:
+    with contextlib.suppress(UserError):  # a damaged file of an earlier session
+      write_page(workdir, config)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from llmjax.training.experts import Starving
 from llmjax.training.rates import Peak, StepClock
 
 # What a run spends time on beside its steps: name in `metrics.jsonl`, without `_s` → in words.
-_BESIDE = {
+BESIDE = {
   "startup": "start-up", "data_wait": "data", "evaluation": "evaluation",
   "checkpoint": "checkpoints",
 }
@@ -68,7 +68,7 @@ def rates(workdir: Path) -> dict:
     `tokens_per_s`, None if no session got beyond its first step, and `mfu` or `matmul_share`.
   """
   lines = read_metrics(workdir)
-  total = {f"{name}_s": sum(line.get(f"{name}_s", 0.0) for line in lines) for name in _BESIDE}
+  total = {f"{name}_s": sum(line.get(f"{name}_s", 0.0) for line in lines) for name in BESIDE}
   timed = [line for line in lines if "steps_s" in line]
   steps_s = sum(line["steps_s"] for line in timed)
   out = {"tokens_per_s": None, "steps_s": steps_s, **total}
@@ -144,7 +144,7 @@ class Reporter:
     self._clock = clock or StepClock()
     self._since_line = np.zeros(3)  # seconds, tokens, steps
     self._session = np.zeros(3)
-    self._beside = dict.fromkeys(_BESIDE, 0.0)  # seconds of the session
+    self._beside = dict.fromkeys(BESIDE, 0.0)  # seconds of the session
     self._wait_s = 0.0  # for batches, since the last line
 
   def feed(self, batches):
@@ -188,7 +188,7 @@ class Reporter:
     if rates := self._rates(*self._session):
       share = f"{rates[self._peak.key]:.0%} {self._peak.words}"
       words.append(f"{rates['tokens_per_s']:,.0f} tokens/s  {share}")
-    if beside := [f"{_BESIDE[name]} {s:.1f} s" for name, s in self._beside.items() if s >= 0.05]:
+    if beside := [f"{BESIDE[name]} {s:.1f} s" for name, s in self._beside.items() if s >= 0.05]:
       words.append(f"({', '.join(beside)})")
     return "  ".join(words)
 

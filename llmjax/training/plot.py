@@ -1,5 +1,6 @@
 """The pictures of a run: its loss curve, and how its experts share the work."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,18 @@ def plot_loss(workdir: Path, path: Path, levels: dict[str, float]):
   axes.grid(alpha=0.3)
   axes.legend(fontsize=8)
   figure.savefig(path)
+
+
+def levels(result: dict) -> dict[str, float]:
+  """The held-out scores in nats per token, so that one plot shows model and compressors."""
+  if "bits_per_byte" not in result:
+    return {}
+  nats = math.log(2) * result["bytes"] / result["tokens"]
+  names = {"gzip -9": "gzip_bits_per_byte", "xz -9": "xz_bits_per_byte", "model": "bits_per_byte"}
+  return {
+    f"{name} on held-out text: {result[key]:.3f} bits per byte": result[key] * nats
+    for name, key in names.items()
+  }
 
 
 def plot_experts(workdir: Path, path: Path):
