@@ -188,7 +188,7 @@ def check_workdir(config: Config, meta: dict, workdir: Path):
   here["model.vocab_size"] = here["model.vocab_size"] or there["model.vocab_size"]
   differing = [key for key, value in binding(here).items() if value != there[key]]
   if {"train.steps", "optim.schedule"}.issuperset(differing):
-    if differing:
+    if differing and config.optim.warmup < config.train.steps:  # else a warning is printed
       check_schedule(
         config.optim.schedule, config.optim.warmup, config.train.steps, done=meta["step"]
       )
