@@ -74,8 +74,9 @@ def charts(lines: list[dict], result: dict) -> list[dict]:
     lines: `metrics.jsonl`.
     result: `result.json`, or {}.
   Returns:
-    For each its `title`, `levels` as [name, value], and `lines`: name and points [step, value], of
-    long runs [step, mean, least, largest].
+    For each its `title`, `levels` as [name, value], the `range` of values to show, the largest
+    value `outside` of it or None, and `lines`: name and points [step, value], of long runs [step,
+    mean, least, largest].
   """
   steps = [line for line in lines if "loss" in line]
   numbers = {k: 0 for line in steps for k, v in line.items() if not isinstance(v, list)}
@@ -97,8 +98,25 @@ def charts(lines: list[dict], result: dict) -> list[dict]:
       drawn.append({"name": "held out", "hue": 1, "points": held_out, "dots": True})
     marks = list(levels(result).items())[:-1] if name == "loss" else []  # the model has its dot
     title = _CHARTS.get(name, name.replace("_", " "))
-    out.append({"title": title, "lines": drawn, "levels": marks})
+    always = [value for _, value in [*held_out * (name == "loss"), *marks]]
+    low, high, outside = _range([value for _, value in shown], always)
+    chart = {"title": title, "lines": drawn, "levels": marks, "range": [low, high]}
+    out.append(chart | {"outside": outside})
   return out
+
+
+def _range(values, always) -> tuple[float, float, float | None]:
+  """The least and largest value to show; the largest of all where it is far outside of 99 %."""
+  known, always = (
+    np.array([v for v in some if files.finite(v) is not None]) for some in (values, always)
+  )
+  if not len(known):
+    return 0.0, 1.0, None
+  low, high = np.percentile(known, [1, 99])
+  room = 3 * (high - low)
+  shown = [max(known.min(), low - room), min(known.max(), high + room), *always]
+  outside = float(known.max()) if known.max() > max(shown) else None
+  return float(min(shown)), float(max(shown)), outside
 
 
 def _running_mean(points, width: int):

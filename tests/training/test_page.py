@@ -89,6 +89,7 @@ def test_the_page_shows_the_files_as_text(tmp_path):
   loss = drawn["loss, nats per token"]
   points = {line["name"]: line["points"] for line in loss["lines"]}
   assert points["each step"] == [[m["step"], m["loss"]] for m in lines if "loss" in m]
+  assert loss["range"] == [pytest.approx(9 / 60), 9]
   assert points["held out"] == [[30, 3.25], [60, 2.5]]
   # A bit of the gzip file is as much as 4 bytes a token x 2.125 bits in nats.
   assert [level for _, level in loss["levels"]] == [
@@ -113,11 +114,16 @@ def test_long_runs_are_thinned_and_keep_their_spikes():
   lines = [{"step": step, "loss": 1.0} for step in range(1, 5001)]
   lines[1234]["loss"] = 50.0
   lines[4000]["loss"] = None
-  each, mean = charts(lines, {})[0]["lines"]
+  chart = charts(lines, {})[0]
+  each, mean = chart["lines"]
+  # One value far from all others is named, and does not press them into a line.
+  assert (chart["range"], chart["outside"]) == ([1, 1], 50)
   assert len(each["points"]) <= 800 and len(mean["points"]) <= 800
   assert max(high for *_, high in each["points"]) == 50
   assert min(low for _, _, low, _ in each["points"]) == 1
   average = sum(value for _, value, *_ in each["points"]) / len(each["points"])
   assert average == pytest.approx(1 + 49 / 5000, abs=1e-3)
+  usual = charts([{"step": n, "loss": 4 + 5 / n} for n in range(1, 201)], {})[0]
+  assert (usual["range"], usual["outside"]) == ([4.025, 9], None), "a curve is shown whole"
   few = charts(lines[3990:4010], {})[0]["lines"][0]["points"]
   assert few[10] == [4001, None], "a value that is not finite is a gap"
