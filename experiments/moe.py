@@ -35,7 +35,7 @@ def get_config():
   config.loss.moe_aux = 0.01
 
   config.optim.learning_rate = 4e-3
-  config.optim.warmup = 50
+  config.optim.warmup = 0.1  # of the steps
   config.optim.min_lr_ratio = 0.05
   config.train.steps = 500
   config.checkpoint.every = 250

@@ -31,7 +31,7 @@ def get_config():
   config.optim.kind = "muon"
   config.optim.matrix_learning_rate = 0.03
   config.optim.learning_rate = 1.6e-2
-  config.optim.warmup = 50
+  config.optim.warmup = 0.096  # of the steps
   config.optim.min_lr_ratio = 0.02
   config.train.steps = 520
   config.checkpoint.every = 100

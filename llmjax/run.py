@@ -78,11 +78,6 @@ def _train(config: Config, workdir: Path) -> dict:
   mesh = make_mesh(config.mesh)
   meta = multihost.from_writer(lambda: newest_meta(workdir))
   config = _check_run(config, workdir, mesh, meta)
-  if config.optim.warmup >= config.train.steps:
-    multihost.say(
-      f"llmjax: warning: optim.warmup {config.optim.warmup} is not below train.steps "
-      f"{config.train.steps}: the learning rate rises until the end and never decays"
-    )
   multihost.say(f"reading text: {config.data.sources}")
   documents, held_out = read_split(config.data)
   state = meta and meta["tokenizer"]
@@ -188,10 +183,8 @@ def check_workdir(config: Config, meta: dict, workdir: Path):
   here["model.vocab_size"] = here["model.vocab_size"] or there["model.vocab_size"]
   differing = [key for key, value in binding(here).items() if value != there[key]]
   if {"train.steps", "optim.schedule"}.issuperset(differing):
-    if differing and config.optim.warmup < config.train.steps:  # else a warning is printed
-      check_schedule(
-        config.optim.schedule, config.optim.warmup, config.train.steps, done=meta["step"]
-      )
+    if differing:
+      check_schedule(config.optim, config.train.steps, done=meta["step"])
     for key in differing:
       multihost.say(f"{key} was {there[key]} and is now {here[key]}")
   else:

@@ -146,6 +146,13 @@ def test_eval_prints_its_scores(setup, capsys):
     ("--config.optim.learning_rate=nan", "optim.learning_rate nan is not a finite number"),
     ("--config.optim.beta1=2.0", r"optim.beta1 2.0 is not in \[0, 1\)"),
     ("--config.optim.kind=lion9", "optim.kind 'lion9' is unknown"),
+    ("--config.optim.kind=sophia", "optim.kind 'sophia' is not offered: its estimate of the Hes"),
+    ("--config.optim.warmup=4", "optim.warmup 4 is not below train.steps 4"),
+    ("--config.optim.schedule=wsd:decay=3", "a decay of 3 steps does not fit into the 1 steps of"),
+    (
+      "--config.optim.groups=(('*/attention/*',{{'kind':'adam','decay':0.1}}),('*',{{}}))",
+      "optim.groups: decay of 'decoder/blocks/attention/.*': kind 'adam' has none; use 'adamw'",
+    ),
     ("--config.sample.max_tokens=0", "max_tokens 0 is less than 1"),
     ("--config.sample.prompts=('" + "ka~" * 99 + "',)", "prompt 0 has .* takes from 1 to 31"),
     ("--steps=4", "unknown argument '--steps=4'"),
@@ -175,7 +182,7 @@ def test_a_workdir_of_another_config_is_refused_and_kept(setup, capsys):
   argv = ["train", f"--config={config}", f"--workdir={workdir}"]
   line = fails(capsys, *argv, "--config.model.width=64", "--config.optim.warmup=9")
   assert f"{workdir} holds a run of another config: model.width (32 there, 64 here)" in line
-  assert "optim.warmup (4 there, 9 here)" in line
+  assert "optim.warmup (3.0 there, 9.0 here)" in line
   assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
 
 

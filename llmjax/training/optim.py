@@ -30,7 +30,7 @@ class OptimConfig:
     matrix_learning_rate: Muon's peak; unused by other kinds.
     schedule: after the warm-up: cosine, linear, constant, inverse_sqrt or wsd, with options such as
       wsd:decay=0.1,shape=linear; see docs/optim.md.
-    warmup: steps of linear growth from zero.
+    warmup: steps of linear growth from zero; below 1 a fraction of the run's.
     min_lr_ratio: share of the peak that cosine, linear and wsd end on, at the last step.
     beta1: decay of Adam's first moment, of SGD's momentum, of Lion's update; schedule-free's share
       of the average in the weights that gradients are taken at.
@@ -49,7 +49,7 @@ class OptimConfig:
   learning_rate: float = 1e-3
   matrix_learning_rate: float = 0.02
   schedule: str = "cosine"
-  warmup: int = 100
+  warmup: float = 100.0
   min_lr_ratio: float = 0.1
   beta1: float = 0.9
   beta2: float = 0.95
@@ -67,6 +67,8 @@ class OptimConfig:
       eps="positive", warmup=0, min_lr_ratio=0, weight_decay=0, clip_norm=0, bias_rate=0,
       beta1="[0, 1)", beta2="[0, 1)",
     )
+    if self.warmup >= 1 and self.warmup % 1:
+      raise UserError(f"optim.warmup {self.warmup} is neither a number of steps nor a fraction")
     name, _ = parse_schedule(self.schedule)
     if "schedule_free" in (self.kind, *(row.get("kind") for _, row in self.groups if row)):
       if name != "constant":

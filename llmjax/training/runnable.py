@@ -61,8 +61,7 @@ def check_config(config: Config) -> Config:
   """
   config.known_task()
   config = with_vocab(config)
-  if config.optim.warmup < config.train.steps:
-    check_schedule(config.optim.schedule, config.optim.warmup, config.train.steps)
+  check_schedule(config.optim, config.train.steps)
   optimizer_of(config)
   return config
 

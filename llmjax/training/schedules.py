@@ -50,26 +50,27 @@ def _value(text: str, key: str, value: str):
   raise UserError(f"optim.schedule {text!r}: {key} {value!r} is not {wanted}")
 
 
-def decay_steps(options: dict, steps: int) -> int:
-  """Number of steps that WSD decays for: an option below 1 is a fraction of the run's steps."""
-  decay = options["decay"]
-  return round(decay * steps) if decay < 1 else decay
+def of_run(length: float, steps: int) -> int:
+  """Number of steps of a warm-up or a decay; below 1 it is a fraction of the run's."""
+  return round(length * steps) if length < 1 else int(length)
 
 
-def check_schedule(text: str, warmup: int, steps: int, done: int = 0):
+def check_schedule(config, steps: int, done: int = 0):
   """Refuses a schedule that is longer than the run.
 
   Args:
-    text: `optim.schedule`.
+    config: `OptimConfig`.
+    steps: length of the run.
     done: steps that the run goes on from under another schedule or number of steps.
   Raises:
     UserError: the warm-up never ends, WSD's decay has no step, begins in the warm-up or should have
       begun before the steps done, or there are more cycles than steps.
   """
+  text, warmup = config.schedule, of_run(config.warmup, steps)
   if warmup >= steps:
     raise UserError(
-      f"optim.warmup {warmup} is not below train.steps {steps}: the learning rate would rise to "
-      "the end"
+      f"optim.warmup {warmup} is not below train.steps {steps}, so that the learning rate would "
+      "rise to the end; give fewer steps, or a fraction such as 0.1"
     )
   name, options = parse_schedule(text)
   if options.get("cycles", 1) > steps - warmup:
@@ -78,7 +79,7 @@ def check_schedule(text: str, warmup: int, steps: int, done: int = 0):
       "steps after optim.warmup"
     )
   if name == "wsd":
-    length, done = decay_steps(options, steps), min(done, steps)
+    length, done = of_run(options["decay"], steps), min(done, steps)
     if not 0 < length <= steps - max(warmup, done):
       after = f"step {done}, where the run goes on" if done > warmup else f"optim.warmup {warmup}"
       raise UserError(
@@ -101,7 +102,8 @@ def make_schedule(config, steps: int, peak: float) -> optax.Schedule:
     Hägele et al. 2024, arXiv:2405.18392.
   """
   name, options = parse_schedule(config.schedule)
-  length = max(steps - config.warmup, 1)
+  warmup = of_run(config.warmup, steps)
+  length = max(steps - warmup, 1)
   floor = peak * config.min_lr_ratio
   if name == "cosine":
     after = optax.cosine_decay_schedule(peak, length, floor / peak)
@@ -110,14 +112,15 @@ def make_schedule(config, steps: int, peak: float) -> optax.Schedule:
   elif name == "constant":
     after = optax.constant_schedule(peak)
   elif name == "inverse_sqrt":
-    first = max(config.warmup, 1)
-    after = lambda count: peak * jnp.sqrt(first / jnp.maximum(count + config.warmup, 1))  # noqa: E731
+    after = lambda count: peak * jnp.sqrt(max(warmup, 1) / jnp.maximum(count + warmup, 1))  # noqa: E731
   else:
-    after = _stable_then_decay(peak, floor, length, decay_steps(options, steps), options["shape"])
+    after = _stable_then_decay(
+      peak, floor, length, of_run(options["decay"], steps), options["shape"]
+    )
   if options.get("cycles", 1) > 1:
     after = _repeated(after, length, options["cycles"])
-  rise = optax.linear_schedule(0.0, peak, config.warmup)
-  rate = optax.join_schedules([rise, after], [config.warmup])
+  rise = optax.linear_schedule(0.0, peak, warmup)
+  rate = optax.join_schedules([rise, after], [warmup])
   return lambda done: rate(done + 1)
 
 

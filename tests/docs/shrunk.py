@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmjax.cli import main
 
-STEPS = {"train.steps": "2", "sample.max_tokens": "4"}
+STEPS = {"train.steps": "2", "sample.max_tokens": "4", "optim.warmup": "0.1"}
 # The rest only where a command does not set it.
 MODEL = {
   "model.layers": "2",

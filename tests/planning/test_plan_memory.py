@@ -48,6 +48,15 @@ def test_muon_keeps_one_moment_of_a_matrix():
   assert made.optimizer == pytest.approx(4 * (6_738_415_616 + 2 * 32_000 * 4096) / 64, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+  ("kind", "numbers"), [("adam", 2), ("sgd", 1), ("lion", 1), ("schedule_free", 2)]
+)
+def test_an_optimizer_keeps_its_numbers_a_weight(kind, numbers):
+  changes = f"optim.kind={kind}", "optim.schedule=constant"
+  made = memory(config_of(*LLAMA_7B, *changes), sizes_of(fsdp=64), CHIPS["v5e"])
+  assert made.optimizer == pytest.approx(numbers * 4 * 6_738_415_616 / 64, rel=1e-3)
+
+
 def test_a_frozen_base_in_int8_is_a_byte_a_weight_and_has_neither_gradient_nor_moments():
   lora = "model.weights=(('*/blocks/*',{'kind':'lora','rank':8,'base':{'kind':'int8'}}),)"
   made = memory(config_of(*LLAMA_7B, lora, "train.grad_accum_steps=2"), sizes_of(), CHIPS["v5p"])

@@ -25,7 +25,7 @@ from tests.reference import optim as reference
     ("wsd", "wsd 4 sqrt"),
   ],
 )
-@pytest.mark.parametrize("warmup", [0, 1, 4, 13])
+@pytest.mark.parametrize("warmup", [0.0, 1.0, 4.0, 13.0])
 def test_every_schedule_equals_the_reference_at_every_update(text, name, warmup):
   rate = make_schedule(OptimConfig(schedule=text, warmup=warmup, min_lr_ratio=0.25), 20, 2.0)
   found = jax.vmap(rate)(np.arange(20))
@@ -35,8 +35,8 @@ def test_every_schedule_equals_the_reference_at_every_update(text, name, warmup)
 
 
 def test_published_points_of_the_schedules():
-  at = lambda text, done, **more: float(  # noqa: E731
-    make_schedule(OptimConfig(schedule=text, warmup=4, min_lr_ratio=0.0, **more), 20, 2.0)(done)
+  at = lambda text, done: float(  # noqa: E731
+    make_schedule(OptimConfig(schedule=text, warmup=4.0, min_lr_ratio=0.0), 20, 2.0)(done)
   )
   for text in ("cosine", "linear", "constant", "inverse_sqrt", "wsd"):
     assert at(text, 0) == pytest.approx(0.5) and at(text, 3) == pytest.approx(2)
@@ -51,7 +51,7 @@ def test_published_points_of_the_schedules():
 @pytest.mark.parametrize(("warmup", "steps"), [(100, 10), (11, 10), (10, 10)])
 def test_a_warmups_rates_do_not_depend_on_the_runs_length(warmup, steps):
   """As in transformers and Megatron; `check_schedule` refuses such runs, shrunk ones have them."""
-  schedule = make_schedule(OptimConfig(warmup=warmup), steps, 2.0)
+  schedule = make_schedule(OptimConfig(warmup=float(warmup)), steps, 2.0)
   for number in range(1, steps + 1):
     assert schedule(number - 1) == pytest.approx(2.0 * number / warmup, rel=1e-6)
 
@@ -86,6 +86,13 @@ def test_a_schedule_that_is_not_understood_is_a_user_error(text, says):
 )
 def test_a_schedule_longer_than_the_run_is_a_user_error(text, warmup, done, says):
   with pytest.raises(UserError, match=says):
-    check_schedule(text, warmup, 20, done)
-  check_schedule("wsd:decay=16", 4, 20)
-  check_schedule("wsd:decay=3", 4, 20, done=17)
+    check_schedule(OptimConfig(schedule=text, warmup=float(warmup)), 20, done)
+  check_schedule(OptimConfig(schedule="wsd:decay=16", warmup=4.0), 20)
+  check_schedule(OptimConfig(schedule="wsd:decay=3", warmup=4.0), 20, done=17)
+
+
+def test_a_warmup_below_one_is_a_fraction_of_the_run():
+  part, whole = (make_schedule(OptimConfig(warmup=w), 20, 2.0) for w in (0.2, 4.0))
+  assert [part(done) for done in range(20)] == [whole(done) for done in range(20)]
+  with pytest.raises(UserError, match=r"optim.warmup 4.5 is neither a number of steps nor a frac"):
+    OptimConfig(warmup=4.5)
