@@ -31,7 +31,7 @@ from llmjax.training.parameters import TrainState, abstract_state, init_sharded,
 from llmjax.training.rates import peak_of
 from llmjax.training.stored import check_text, make_meta
 
-_LARGE_BYTES = 4_000_000  # of metrics.jsonl, read in about 0.1 s
+_LARGE_BYTES = 2_000_000  # of metrics.jsonl: more than 0.1 s to make a page of
 
 
 class Interrupted(KeyboardInterrupt):

@@ -126,18 +126,22 @@ def _running_mean(points, width: int):
 
 
 def _thinned(points) -> list[list]:
-  """At most `_POINTS` points; NaN and None as None, which JSON and the page know."""
+  """At most `_POINTS` points."""
   size = -(-len(points) // _POINTS)
   if size < 2:
-    return [[int(step), files.finite(value)] for step, value in points]
+    return [[int(step), _digits(value)] for step, value in points]
   out = []
   for start in range(0, len(points), size):
     some = points[start : start + size]
     values = [value for _, value in some if files.finite(value) is not None]
-    mean = sum(values) / len(values) if values else None
-    low, high = (min(values), max(values)) if values else (None, None)
-    out.append([int(some[len(some) // 2][0]), mean, low, high])
+    numbers = (sum(values) / len(values), min(values), max(values)) if values else [None] * 3
+    out.append([int(some[len(some) // 2][0]), *map(_digits, numbers)])
   return out
+
+
+def _digits(value):
+  """A number in as many digits as a reader of a chart can see; NaN and infinities as None."""
+  return None if files.finite(value) is None else float(f"{value:.6g}")
 
 
 def _text(value) -> str:

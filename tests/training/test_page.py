@@ -88,7 +88,9 @@ def test_the_page_shows_the_files_as_text(tmp_path):
   drawn = {chart["title"]: chart for chart in json.loads(page.scripts[0])}
   loss = drawn["loss, nats per token"]
   points = {line["name"]: line["points"] for line in loss["lines"]}
-  assert points["each step"] == [[m["step"], m["loss"]] for m in lines if "loss" in m]
+  steps = [line for line in lines if "loss" in line]
+  for (step, value), line in zip(points["each step"], steps, strict=True):
+    assert (step, value) == (line["step"], pytest.approx(line["loss"], rel=1e-5)), "in 6 digits"
   assert loss["range"] == [pytest.approx(9 / 60), 9]
   assert points["held out"] == [[30, 3.25], [60, 2.5]]
   # A bit of the gzip file is as much as 4 bytes a token x 2.125 bits in nats.
