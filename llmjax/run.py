@@ -234,7 +234,7 @@ def _finish(config, workdir, tokenizer, held_out, model, train_s, scores, began_
     _write_samples(model, config.sample.prompts, _sampling(config), workdir)
   result["total_seconds"] = round(time.perf_counter() - began_s, 2)
   files.replace(workdir / "result.json", files.to_json(result, indent=1) + "\n")
-  write_page(workdir)
+  write_page(workdir, config)
   return result
 
 

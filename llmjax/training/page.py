@@ -4,6 +4,7 @@ its template; everything that is put in is escaped."""
 import dataclasses
 import html
 import json
+import math
 import re
 from pathlib import Path
 
@@ -178,8 +179,7 @@ def _table(heads, rows) -> str:
 
 
 def _tiles(result: dict, steps: list[dict]) -> str:
-  peers = [f"{name} {result[key]:.3f}" for name in ("gzip", "xz")
-           if (key := f"{name}_bits_per_byte") in result]
+  peers = [f"{name} {result.get(f'{name}_bits_per_byte', math.nan):.3f}" for name in ("gzip", "xz")]
   names = {
     "bits_per_byte": f"held-out bits per byte ({', '.join(peers)})",
     "nats_per_token": "held-out nats per token", "parameters": "parameters",
