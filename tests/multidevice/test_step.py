@@ -327,6 +327,14 @@ def test_muon():
   assert compare(seen, want)["ok"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
+def test_schedule_free(zero):
+  """Gradients at points between two sets of weights, in ZeRO 1 of another layout than the other."""
+  sizes = {"data": 2, "fsdp": 2, "stage" if zero == 3 else "tensor": 2}
+  prove(sizes, "optim.kind=schedule_free", "optim.schedule=constant", zero=zero)
+
+
 def test_weights_are_really_cut():
   state = init_sharded(experiment(), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
   leaves = tree.flatten((state.trainable, state.optimizer))
