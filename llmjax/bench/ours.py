@@ -52,6 +52,7 @@ from llmjax.serve.sample import Sampling
 from llmjax.training.config import Config
 from llmjax.training.losses import LossConfig
 from llmjax.training.optim import OptimConfig
+from llmjax.training.optimizers import started_from
 from llmjax.training.parameters import init_sharded, split
 from llmjax.training.step import compile_step
 
@@ -104,7 +105,9 @@ def train(spec: Spec):
   state = init_sharded(config, mesh)
   trainable, _ = split(_loaded(spec, config.model).parameters, config.optim.groups)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state.trainable)
-  state = dataclasses.replace(state, trainable=jax.device_put(trainable, shardings))
+  trainable = jax.device_put(trainable, shardings)
+  optimizer = started_from(state.optimizer, trainable)
+  state = dataclasses.replace(state, trainable=trainable, optimizer=optimizer)
   step = compile_step(config, mesh)
   feed = itertools.cycle(
     loader.place(language_model(rows, np.ones_like(rows)), batch_sharding(mesh))
