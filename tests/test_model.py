@@ -116,6 +116,8 @@ def test_several_texts_or_one_are_embedded(model):
     (lambda m: m.chat(["a", "b"]), "chat takes a list of messages"),
     (lambda m: dataclasses.replace(m, tokenizer=None).logits("a"), "no tokenizer: give token ids"),
     (lambda m: llmjax.stream(m, ["a", "b"]), "stream takes one prompt"),
+    (lambda m: m.embed([1, 2]), "embed takes texts, not list"),
+    (lambda m: m.generate(None), "not NoneType"),
   ],
 )
 def test_what_cannot_be_read_is_said_in_one_sentence(model, call, message):

@@ -46,8 +46,11 @@ def embed(
     raise UserError(f"a model of kind {kind!r} has no text vectors; it takes encoder or decoder")
   if model.tokenizer is None:
     raise UserError("this model has no tokenizer")
+  for text in (given := as_list(texts)):
+    if not isinstance(text, str):
+      raise UserError(f"embed takes texts, not {type(text).__name__}")
   how = _chosen(model, pooling, normalize, prompt)
-  rows, skipped = _encode(model, as_list(texts), how)
+  rows, skipped = _encode(model, given, how)
   vectors = np.zeros((len(rows), model.config.width * len(how.modes)), np.float32)
   shortest_first = sorted(range(len(rows)), key=lambda number: len(rows[number]))
   for first in range(0, len(rows), _BATCH):
