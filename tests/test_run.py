@@ -252,6 +252,7 @@ def test_no_readable_checkpoint_is_an_error_and_stays_on_disk(finished, tmp_path
 def test_a_checkpoint_holds_the_step_it_says_though_buffers_are_donated(text, tmp_path):
   """Orbax writes in the background while the next step reuses the state's memory."""
   wide = {"model__width": 256, "model__mlp_width": 1024, "checkpoint__every": 1, "train__steps": 4}
+  wide |= {"optim__warmup": 2}
   config = tiny(text, **{**wide, "checkpoint__keep": 4})
   llmjax.train(config, tmp_path / "run")
   kept = {}

@@ -86,8 +86,8 @@ def test_train_and_decode_alone(capsys):
   result = json.loads(out.splitlines()[-1])
   (row,) = result["cases"][0]["rows"]
   assert row["peer"] == "llmjax" and row["ratio"] == 1 and row["tokens_per_s"] > 0
-  # Logits have a standard deviation of 1, of which half the square is added.
-  assert row["first_loss"] == pytest.approx(np.log(64) + 0.5, abs=0.2)
+  # Nothing is learnt yet: as a uniform guess, and half the variance of the logits, about 1, more.
+  assert np.log(64) < row["first_loss"] < np.log(64) + 1
   assert result["first_step_cold_s"] > 0 and result["first_step_warm_s"] > 0
   assert "llmjax" in out and "tokens/s" in out
 
